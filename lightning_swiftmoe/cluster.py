@@ -1,0 +1,64 @@
+"""The shape of the expert-parallel world: how many ranks, how many expert slots on each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """What a placement policy may know of the cluster. All fields are counts.
+
+    Args:
+        num_ranks: ranks in the expert-parallel world (``N``).
+        slots_per_rank: physical expert positions on one rank (``s``).
+        num_experts: logical experts of one layer (``E``); ``N * s >= E``.
+        has_capacity: whether experts drop tokens beyond their capacity. Policies that only balance ranks
+            behave differently from those that must give a hot expert room.
+
+    Raises:
+        ValueError: a count below one, or fewer slots than experts.
+    """
+
+    num_ranks: int
+    slots_per_rank: int
+    num_experts: int
+    has_capacity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "slots_per_rank", "num_experts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_slots < self.num_experts:
+            raise ValueError(
+                f"{self.num_ranks} ranks x {self.slots_per_rank} slots hold {self.num_slots} experts, but the layer "
+                f"has {self.num_experts}; the smallest slots_per_rank that works is "
+                f"{min_slots(self.num_experts, self.num_ranks)}"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in the whole cluster, ``N * s``."""
+        return self.num_ranks * self.slots_per_rank
+
+
+def min_slots(num_experts: int, num_ranks: int) -> int:
+    """The fewest slots per rank that give every expert a place."""
+    return -(-num_experts // num_ranks)
+
+
+def resolve_slots(slots_per_rank: int | str, num_experts: int, num_ranks: int) -> int:
+    """Turn the user's ``slots_per_rank`` into a number.
+
+    ``"auto"`` gives every expert two replicas on average, as far as a rank can use them: a rank with all
+    ``E`` experts has nothing to gain from one more slot.
+
+    Raises:
+        ValueError: neither ``"auto"`` nor a positive integer.
+    """
+    if slots_per_rank == "auto":
+        return min(num_experts, 2 * min_slots(num_experts, num_ranks))
+    if isinstance(slots_per_rank, bool) or not isinstance(slots_per_rank, int) or slots_per_rank < 1:
+        raise ValueError(f'slots_per_rank must be "auto" or a positive integer, got {slots_per_rank!r}')
+    return slots_per_rank

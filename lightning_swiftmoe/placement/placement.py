@@ -1,0 +1,106 @@
+"""A placement: which expert sits in which slot of which rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The table slot -> expert of one layer, validated and immutable.
+
+    Args:
+        table: ``[N, s]`` integers; ``table[j, i]`` is the expert in slot ``i`` of rank ``j``.
+        num_experts: logical experts ``E`` of the layer.
+
+    Raises:
+        ValueError: not a two-dimensional integer table, an expert outside ``0 .. E-1``, or an expert without a slot.
+    """
+
+    table: IntArray
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        table = np.array(self.table, dtype=np.int64 if np.size(self.table) else None)
+        if table.ndim != 2 or table.size == 0 or not np.array_equal(table, np.asarray(self.table)):
+            raise ValueError(f"a placement is an [N, s] table of expert numbers, got {self.table!r}")
+        outside = table[(table < 0) | (table >= self.num_experts)]
+        if outside.size:
+            raise ValueError(f"slots hold experts 0 .. {self.num_experts - 1}, got {sorted(set(outside.tolist()))}")
+        missing = np.flatnonzero(np.bincount(table.ravel(), minlength=self.num_experts) == 0)
+        if missing.size:
+            raise ValueError(f"every expert needs a slot; these have none: {missing.tolist()}")
+        table.setflags(write=False)
+        object.__setattr__(self, "table", table)
+
+    @classmethod
+    def contiguous(cls, replicas: ArrayLike, slots_per_rank: int) -> Placement:
+        """Lay experts out one after the other, ``replicas[e]`` slots each.
+
+        Example: replicas ``[1, 3]`` with two slots per rank give ``[[0, 1], [1, 1]]``.
+        """
+        counts = np.asarray(replicas, dtype=np.int64)
+        slots = np.repeat(np.arange(counts.size), counts)
+        return cls(slots.reshape(-1, slots_per_rank), counts.size)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks ``N``."""
+        return self.table.shape[0]
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots ``s`` of one rank."""
+        return self.table.shape[1]
+
+    @cached_property
+    def replicas(self) -> IntArray:
+        """``[E]`` slots that hold each expert; they add up to ``N * s``."""
+        return _frozen(np.bincount(self.table.ravel(), minlength=self.num_experts))
+
+    @cached_property
+    def multiplicity(self) -> IntArray:
+        """``[N, E]`` slots of rank ``j`` that hold expert ``e``."""
+        counts = np.zeros((self.num_ranks, self.num_experts), dtype=np.int64)
+        np.add.at(counts, (np.arange(self.num_ranks)[:, None], self.table), 1)
+        return _frozen(counts)
+
+    @cached_property
+    def _residents(self) -> tuple[IntArray, ...]:
+        return tuple(_frozen(np.unique(row)) for row in self.table)
+
+    def residents(self, rank: int) -> IntArray:
+        """The distinct experts on ``rank``, ascending. Slots of one rank with the same expert share one resident."""
+        return self._residents[rank]
+
+    @cached_property
+    def num_residents(self) -> IntArray:
+        """``[N]`` distinct experts on each rank."""
+        return _frozen(np.array([r.size for r in self._residents]))
+
+    def hosts(self, expert: int) -> IntArray:
+        """Ranks with at least one slot for ``expert``, ascending."""
+        return np.flatnonzero(self.multiplicity[:, expert])
+
+    def moved_from(self, previous: Placement) -> int:
+        """Residents here that were not resident on the same rank before: weights that reach a new rank."""
+        return int(((self.multiplicity > 0) & (previous.multiplicity == 0)).sum())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return self.num_experts == other.num_experts and np.array_equal(self.table, other.table)
+
+    def __hash__(self) -> int:
+        return hash((self.num_experts, self.table.shape, self.table.tobytes()))
+
+
+def _frozen(array: NDArray) -> NDArray:
+    array.setflags(write=False)
+    return array

@@ -1,0 +1,236 @@
+"""Placement policies: pure functions from loads, cluster shape and the previous placement to the next placement.
+
+Every rank computes the next placement on its own from the same global loads, so a policy must be deterministic:
+no clock, no global random state, ties broken towards the lowest index.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.placement.placement import IntArray, Placement
+
+
+@runtime_checkable
+class PlacementPolicy(Protocol):
+    """Decides where experts go. A plain function with this signature is a policy."""
+
+    def __call__(self, loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+        """Return the next placement.
+
+        Args:
+            loads: ``[E]`` assignments routed to each expert since the last decision, over all ranks, before drops.
+                They may be all zero.
+            cluster: counts of ranks, slots and experts.
+            previous: the placement now in force.
+        """
+        ...
+
+
+def static(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+    """Never move: keep the uniform placement the layer started with."""
+    return previous
+
+
+def uniform(cluster: ClusterShape) -> Placement:
+    """The same number of replicas for every expert (give or take one): slot ``i`` of rank ``j`` holds ``(j*s + i) % E``."""
+    slots = np.arange(cluster.num_slots) % cluster.num_experts
+    return Placement(slots.reshape(cluster.num_ranks, cluster.slots_per_rank), cluster.num_experts)
+
+
+def proportional(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+    """Replicas in proportion to the load, laid out contiguously (SwiftMoE, Algorithm 1)."""
+    if loads.sum() == 0:
+        return previous
+    return Placement.contiguous(proportional_replicas(loads, cluster), cluster.slots_per_rank)
+
+
+def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
+    """``[E]`` replica counts of Algorithm 1 (arXiv 2504.19925, section 4): round the fair share, then repair the sum.
+
+    The loads must not be all zero; ``ClusterShape`` guarantees ``N * s >= E``, without which the repair never ends.
+    """
+    goal = loads / loads.sum() * cluster.num_slots
+    counts = np.floor(np.maximum(goal, 1)).astype(np.int64)
+    diff = counts - goal
+    while counts.sum() > cluster.num_slots:
+        e = int(np.argmax(diff))
+        if counts[e] > 1:
+            counts[e] -= 1
+        diff[e] -= 1
+    while counts.sum() < cluster.num_slots:
+        e = int(np.argmin(diff))
+        counts[e] += 1
+        diff[e] += 1
+    return counts
+
+
+def balanced(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+    """Even out the ranks: greedy replica counts, then longest-processing-time packing.
+
+    Counts as in EPLB (deepseek-ai/EPLB): the next replica goes to the expert with the largest load per replica.
+    Packing: the heaviest replica goes to the least loaded rank with a free slot that does not host the expert yet.
+    """
+    if loads.sum() == 0:
+        return previous
+    counts = greedy_replicas(loads, cluster)
+    return Placement(pack_heaviest_first(loads, counts, cluster), cluster.num_experts)
+
+
+def greedy_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
+    """``[E]`` replica counts by repeated argmax of ``load / replicas``.
+
+    No expert gets more replicas than there are ranks while another could use one.
+    """
+    counts = np.ones(cluster.num_experts, dtype=np.int64)
+    heap = [(-float(load), e) for e, load in enumerate(loads.tolist())]
+    heapq.heapify(heap)
+    full: list[tuple[float, int]] = []
+    for _ in range(cluster.num_slots - cluster.num_experts):
+        if not heap:
+            heap, full = full, []
+            heapq.heapify(heap)
+        _, e = heapq.heappop(heap)
+        counts[e] += 1
+        entry = (-float(loads[e]) / float(counts[e]), e)
+        # A second replica on the same rank balances nothing, so an expert on every rank waits until all are.
+        if counts[e] % cluster.num_ranks == 0:
+            full.append(entry)
+        else:
+            heapq.heappush(heap, entry)
+    return counts
+
+
+def pack_heaviest_first(loads: IntArray, counts: IntArray, cluster: ClusterShape) -> IntArray:
+    """``[N, s]`` table: replicas by descending load, each to the least loaded rank with room, new hosts first."""
+    weight = loads / counts
+    order = sorted(range(cluster.num_experts), key=lambda e: (-weight[e], e))
+    rank_load = np.zeros(cluster.num_ranks)
+    table: list[list[int]] = [[] for _ in range(cluster.num_ranks)]
+    free = np.full(cluster.num_ranks, cluster.slots_per_rank)
+    for e in order:
+        hosted = np.zeros(cluster.num_ranks, dtype=bool)
+        for _ in range(int(counts[e])):
+            candidates = (free > 0) & ~hosted
+            if not candidates.any():
+                candidates = free > 0
+            rank = int(np.argmin(np.where(candidates, rank_load, np.inf)))
+            table[rank].append(e)
+            hosted[rank] = True
+            free[rank] -= 1
+            rank_load[rank] += weight[e]
+    return np.array([sorted(row) for row in table], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class RandomPolicy:
+    """Any valid placement, a new one whenever the loads or the previous placement change.
+
+    Training must not care where experts sit; this policy is how the tests ask.
+
+    Args:
+        seed: any integer; the placement is a pure function of it, the loads and the previous placement.
+    """
+
+    seed: int = 0
+
+    def __call__(self, loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+        state = zlib.crc32(np.asarray(loads, dtype=np.int64).tobytes() + previous.table.tobytes())
+        rng = np.random.default_rng([self.seed, state])
+        extra = rng.integers(cluster.num_experts, size=cluster.num_slots - cluster.num_experts)
+        slots = rng.permutation(np.concatenate([np.arange(cluster.num_experts), extra]))
+        return Placement(slots.reshape(cluster.num_ranks, cluster.slots_per_rank), cluster.num_experts)
+
+
+def auto(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
+    """``proportional`` where experts drop tokens, ``balanced`` where they do not.
+
+    With a capacity a hot expert needs replicas wherever they are; without one only the load of the ranks counts.
+    """
+    policy = proportional if cluster.has_capacity else balanced
+    return policy(loads, cluster, previous)
+
+
+_POLICIES: dict[str, PlacementPolicy] = {}
+
+
+def register_policy(name: str, policy: PlacementPolicy) -> None:
+    """Make ``policy`` available by name, in Python and in configs.
+
+    Raises:
+        ValueError: the name is taken by another policy.
+        TypeError: the policy cannot be called.
+    """
+    if not callable(policy):
+        raise TypeError(f"a policy is a function (loads, cluster, previous) -> Placement, got {policy!r}")
+    if _POLICIES.get(name, policy) is not policy:
+        raise ValueError(f"a policy named {name!r} exists already; choose another name")
+    _POLICIES[name] = policy
+
+
+def policy_names() -> list[str]:
+    """Names of all registered policies, sorted."""
+    return sorted(_POLICIES)
+
+
+def get_policy(policy: str | PlacementPolicy) -> PlacementPolicy:
+    """The policy of that name, or the policy itself.
+
+    Raises:
+        ValueError: no policy of that name.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(policy, str):
+        if policy not in _POLICIES:
+            raise ValueError(f"unknown placement policy {policy!r}; there are {', '.join(policy_names())}")
+        return _POLICIES[policy]
+    if not callable(policy):
+        raise TypeError(f"policy must be a name or a function (loads, cluster, previous) -> Placement, got {policy!r}")
+    return policy
+
+
+def next_placement(
+    policy: Callable[[IntArray, ClusterShape, Placement], Placement | NDArray],
+    loads: IntArray,
+    cluster: ClusterShape,
+    previous: Placement,
+) -> Placement:
+    """Run ``policy`` and check what it returns before anything is built on it.
+
+    Raises:
+        ValueError: loads that are not ``[E]`` counts, or a result that is no placement of this cluster's shape.
+    """
+    loads = np.asarray(loads)
+    if loads.shape != (cluster.num_experts,) or (loads < 0).any():
+        raise ValueError(f"loads must be {cluster.num_experts} counts, got {loads!r}")
+    result = policy(loads, cluster, previous)
+    name = getattr(policy, "__name__", type(policy).__name__)
+    try:
+        placement = result if isinstance(result, Placement) else Placement(np.asarray(result), cluster.num_experts)
+    except ValueError as error:
+        raise ValueError(f"placement policy {name!r} returned an invalid placement: {error}") from error
+    expected = (cluster.num_ranks, cluster.slots_per_rank)
+    if placement.table.shape != expected or placement.num_experts != cluster.num_experts:
+        raise ValueError(
+            f"placement policy {name!r} returned a table of shape {placement.table.shape} for {placement.num_experts} "
+            f"experts, expected {expected} for {cluster.num_experts}"
+        )
+    return placement
+
+
+for _name, _policy in {
+    "auto": auto,
+    "static": static,
+    "proportional": proportional,
+    "balanced": balanced,
+    "random": RandomPolicy(),
+}.items():
+    register_policy(_name, _policy)
