@@ -1,0 +1,136 @@
+"""Activations of an expert MLP: their names, values and derivatives, in plain torch.
+
+A gated activation takes `pre[R, 2h]`, gate columns first, and gives `act(gate) * up`; a plain one takes `pre[R, h]`.
+The Triton twins live in `activations_triton.py` and are selected by the same `ACTIVATION_CODES`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+_PLAIN = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
+
+# Codes of the element-wise functions, shared with the Triton kernels.
+ELEMENTWISE_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+
+_TANH_SCALE = math.sqrt(2.0 / math.pi)
+_TANH_CUBIC = 0.044715
+
+
+def activation_names() -> tuple[str, ...]:
+    """Every valid `activation`, gated ones first."""
+    return (*_GATED, *_PLAIN)
+
+
+def _check(activation: str) -> None:
+    if activation not in _GATED and activation not in _PLAIN:
+        raise ValueError(f"unknown activation {activation!r}; valid names: {', '.join(activation_names())}")
+
+
+def is_gated(activation: str) -> bool:
+    """Whether `activation` multiplies a gate with an up projection, so that `up_proj` is `[E, 2h, d]`.
+
+    Raises:
+        ValueError: if the name is unknown; the message lists the valid ones.
+    """
+    _check(activation)
+    return activation in _GATED
+
+
+def elementwise_name(activation: str) -> str:
+    """The element-wise function inside `activation`: 'swiglu' -> 'silu', 'gelu' -> 'gelu'."""
+    _check(activation)
+    return _GATED.get(activation, activation)
+
+
+def elementwise_code(activation: str) -> int:
+    """The integer by which the Triton kernels know the element-wise function of `activation`."""
+    return ELEMENTWISE_CODES[elementwise_name(activation)]
+
+
+def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
+    sig = torch.sigmoid(z)
+    return z * sig, sig * (1 + z * (1 - sig))
+
+
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
+    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    return z * cdf, cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
+    # Hendrycks & Gimpel, arXiv 1606.08415, section 2.
+    tanh = torch.tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z))
+    slope = _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
+    return 0.5 * z * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * slope
+
+
+def _relu(z: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.relu(z), (z > 0).to(z.dtype)
+
+
+def _relu2(z: Tensor) -> tuple[Tensor, Tensor]:
+    # So et al., Primer, arXiv 2109.08668, section 4.
+    positive = torch.relu(z)
+    return positive * positive, 2 * positive
+
+
+_VALUE_AND_SLOPE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "relu2": _relu2,
+}
+
+
+def activation_forward(pre: Tensor, activation: str) -> Tensor:
+    """Hidden values from pre-activations, computed in at least fp32.
+
+    Args:
+        pre: `[R, 2h]` (gate columns first) for a gated activation, else `[R, h]`.
+        activation: one of `activation_names()`.
+
+    Returns:
+        `[R, h]` in `pre.dtype`.
+    """
+    wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
+    function = _VALUE_AND_SLOPE[elementwise_name(activation)]
+    if not is_gated(activation):
+        return function(wide)[0].to(pre.dtype)
+    gate, up = wide.chunk(2, dim=-1)
+    return (function(gate)[0] * up).to(pre.dtype)
+
+
+def activation_backward(
+    pre: Tensor, grad_hidden: Tensor, scale: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `scale * activation(pre)` for a gradient that has not been scaled yet.
+
+    Args:
+        pre: `[R, 2h]` or `[R, h]`, saved by the forward.
+        grad_hidden: `[R, h]`, gradient of the row's *unweighted* output with respect to the hidden values.
+        scale: `[R]`, the router weight of each row.
+        activation: one of `activation_names()`.
+
+    Returns:
+        `grad_pre` shaped as `pre`, scaled; `scaled_hidden[R, h] = scale * activation(pre)`, whose product with the
+        output gradient is the down-projection's gradient; `grad_scale[R]`, the gradient of the router weight, wide.
+    """
+    wide_dtype = torch.promote_types(pre.dtype, torch.float32)
+    wide, grad = pre.to(wide_dtype), grad_hidden.to(wide_dtype)
+    scale = scale.to(wide_dtype).unsqueeze(-1)
+    function = _VALUE_AND_SLOPE[elementwise_name(activation)]
+    if is_gated(activation):
+        gate, up = wide.chunk(2, dim=-1)
+        value, slope = function(gate)
+        hidden = value * up
+        grad_pre = torch.cat((scale * grad * up * slope, scale * grad * value), dim=-1)
+    else:
+        hidden, slope = function(wide)
+        grad_pre = scale * grad * slope
+    grad_scale = (grad * hidden).sum(dim=-1)
+    return grad_pre.to(pre.dtype), (scale * hidden).to(pre.dtype), grad_scale

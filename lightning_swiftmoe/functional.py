@@ -1,0 +1,161 @@
+"""The expert MLP and the local halves of the shard exchange, on whichever backend is fastest.
+
+Shape legend: T tokens, k choices per token, E experts, d model width, h hidden width, H = 2h for a gated activation
+(gate rows first), else h.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels import ops
+from lightning_swiftmoe.kernels.activations import activation_names, is_gated
+from lightning_swiftmoe.kernels.shards import (
+    pack_shards_reference,
+    place_shards_reference,
+    shard_size,
+    sum_shards_reference,
+)
+
+__all__ = [
+    "Backend",
+    "activation_names",
+    "expert_mlp",
+    "is_gated",
+    "pack_shards",
+    "place_shards",
+    "shard_size",
+    "sum_shards",
+]
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def expert_mlp(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str = "swiglu",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Weighted sum of each token's experts: `y[t] = sum_j topk_weights[t, j] * mlp_{topk_idx[t, j]}(x[t])`.
+
+    An expert computes `down_proj[e] @ act(up_proj[e] @ x)`. Differentiable once in `x`, `topk_weights`, `up_proj` and
+    `down_proj`. The same inputs give the same bits on every run. Under autocast, `x` and both projections are cast to
+    the autocast dtype and the router weights are left alone.
+
+    Args:
+        x: `[T, d]`, fp64, fp32, bf16 or fp16. T may be zero.
+        topk_idx: `[T, k]` int32 or int64. -1 marks a dropped assignment: it adds nothing to y and its weight gets a
+            zero gradient. Experts that no row names get zero gradients.
+        topk_weights: `[T, k]`, any floating dtype.
+        up_proj: `[E, 2h, d]` for a gated activation, gate rows first; else `[E, h, d]`. Same dtype as x.
+        down_proj: `[E, d, h]`. Same dtype as x.
+        activation: one of `activation_names()`.
+        backend: "triton", "torch", or "auto" for the one measured fastest for this device, dtype and shape.
+
+    Returns:
+        `[T, d]` in the dtype of x (of autocast, where that is on), summed in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, an unknown activation or backend, and, where the check needs
+            no host synchronisation (CPU), an expert index outside `[-1, E)`.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    _check_expert_mlp(x, topk_idx, topk_weights, up_proj, down_proj, activation, backend)
+    return ops.expert_mlp(x, topk_idx, topk_weights, up_proj, down_proj, activation, backend)
+
+
+def _check_expert_mlp(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    backend: str,
+) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; valid names: {', '.join(get_args(Backend))}")
+    if x.ndim != 2 or down_proj.ndim != 3 or up_proj.ndim != 3:
+        raise ValueError(
+            f"want x[T, d], up_proj[E, H, d], down_proj[E, d, h]; got {tuple(x.shape)}, {tuple(up_proj.shape)}, "
+            f"{tuple(down_proj.shape)}"
+        )
+    num_experts, width, hidden = down_proj.shape
+    want_up = (num_experts, hidden * (2 if is_gated(activation) else 1), width)
+    if tuple(up_proj.shape) != want_up or x.shape[1] != width:
+        raise ValueError(
+            f"activation {activation!r} with down_proj {tuple(down_proj.shape)} wants up_proj {want_up} and x "
+            f"[T, {width}]; got {tuple(up_proj.shape)} and {tuple(x.shape)}"
+        )
+    if topk_idx.ndim != 2 or topk_idx.shape != topk_weights.shape or topk_idx.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"want topk_idx and topk_weights [{x.shape[0]}, k]; got {tuple(topk_idx.shape)} and "
+            f"{tuple(topk_weights.shape)}"
+        )
+    if topk_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_idx must be int32 or int64, got {topk_idx.dtype}")
+    if not (x.dtype == up_proj.dtype == down_proj.dtype) or not x.is_floating_point():
+        raise ValueError(
+            f"x, up_proj and down_proj must share one floating dtype, got {x.dtype}, {up_proj.dtype}, "
+            f"{down_proj.dtype}; cast them or use autocast"
+        )
+    if not topk_weights.is_floating_point():
+        raise ValueError(f"topk_weights must be floating, got {topk_weights.dtype}")
+
+
+def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Cut residents' gradients into shards in send order, with the cast.
+
+    Args:
+        grads: `[R, P]`, one flattened gradient per resident.
+        num_ranks: N, at least 1.
+        out_dtype: dtype on the wire; that of grads by default.
+
+    Returns:
+        `[N, R, c]` with `c = ceil(P / N)`: `out[j, i] = grads[i, j * c : (j + 1) * c]`, zero padded at the tail.
+    """
+    if grads.ndim != 2 or num_ranks < 1:
+        raise ValueError(f"want grads[R, P] and num_ranks >= 1; got {tuple(grads.shape)} and {num_ranks}")
+    return pack_shards_reference(grads, num_ranks, out_dtype or grads.dtype)
+
+
+def sum_shards(
+    blocks: Tensor, expert_ids: Tensor, num_experts: int, out_dtype: torch.dtype | None = torch.float32
+) -> Tensor:
+    """Sum received shards by expert in fp32 (fp64 for fp64), each expert's blocks in the order they stand.
+
+    Args:
+        blocks: `[B, c]`, the blocks of source rank 0 first.
+        expert_ids: `[B]` int64, the expert of each block.
+        num_experts: E; an expert without a block gets zeros.
+        out_dtype: dtype of the result.
+
+    Returns:
+        `[E, c]`.
+    """
+    if blocks.ndim != 2 or expert_ids.shape != (blocks.shape[0],):
+        raise ValueError(f"want blocks[B, c] and expert_ids[B]; got {tuple(blocks.shape)}, {tuple(expert_ids.shape)}")
+    return sum_shards_reference(blocks, expert_ids, num_experts, out_dtype or torch.float32)
+
+
+def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Join received weight shards into residents, trimming the padding, with the cast.
+
+    Args:
+        blocks: `[N, R, c]`, shard j of resident i at `[j, i]`.
+        num_elements: P, with `(N - 1) * c < P <= N * c`, or any P up to `N * c`.
+        out_dtype: dtype of the weights; that of blocks by default.
+
+    Returns:
+        `[R, P]`, contiguous.
+    """
+    if blocks.ndim != 3 or not 0 <= num_elements <= blocks.shape[0] * blocks.shape[2]:
+        raise ValueError(f"want blocks[N, R, c] and num_elements <= N * c; got {tuple(blocks.shape)}, {num_elements}")
+    return place_shards_reference(blocks, num_elements, out_dtype or blocks.dtype)
