@@ -41,7 +41,7 @@ def static(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Place
 
 
 def uniform(cluster: ClusterShape) -> Placement:
-    """The same number of replicas for every expert (give or take one): slot ``i`` of rank ``j`` holds ``(j*s + i) % E``."""
+    """Equal replicas for every expert, give or take one: slot ``i`` of rank ``j`` holds expert ``(j*s + i) % E``."""
     slots = np.arange(cluster.num_slots) % cluster.num_experts
     return Placement(slots.reshape(cluster.num_ranks, cluster.slots_per_rank), cluster.num_experts)
 
@@ -226,11 +226,8 @@ def next_placement(
     return placement
 
 
-for _name, _policy in {
-    "auto": auto,
-    "static": static,
-    "proportional": proportional,
-    "balanced": balanced,
-    "random": RandomPolicy(),
-}.items():
-    register_policy(_name, _policy)
+register_policy("auto", auto)
+register_policy("static", static)
+register_policy("proportional", proportional)
+register_policy("balanced", balanced)
+register_policy("random", RandomPolicy())

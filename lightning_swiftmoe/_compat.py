@@ -1,0 +1,57 @@
+"""Every name we use from Lightning's inside, and the check that it is the Lightning we support."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+__all__ = [
+    "Callback",
+    "LightningOptimizer",
+    "TrainerFn",
+    "TrainerStatus",
+    "is_weight_averaging",
+    "refuse_other_namespace",
+    "register_strategy",
+    "trainer_callbacks",
+]
+
+
+def register_strategy(name: str, cls: type, description: str, **init: Any) -> None:
+    """``StrategyRegistry.register``, which raises when a module is imported twice, made repeatable."""
+    if name not in StrategyRegistry:
+        StrategyRegistry.register(name, cls, description=description, **init)
+
+
+def trainer_callbacks(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, as the list that may be added to."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def is_weight_averaging(callback: Callback) -> bool:
+    """Stock callbacks that average parameters by position."""
+    return isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+
+
+def refuse_other_namespace(names: list[str]) -> None:
+    """``pytorch_lightning`` is another class tree: there our names answer with what to import instead."""
+    other = sys.modules.get("pytorch_lightning.strategies")
+    if other is None:
+        return
+
+    class _WrongNamespace(other.DDPStrategy):  # type: ignore[name-defined, misc]
+        def __init__(self, **_: Any) -> None:
+            raise ImportError(
+                "lightning_swiftmoe supports lightning.pytorch only, and this Trainer comes from pytorch_lightning: "
+                "import lightning.pytorch as pl, for the Trainer, the LightningModule and every callback"
+            )
+
+    for name in names:
+        if name not in other.StrategyRegistry:
+            other.StrategyRegistry.register(name, _WrongNamespace, description="see lightning.pytorch")

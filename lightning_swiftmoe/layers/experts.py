@@ -1,0 +1,40 @@
+"""The expert weights of one MoE layer.
+
+Outside a strategy they are canonical, ``[E, ...]``. Inside, the same Parameters hold only the residents of this
+rank, ``[R, ...]``, and rows are addressed by resident instead of expert.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.functional import expert_mlp, is_gated
+
+
+class Experts(nn.Module):
+    """Two-layer MLPs, one per expert; gated ones keep gate and up projection in one tensor, gate rows first.
+
+    Parameters: ``gate_up_proj [E, 2h, d]`` or ``up_proj [E, h, d]``, and ``down_proj [E, d, h]``.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up_name = "gate_up_proj" if is_gated(activation) else "up_proj"
+        rows = 2 * ffn_size if is_gated(activation) else ffn_size
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, rows, hidden_size)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every expert as ``nn.Linear`` would: uniform within ``1/sqrt(fan_in)``."""
+        for weight in self.parameters():
+            bound = 1 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """``y[t] = sum_k weights[t, k] * mlp_{idx[t, k]}(x[t])``, ``[T, D]``; ``idx == -1`` contributes nothing."""
+        return expert_mlp(x_TD, idx_TK, weights_TK, getattr(self, self.up_name), self.down_proj, self.activation)

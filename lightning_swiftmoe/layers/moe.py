@@ -1,0 +1,147 @@
+"""The Mixture-of-Experts layer: a plain torch module outside a strategy, a set of slots inside one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.functional import activation_names
+from lightning_swiftmoe.layers.dispatchers import Dispatcher, LocalDispatcher
+from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.load import LayerLoad
+from lightning_swiftmoe.layers.losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_swiftmoe.layers.router import SCORES, Router, Routing
+
+
+class MoE(nn.Module):
+    """Sends each token to ``top_k`` of ``num_experts`` MLPs and adds their outputs up, weighted by the router.
+
+    Auxiliary losses reach the gradient by themselves; nothing needs to be added to the loss. In training they are
+    computed once per layer over the global batch; ``aux_loss`` (1.0 = balanced) and ``z_loss`` hold the last values.
+
+    Args:
+        hidden_size: last dim ``d`` of the input and output.
+        ffn_size: hidden units ``h`` of one expert.
+        num_experts: experts ``E``.
+        top_k: experts per token.
+        activation: ``"gelu"``, ``"swiglu"``, ...; see ``lightning_swiftmoe.functional.activation_names``.
+        capacity_factor: None processes every token (dropless). A number lets each slot process that multiple of its
+            fair share; an expert's later tokens in the batch are dropped (they keep only what skips this layer).
+        score: ``"softmax"`` or ``"sigmoid"``.
+        normalize_topk: whether a token's gate weights add up to one. None: yes where ``top_k > 1``.
+        aux_loss_coef: factor of the load-balance loss.
+        z_loss_coef: factor of the router z-loss.
+        bias_update_rate: above zero, loss-free balancing: after every step the bias of an expert moves by this much. A
+            strategy does it; in your own loop ``update_bias`` happens before the next training forward.
+        shared_ffn_size: hidden units of an expert that sees every token; 0 for none.
+
+    Raises:
+        ValueError: an argument out of range; says what was expected.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        activation: str = "gelu",
+        capacity_factor: float | None = None,
+        score: str = "softmax",
+        normalize_topk: bool | None = None,
+        aux_loss_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 0.0,
+        shared_ffn_size: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"hidden_size": hidden_size, "ffn_size": ffn_size, "num_experts": num_experts}.items():
+            _check(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        _check(
+            isinstance(top_k, int) and 1 <= top_k <= num_experts, "top_k", top_k, f"1 .. num_experts = {num_experts}"
+        )
+        _check(activation in activation_names(), "activation", activation, "one of " + ", ".join(activation_names()))
+        _check(capacity_factor is None or capacity_factor > 0, "capacity_factor", capacity_factor, "None or above zero")
+        _check(score in SCORES, "score", score, " or ".join(SCORES))
+        for name, number in {
+            "aux_loss_coef": aux_loss_coef,
+            "z_loss_coef": z_loss_coef,
+            "bias_update_rate": bias_update_rate,
+            "shared_ffn_size": shared_ffn_size,
+        }.items():
+            _check(number >= 0, name, number, "zero or more")
+        self.hidden_size, self.ffn_size, self.num_experts, self.top_k = hidden_size, ffn_size, num_experts, top_k
+        self.capacity_factor, self.aux_loss_coef, self.z_loss_coef = capacity_factor, aux_loss_coef, z_loss_coef
+        self.router = Router(
+            hidden_size,
+            num_experts,
+            top_k=top_k,
+            score=score,
+            normalize_topk=top_k > 1 if normalize_topk is None else normalize_topk,
+            bias_update_rate=bias_update_rate,
+        )
+        self.experts = Experts(hidden_size, ffn_size, num_experts, activation)
+        self.shared_expert = Experts(hidden_size, shared_ffn_size, 1, activation) if shared_ffn_size else None
+        self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
+        self.aux_loss_scale = 1.0
+        self.managed = False  # a strategy reports the end of each step
+        self.aux_loss: Tensor | None = None
+        self.z_loss: Tensor | None = None
+        self._load: LayerLoad | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d] -> [..., d]``, same dtype."""
+        _check(x.shape[-1] == self.hidden_size, "the last dim of x", x.shape[-1], f"hidden_size = {self.hidden_size}")
+        x_TD = x.reshape(-1, self.hidden_size)
+        if self.training and not _in_backward():
+            self._update_bias_alone()
+        routing = self.router(x_TD)
+        y_TD, counts, rank_load = self.dispatcher(x_TD, routing, self.experts, self.capacity_factor)
+        if self.training:
+            y_TD = self._with_losses(y_TD, routing, counts, rank_load)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self._shared(x_TD)
+        return y_TD.to(x.dtype).view(x.shape)
+
+    def pop_load(self) -> LayerLoad | None:
+        """Loads of the training forwards since the last call, or None; starts the next step's count."""
+        load, self._load = self._load, None
+        return load
+
+    def _with_losses(self, y_TD: Tensor, routing: Routing, counts: Tensor, rank_load: Tensor) -> Tensor:
+        aux = load_balance_loss(routing.prob_sum, counts, self.top_k)
+        z = router_z_loss(routing.z_sum, counts, self.top_k)
+        if not _in_backward():
+            self.aux_loss, self.z_loss = aux.detach(), z.detach()
+            load = LayerLoad(counts, rank_load, self.aux_loss)
+            self._load = load if self._load is None else self._load + load
+        if self.aux_loss_coef == 0 and self.z_loss_coef == 0:
+            return y_TD
+        return attach_loss(y_TD, self.aux_loss_coef * aux + self.z_loss_coef * z, self.aux_loss_scale)
+
+    def _update_bias_alone(self) -> None:
+        """Without a strategy nobody reports the end of a step: the loads so far are the last step's."""
+        if self.router.bias_update_rate > 0 and self._load is not None and not self.managed:
+            self.router.update_bias(self._load.counts.sum(dim=0))
+            self._load = None
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared_expert is not None
+        idx = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64, device=x_TD.device)
+        return self.shared_expert(x_TD, idx, torch.ones_like(idx, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        capacity = "dropless" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
+        return f"d={self.hidden_size}, h={self.ffn_size}, experts={self.num_experts}, top_k={self.top_k}, {capacity}"
+
+
+def _in_backward() -> bool:
+    """Activation checkpointing replays the forward inside the backward pass; what it counts was counted before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _check(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")

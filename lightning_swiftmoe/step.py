@@ -1,0 +1,75 @@
+"""What happened in one optimizer step: values handed from the strategy to the callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_swiftmoe.exchange import Traffic
+from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.placement.placement import IntArray
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One MoE layer in one step; the same on every rank except ``aux_loss``.
+
+    Args:
+        name: the layer's name in the user's module.
+        counts: ``[N, E]`` assignments routed by each rank, before drops.
+        rank_load: ``[N]`` assignments processed by each rank.
+        aux_loss: this rank's share of the load-balance loss, averaged over the step's forwards.
+        placement: in force during the step.
+        next_placement: in force from now on.
+        top_k: assignments per token.
+    """
+
+    name: str
+    counts: IntArray
+    rank_load: IntArray
+    aux_loss: float
+    placement: Placement
+    next_placement: Placement
+    top_k: int
+
+    @property
+    def loads(self) -> IntArray:
+        """``[E]`` assignments routed to each expert."""
+        return self.counts.sum(axis=0)
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens of the global batch."""
+        return float(self.counts.sum()) / self.top_k
+
+    @property
+    def survival(self) -> float:
+        """Assignments processed per assignment routed; 1.0 where nothing was routed."""
+        routed = self.counts.sum()
+        return float(self.rank_load.sum() / routed) if routed else 1.0
+
+    @property
+    def rank_imbalance(self) -> float:
+        """Largest over mean load of the ranks; 1.0 is even."""
+        return imbalance(self.rank_load)
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Largest over mean load of the experts; 1.0 is even."""
+        return imbalance(self.loads)
+
+
+@dataclass(frozen=True)
+class Step:
+    """All layers of one step, and what this rank moved since the last one."""
+
+    layers: tuple[LayerStep, ...]
+    traffic: Mapping[str, Traffic]
+
+
+def imbalance(load: IntArray) -> float:
+    """``max / mean``, 1.0 for an even load and for none at all."""
+    mean = np.mean(load)
+    return float(np.max(load) / mean) if mean > 0 else 1.0

@@ -1,0 +1,155 @@
+"""A small MoE and one way to train it, on one process without a strategy or on several ranks with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_swiftmoe import ExpertRebalancer, MoE, SwiftMoEStrategy
+from tests.ranks import Ranks
+
+WIDTH = 6
+
+
+class Net(pl.LightningModule):
+    """Dense in, two MoE layers, dense out; squared error."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+        torch.manual_seed(7)
+        self.inp = nn.Linear(WIDTH, WIDTH)
+        moe = {"ffn_size": 5, "num_experts": job.num_experts, "top_k": job.top_k, **job.moe}
+        self.moes = nn.ModuleList([MoE(WIDTH, **moe) for _ in range(2)])
+        self.out = nn.Linear(WIDTH, 1)
+        self.losses: list[float] = []
+
+    def forward(self, x):
+        x = self.inp(x)
+        for moe in self.moes:
+            x = x + moe(torch.tanh(x))
+        return self.out(x)
+
+    def loss(self, batch):
+        x, y = batch
+        error = (self(x).squeeze(-1) - y).square()
+        return error.mean() if error.numel() else error.sum()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.loss(batch), sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return self.job.optimizer(self)
+
+
+def two_groups(module: Net, cls: Callable[..., Any], **kwargs: Any) -> torch.optim.Optimizer:
+    """Down projections and biases in a group of their own, with another learning rate."""
+    names = dict(module.named_parameters())
+    slow = [p for n, p in names.items() if "down" in n or "bias" in n]
+    rest = [p for n, p in names.items() if not ("down" in n or "bias" in n)]
+    return cls([{"params": rest}, {"params": slow, "lr": kwargs["lr"] / 3}], **kwargs)
+
+
+def adamw(module: Net) -> torch.optim.Optimizer:
+    return two_groups(module, torch.optim.AdamW, lr=0.05, weight_decay=0.1)
+
+
+def sgd(module: Net) -> torch.optim.Optimizer:
+    return two_groups(module, torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@dataclass
+class Job:
+    """What to train. ``batch`` is per step of all ranks together and must divide by the ranks."""
+
+    num_experts: int = 5
+    slots: int | str = 2
+    top_k: int = 2
+    policy: Any = "random"
+    optimizer: Callable[[Net], torch.optim.Optimizer] = adamw
+    precision: str = "64-true"
+    batch: int = 24
+    steps: int = 5
+    moe: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[Any]] = list
+
+
+def data(job: Job, rank: int = 0, num_ranks: int = 1) -> DataLoader:
+    """The rank's part of every global batch: contiguous, so that one process sees the concatenation."""
+    generator = torch.Generator().manual_seed(3)
+    accumulate = job.trainer.get("accumulate_grad_batches", 1)
+    num_batches = job.steps * accumulate
+    x = torch.randn(num_batches, job.batch, WIDTH, generator=generator, dtype=torch.float64)
+    x[..., 0] += 2  # a common direction, so that experts draw uneven loads
+    y = x.square().sum(-1).sin()
+    if job.precision != "64-true":
+        x, y = x.float(), y.float()
+    part = slice(rank * job.batch // num_ranks, (rank + 1) * job.batch // num_ranks)
+    mine = x[:, part].flatten(0, 1), y[:, part].flatten(0, 1)
+    return DataLoader(TensorDataset(*mine), batch_size=job.batch // num_ranks)
+
+
+def make_trainer(job: Job, strategy: Any = "auto", **kwargs: Any) -> pl.Trainer:
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": job.steps,
+        "precision": job.precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    return pl.Trainer(strategy=strategy, **{**options, **job.trainer, **kwargs})
+
+
+def our_trainer(job: Job, **kwargs: Any) -> pl.Trainer:
+    strategy = SwiftMoEStrategy(slots_per_rank=job.slots, timeout=30, **job.strategy)
+    callbacks = [*job.callbacks(), ExpertRebalancer(job.policy)]
+    return make_trainer(
+        job, strategy, num_nodes=dist.get_world_size(), plugins=[Ranks()], callbacks=callbacks, **kwargs
+    )
+
+
+def train(job: Job, ckpt_path: str | None = None, save: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """On every rank: train with the strategy; the state dict of the user's module afterwards."""
+    trainer, module = our_trainer(job, **kwargs), Net(job)
+    trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return module.state_dict()
+
+
+def train_alone(job: Job, ckpt_path: str | None = None, save: str | None = None) -> dict[str, torch.Tensor]:
+    """In this process, with no strategy."""
+    trainer, module = make_trainer(job, callbacks=job.callbacks()), Net(job)
+    trainer.fit(module, data(job), ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return module.state_dict()
+
+
+def largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative norm of a difference over all tensors."""
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30)).item() for k in a if b[k].is_floating_point())
