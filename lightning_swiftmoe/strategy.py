@@ -232,6 +232,8 @@ class SwiftMoEStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state = dict(checkpoint["state_dict"])
         if not self.layers:
+            # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
+            self.precision_plugin.convert_module(self._module)
             # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
             self._masters = {
                 f"{name}.experts.{key}": state[k]

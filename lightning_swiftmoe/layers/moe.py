@@ -35,6 +35,10 @@ class MoE(nn.Module):
             strategy does it; in your own loop ``update_bias`` happens before the next training forward.
         shared_ffn_size: hidden units of an expert that sees every token; 0 for none.
 
+    Attributes:
+        aux_loss_scale: multiplies the gradient of the auxiliary losses. Set it to ``1/n`` where you divide your loss by
+            ``n`` to accumulate gradients; the strategy does.
+
     Raises:
         ValueError: an argument out of range; says what was expected.
     """

@@ -24,3 +24,54 @@ def compare(num_ranks, job, bound):
 def test_ranks_equal_one_process(num_ranks, optimizer, top_k):
     slots = -(-5 // num_ranks) + 1
     compare(num_ranks, Job(optimizer=optimizer, top_k=top_k, slots=slots), 1e-9)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_experts", "slots"), [(2, 7, 4), (3, 4, 2), (4, 3, 1), (3, 2, 5), (2, 2, 1)])
+def test_uneven_experts_and_slots(num_ranks, num_experts, slots):
+    compare(num_ranks, Job(num_experts=num_experts, slots=slots), 1e-9)
+
+
+VARIANTS = {
+    "clip_norm": {"trainer": {"gradient_clip_val": 0.05}},
+    "clip_value": {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
+    "accumulate": {"trainer": {"accumulate_grad_batches": 3}},
+    "clip_and_accumulate": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
+    "every_loss": {"moe": {"aux_loss_coef": 0.1, "z_loss_coef": 0.01}},
+    "swiglu_shared_sigmoid": {"moe": {"activation": "swiglu", "shared_ffn_size": 4, "score": "sigmoid"}},
+    "bias": {"moe": {"bias_update_rate": 0.01, "score": "sigmoid"}},
+    "offload": {"strategy": {"offload_optimizer": True}},
+    "auto_slots_balanced": {"slots": "auto", "policy": "balanced"},
+    "proportional": {"policy": "proportional"},
+    "static": {"policy": "static"},
+    "adagrad": {
+        "optimizer": lambda module: torch.optim.Adagrad(module.parameters(), 0.05, initial_accumulator_value=0.1)
+    },
+    "rmsprop": {"optimizer": lambda module: torch.optim.RMSprop(module.parameters(), 0.01)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    compare(3, Job(**VARIANTS[variant]), 1e-9)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_other_precisions(precision, accumulate):
+    bound = {"32-true": 2e-5, "bf16-mixed": 2e-2, "bf16-true": 6e-2}[precision]
+    # Adam turns a rounding of a tiny gradient into a full step; SGD keeps roundings their size.
+    compare(2, Job(precision=precision, optimizer=sgd, slots=3, trainer={"accumulate_grad_batches": accumulate}), bound)
+
+
+def test_learning_rate_schedules_reach_the_shards():
+    class Scheduled(Job):
+        pass
+
+    def optimizer(module):
+        adam = adamw(module)
+        return {
+            "optimizer": adam,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.ExponentialLR(adam, 0.5), "interval": "step"},
+        }
+
+    compare(2, Scheduled(optimizer=optimizer, slots=3), 1e-9)
