@@ -13,10 +13,12 @@ from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback
 from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.layers.load import LayerLoad
+from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.metrics import load_metrics
 from lightning_swiftmoe.placement import Placement, PlacementPolicy, get_policy, next_placement, uniform
 from lightning_swiftmoe.placement.placement import IntArray
-from lightning_swiftmoe.step import Step
+from lightning_swiftmoe.step import LayerStep, Step
 from lightning_swiftmoe.trace import TraceWriter
 
 LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "weight")
@@ -66,20 +68,24 @@ class ExpertRebalancer(Callback):
         self._placements[layer] = placement
         return placement
 
-    def decide(self, layer: str, loads: IntArray, cluster: ClusterShape) -> Placement:
-        """The placement of ``layer`` from the next step on.
+    def decide(self, name: str, moe: MoE, load: LayerLoad, cluster: ClusterShape) -> LayerStep:
+        """End the step of one layer: move its routing biases and choose its next placement.
 
         Args:
-            layer: its name.
-            loads: ``[E]`` assignments of the step that just ended, over all ranks.
+            name: the layer's name.
+            moe: the layer.
+            load: of the step that just ended, on the host.
             cluster: the shape it runs on.
         """
-        total = self._loads.pop(layer, np.zeros_like(loads)) + loads
+        moe.router.update_bias(load.counts.sum(dim=0))
+        counts, before = load.counts.numpy(), self._placements[name]
+        total = self._loads.pop(name, 0) + counts.sum(axis=0)
         if (self._steps + 1) % self.every_n_steps:
-            self._loads[layer] = total
+            self._loads[name] = total
         else:
-            self._placements[layer] = next_placement(self.policy, total, cluster, self._placements[layer])
-        return self._placements[layer]
+            self._placements[name] = next_placement(self.policy, total, cluster, before)
+        aux_loss = float(load.aux_loss) / load.num_forwards
+        return LayerStep(name, counts, load.rank_load.numpy(), aux_loss, before, self._placements[name], moe.top_k)
 
     def end_step(self, step: Step) -> None:
         """Take note of a finished optimizer step."""

@@ -26,8 +26,8 @@ from lightning_swiftmoe._compat import (
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.exchange import Exchange
-from lightning_swiftmoe.layers.load import LayerLoad
-from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.layers.load import loads_to_host
+from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
     ShardedExperts,
     canonical_state,
@@ -36,7 +36,7 @@ from lightning_swiftmoe.optim import (
     insert_shards,
     load_canonical_state,
 )
-from lightning_swiftmoe.step import LayerStep, Step
+from lightning_swiftmoe.step import Step
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
@@ -139,7 +139,7 @@ class SwiftMoEStrategy(DDPStrategy):
                     self.exchange,
                     self._rebalancer.first_placement(name, self._cluster_of(name, moe)),
                     compute_dtype=torch.bfloat16 if self._trainer.precision == "bf16-mixed" else None,
-                    gradient_dtype=torch.float32 if self._accumulates else None,
+                    accumulates=self._accumulates,
                     offload=self.offload_optimizer,
                     masters=masters,
                 )
@@ -195,16 +195,12 @@ class SwiftMoEStrategy(DDPStrategy):
     def _end_step(self) -> None:
         """Choose the next placements and let the weight phase carry them out."""
         steps = []
-        for layer, load in zip(self.layers, _loads_to_host(self.layers), strict=True):
+        loads = loads_to_host([layer.moe.pop_load(layer.placement.num_ranks) for layer in self.layers])
+        for layer, load in zip(self.layers, loads, strict=True):
             cluster = self._cluster_of(layer.name, layer.moe)
-            loads = load.counts.sum(dim=0)
-            layer.moe.router.update_bias(loads)
-            before = layer.placement
-            after = self._rebalancer.decide(layer.name, loads.numpy(), cluster)
-            layer.send_weights(after)
-            aux = float(load.aux_loss) / load.num_forwards
-            counts, rank_load = load.counts.numpy(), load.rank_load.numpy()
-            steps.append(LayerStep(layer.name, counts, rank_load, aux, before, after, layer.moe.top_k))
+            step = self._rebalancer.decide(layer.name, layer.moe, load, cluster)
+            layer.send_weights(step.next_placement)
+            steps.append(step)
         self._rebalancer.end_step(Step(tuple(steps), self.exchange.pop_traffic()))
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -316,30 +312,3 @@ class SwiftMoEStrategy(DDPStrategy):
         """Whether a step may add up gradients of several backwards."""
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in trainer_callbacks(self._trainer))
         return self._micro_batches > 1 or schedules or not self._module.automatic_optimization
-
-
-def moe_layers(module: nn.Module) -> dict[str, MoE]:
-    """All ``MoE`` layers by name, in registration order, which is the same on every rank."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
-
-
-def _loads_to_host(layers: list[ShardedExperts]) -> list[LayerLoad]:
-    """The loads of every layer since the last step, copied to the host in one piece."""
-    loads = []
-    for layer in layers:
-        load = layer.moe.pop_load()
-        if load is None:
-            shape = layer.placement.num_ranks, layer.moe.num_experts
-            zeros = torch.zeros(shape, dtype=torch.int64, device=layer.exchange.device)
-            load = LayerLoad(zeros, zeros.sum(dim=1), zeros.sum().double())
-        loads.append(load)
-    flat = [torch.cat([x.counts.flatten(), x.rank_load, x.aux_loss.double()[None]]).double() for x in loads]
-    host = torch.cat(flat).cpu().split([part.numel() for part in flat]) if flat else []
-    result = []
-    for load, values in zip(loads, host, strict=True):
-        num_ranks, num_experts = load.counts.shape
-        counts, rank_load, aux = values.split([num_ranks * num_experts, num_ranks, 1])
-        result.append(
-            LayerLoad(counts.long().view(num_ranks, num_experts), rank_load.long(), aux.squeeze(), load.num_forwards)
-        )
-    return result

@@ -1,5 +1,5 @@
 """The MoE layer and its parts."""
 
-from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.layers.moe import MoE, moe_layers
 
-__all__ = ["MoE"]
+__all__ = ["MoE", "moe_layers"]

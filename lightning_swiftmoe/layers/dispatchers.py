@@ -30,6 +30,7 @@ class Dispatcher(Protocol):
     """Runs the experts of one layer on the local tokens."""
 
     placement: Placement
+    num_processes: int
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
@@ -45,6 +46,8 @@ class LocalDispatcher:
         placement: a placement of one rank; None means one slot for each expert.
         num_experts: experts of the layer.
     """
+
+    num_processes = 1
 
     def __init__(self, num_experts: int, placement: Placement | None = None) -> None:
         self.placement = placement or Placement(np.arange(num_experts)[None], num_experts)
@@ -69,6 +72,8 @@ class VirtualDispatcher:
 
     The tokens of the batch count as split into ``N`` equal contiguous parts, one per virtual rank.
     """
+
+    num_processes = 1
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -105,6 +110,7 @@ class SlotDispatcher:
 
     def __init__(self, exchange: Exchange, placement: Placement, layer: str) -> None:
         self.exchange, self.placement, self.layer = exchange, placement, layer
+        self.num_processes = exchange.num_ranks
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None

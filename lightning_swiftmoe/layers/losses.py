@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def load_balance_loss(prob_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
+def load_balance_loss(prob_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1) -> Tensor:
     """This rank's share of ``E * sum_e f_e * P_e``; 1.0 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4).
 
     ``f_e`` is the fraction of assignments that expert ``e`` drew over all ranks, before drops; ``P_e`` its mean
@@ -22,16 +22,17 @@ def load_balance_loss(prob_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
         prob_sum: ``[E]`` probabilities summed over the local tokens.
         counts: ``[N, E]`` assignments by rank.
         top_k: assignments per token.
+        num_processes: processes the gradient is averaged over.
     """
-    num_ranks, num_experts = counts.shape
+    num_experts = counts.shape[1]
     total = counts.sum().clamp_min(1)
     fraction = counts.sum(dim=0) / total
-    return num_experts * num_ranks * top_k * (fraction.to(prob_sum) * prob_sum).sum() / total
+    return num_experts * num_processes * top_k * (fraction.to(prob_sum) * prob_sum).sum() / total
 
 
-def router_z_loss(z_sum: Tensor, counts: Tensor, top_k: int) -> Tensor:
+def router_z_loss(z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1) -> Tensor:
     """This rank's share of the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return z_sum * counts.shape[0] * top_k / counts.sum().clamp_min(1)
+    return z_sum * num_processes * top_k / counts.sum().clamp_min(1)
 
 
 def attach_loss(y: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:

@@ -108,14 +108,22 @@ class MoE(nn.Module):
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)
 
-    def pop_load(self) -> LayerLoad | None:
-        """Loads of the training forwards since the last call, or None; starts the next step's count."""
+    def pop_load(self, num_ranks: int) -> LayerLoad:
+        """Loads of the training forwards since the last call; starts the next step's count.
+
+        Args:
+            num_ranks: of the cluster, for a load of zeros where there was no forward.
+        """
         load, self._load = self._load, None
-        return load
+        if load is not None:
+            return load
+        counts = torch.zeros(num_ranks, self.num_experts, dtype=torch.int64, device=self.router.weight.device)
+        return LayerLoad(counts, counts.sum(dim=1), counts.sum().double())
 
     def _with_losses(self, y_TD: Tensor, routing: Routing, counts: Tensor, rank_load: Tensor) -> Tensor:
-        aux = load_balance_loss(routing.prob_sum, counts, self.top_k)
-        z = router_z_loss(routing.z_sum, counts, self.top_k)
+        num_processes = self.dispatcher.num_processes
+        aux = load_balance_loss(routing.prob_sum, counts, self.top_k, num_processes)
+        z = router_z_loss(routing.z_sum, counts, self.top_k, num_processes)
         if not _in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
             load = LayerLoad(counts, rank_load, self.aux_loss)
@@ -139,6 +147,11 @@ class MoE(nn.Module):
         """Shown by ``print(model)``."""
         capacity = "dropless" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
         return f"d={self.hidden_size}, h={self.ffn_size}, experts={self.num_experts}, top_k={self.top_k}, {capacity}"
+
+
+def moe_layers(module: nn.Module) -> dict[str, MoE]:
+    """All ``MoE`` layers of ``module`` by name, in registration order, which is the same on every rank."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
 
 
 def _in_backward() -> bool:

@@ -35,7 +35,8 @@ class ShardedExperts:
         exchange: the ranks.
         placement: the first placement.
         compute_dtype: dtype of the residents; None keeps that of the Parameters.
-        gradient_dtype: dtype of gradients on the wire and while they accumulate; None takes the residents'.
+        accumulates: whether gradients of several backwards add up in a step; they then add up, and travel, in at least
+            fp32. A single one already has the residents' precision and loses nothing.
         offload: keep shards on the host.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
     """
@@ -48,12 +49,12 @@ class ShardedExperts:
         placement: Placement,
         *,
         compute_dtype: torch.dtype | None = None,
-        gradient_dtype: torch.dtype | None = None,
+        accumulates: bool = False,
         offload: bool = False,
         masters: dict[str, Tensor] | None = None,
     ) -> None:
         self.moe, self.name, self.exchange, self.placement = moe, name, exchange, placement
-        self.gradient_dtype, self.offload = gradient_dtype, offload
+        self.accumulates, self.offload = accumulates, offload
         self.params: dict[str, nn.Parameter] = dict(moe.experts.named_parameters())
         self.shapes = {key: param.shape for key, param in self.params.items()}
         self.dtypes = {key: param.dtype for key, param in self.params.items()}
@@ -184,24 +185,28 @@ class ShardedExperts:
         self._remove_hooks = []
 
     def _after_backward(self, param: Tensor) -> None:
-        """Gradients of low-precision residents accumulate in ``gradient_dtype``, not in their own."""
+        """Gradients of low-precision residents add up in fp32, not in their own precision."""
         self.dirty = True
         assert isinstance(param, nn.Parameter)
         assert param.grad is not None
-        if self.gradient_dtype is None or self.gradient_dtype == param.dtype:
+        dtype = self._gradient_dtype(param)
+        if dtype == param.dtype:
             return
         if param in self._accumulated:
             self._accumulated[param] += param.grad
         else:
-            self._accumulated[param] = param.grad.to(self.gradient_dtype)
+            self._accumulated[param] = param.grad.to(dtype)
         param.grad = None
+
+    def _gradient_dtype(self, param: nn.Parameter) -> torch.dtype:
+        return torch.promote_types(param.dtype, torch.float32) if self.accumulates else param.dtype
 
     def _gradient(self, key: str) -> Tensor:
         """This rank's gradient by resident. Where the loss never reached the layer it is zero: others wait for it."""
         param = self.params[key]
         grad = self._accumulated.pop(param, param.grad)
         param.grad = None
-        return torch.zeros_like(param, dtype=self.gradient_dtype or param.dtype) if grad is None else grad
+        return torch.zeros_like(param, dtype=self._gradient_dtype(param)) if grad is None else grad
 
     def _packed_gradient(self, key: str, num_residents: int) -> Tensor:
         return pack_shards(self._gradient(key)[:num_residents].flatten(1), self.exchange.num_ranks)

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.distributed
 
 
 class Recorder(pl.Callback):
-    """Every step as the strategy reports it."""
+    """Every step as the rebalancer hears of it."""
 
-    def __init__(self):
-        self.steps = []
+    def __init__(self, rebalancer="ExpertRebalancer"):
+        self.steps, self.rebalancer = [], rebalancer
 
     def setup(self, trainer, pl_module, stage):
-        rebalancer = next(c for c in trainer.callbacks if type(c).__name__ == "ExpertRebalancer")
+        rebalancer = next(c for c in trainer.callbacks if type(c).__name__ == self.rebalancer)
         end_step = rebalancer.end_step
 
         def record(step):

@@ -1,0 +1,58 @@
+"""A virtual cluster of four drops the very tokens that four ranks drop, and learns the same."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lightning_swiftmoe.virtual import VirtualCluster
+from tests.jobs import Job, Net, data, largest_error, make_trainer, train
+from tests.ranks import run_ranks
+from tests.strategy.test_bytes import Recorder
+
+pytestmark = pytest.mark.distributed
+
+JOB = Job(num_experts=5, slots=2, steps=6, top_k=1, policy="proportional", moe={"capacity_factor": 1.0})
+
+
+def train_recorded(job):
+    recorder = Recorder()
+    weights = train(dataclasses.replace(job, callbacks=lambda: [recorder]))
+    return weights, recorder.steps
+
+
+def train_virtually(job, num_ranks):
+    recorder = Recorder("VirtualCluster")
+    virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy)
+    trainer, module = make_trainer(job, callbacks=[recorder, virtual]), Net(job)
+    trainer.fit(module.double(), data(job))
+    return module.state_dict(), recorder.steps
+
+
+@pytest.mark.parametrize("policy", ["proportional", "static"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_same_drops_and_weights(policy, top_k):
+    job = dataclasses.replace(JOB, policy=policy, top_k=top_k)
+    real_weights, real = run_ranks(4, train_recorded, job)[0]
+    virtual_weights, virtual = train_virtually(job, 4)
+    assert min(layer.survival for step in real for layer in step.layers) < 0.9
+    for one, other in zip(real, virtual, strict=True):
+        for a, b in zip(one.layers, other.layers, strict=True):
+            assert (a.counts == b.counts).all()
+            assert (a.rank_load == b.rank_load).all()
+            assert a.next_placement == b.next_placement
+    assert largest_error(real_weights, virtual_weights) < 1e-9
+
+
+def test_proportional_keeps_more_than_static():
+    kept = {}
+    for policy in ("static", "proportional"):
+        job = dataclasses.replace(JOB, policy=policy, slots=4, steps=10)
+        _, steps = train_virtually(job, 4)
+        kept[policy] = np.mean([layer.survival for step in steps[1:] for layer in step.layers])
+    assert kept["proportional"] > kept["static"] + 0.05
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="7 virtual ranks cannot share 24 tokens evenly"):
+        train_virtually(JOB, 7)
