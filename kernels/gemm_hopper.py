@@ -1,0 +1,288 @@
+"""Warp-specialised grouped GEMMs for Hopper, in Gluon: one warp feeds TMA loads, two warpgroups run wgmma.
+
+Rows stand in expert order, each expert padded to whole tiles of `BLOCK_M` rows (see `routing.py`), so no tile straddles
+an expert and every load and store is a full TMA box. Persistent: one program per multiprocessor, no host sync; the
+number of tiles is read from device memory. Plain-torch twin: `grouped.py` with `activations.py`.
+
+Shape legend: P padded rows, E experts, K depth, N columns; `BN` is `BLOCK_N`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lightning_swiftmoe.kernels.activations_triton import act_value
+
+# Renamed between Triton 3.6 and 3.9; the semantics are the same.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+BLOCK_M = 128
+BLOCK_N = 256
+BLOCK_K = 64
+HALF_N = 128
+
+
+@gluon.jit
+def _tile(index, num_m, num_n, GROUP_M: gl.constexpr):
+    """Row and column tile of a linear index: bands of GROUP_M row tiles, so that a wave is nearly square in bytes."""
+    band = GROUP_M * num_n
+    first_m = (index // band) * GROUP_M
+    height = gl.minimum(num_m - first_m, GROUP_M)
+    inside = index % band
+    return first_m + inside % height, inside // height
+
+
+@gluon.jit
+def _split(acc):
+    """Left and right column halves of an accumulator, in registers."""
+    half: gl.constexpr = acc.shape[1] // 2
+    return acc.reshape([acc.shape[0], 2, half]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _rows_producer(
+    a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows, b_rows,
+    NT: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    OUT_N: gl.constexpr = BN // 2 if GATED else BN
+    num_m = gl.load(num_rows) // BM
+    num_n = (N + OUT_N - 1) // OUT_N
+    slot = 0
+    phase = 1
+    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
+        b_row = gl.load(tile_expert + tile_m) * b_rows
+        for k in range(0, K, BK):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = ready.index(slot)
+            mbarrier.expect(bar, (BM + BN) * BK * 2)
+            _tma_load(a_desc, [tile_m * BM, k], bar, a_bufs.index(slot))
+            if NT:
+                if GATED:
+                    buf = b_bufs.index(slot)
+                    _tma_load(b_desc, [b_row + tile_n * OUT_N, k], bar, buf.slice(0, OUT_N))
+                    _tma_load(b_desc, [b_row + gate_rows + tile_n * OUT_N, k], bar, buf.slice(OUT_N, OUT_N))
+                else:
+                    _tma_load(b_desc, [b_row + tile_n * BN, k], bar, b_bufs.index(slot))
+            else:
+                _tma_load(b_desc, [b_row + k, tile_n * BN], bar, b_bufs.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _rows_consumer(
+    pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows,
+    NT: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    HALF: gl.constexpr = BN // 2
+    OUT_N: gl.constexpr = HALF if GATED else BN
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BN, 16]
+    )
+    dtype: gl.constexpr = out_desc.dtype
+    num_m = gl.load(num_rows) // BM
+    num_n = (N + OUT_N - 1) // OUT_N
+    slot = 0
+    phase = 0
+    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
+        row = tile_m * BM
+        acc = gl.zeros([BM, BN], gl.float32, acc_layout)
+        last = 0
+        for k in range(0, K, BK):
+            mbarrier.wait(ready.index(slot), phase)
+            b_buf = b_bufs.index(slot)
+            if NT:
+                b_buf = b_buf.permute((1, 0))
+            token = warpgroup_mma(a_bufs.index(slot), b_buf, acc, use_acc=k > 0, is_async=True)
+            # At most one product in flight: the buffers of the one before it are free.
+            acc = warpgroup_mma_wait(1, deps=[token])
+            mbarrier.arrive(empty.index(last), count=1, pred=k > 0)
+            last = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(last), count=1)
+
+        left, right = _split(acc)
+        tma.store_wait(0)
+        if ACT < 0:
+            c_bufs.index(0).store(left.to(dtype))
+            c_bufs.index(1).store(right.to(dtype))
+            fence_async_shared()
+            _tma_store(out_desc, [row, tile_n * BN], c_bufs.index(0))
+            _tma_store(out_desc, [row, tile_n * BN + HALF], c_bufs.index(1))
+        else:
+            col = tile_n * OUT_N
+            right_col = gate_rows + col if GATED else col + HALF
+            c_bufs.index(0).store(left.to(dtype))
+            c_bufs.index(1).store(right.to(dtype))
+            fence_async_shared()
+            _tma_store(pre_desc, [row, col], c_bufs.index(0))
+            _tma_store(pre_desc, [row, right_col], c_bufs.index(1))
+            if GATED:
+                hidden = (act_value(left, ACT) * right).to(dtype)
+                tma.store_wait(1)
+                c_bufs.index(0).store(hidden)
+                fence_async_shared()
+                _tma_store(out_desc, [row, col], c_bufs.index(0))
+            else:
+                hidden = act_value(left, ACT).to(dtype)
+                tma.store_wait(1)
+                c_bufs.index(0).store(hidden)
+                fence_async_shared()
+                _tma_store(out_desc, [row, col], c_bufs.index(0))
+                hidden = act_value(right, ACT).to(dtype)
+                tma.store_wait(1)
+                c_bufs.index(1).store(hidden)
+                fence_async_shared()
+                _tma_store(out_desc, [row, right_col], c_bufs.index(1))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def rows_gemm_kernel(
+    a_desc, b_desc, pre_desc, out_desc, tile_expert, num_rows, K, N, gate_rows, b_rows,
+    NT: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """`out[p] = a[p] @ B[expert of p]`, or with ACT >= 0 `pre = a @ B` and `out = act(pre)`.
+
+    `a[P, K]`; B is the `[E, b_rows, .]` weights seen as two dims: `[E * N', K]` when NT, `[E * K, N]` when not.
+    When GATED, the tile's left half is gate columns and its right half the up columns `gate_rows` further down.
+    """
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
+    if NT:
+        b_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    else:
+        b_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BK, BN], b_desc.layout)
+    c_bufs = gl.allocate_shared_memory(a_desc.dtype, [2, BM, BN // 2], out_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_rows_consumer, (pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows,
+                          NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+        (_rows_producer, (a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
+                          b_rows, NT, GATED, GROUP_M, BM, BN, BK, STAGES)),
+    ], [1], [24])  # fmt: skip
+
+
+@gluon.jit
+def _depth(starts, ends, expert, BK: gl.constexpr):
+    """First row of an expert, and how many blocks of BK rows cover its real rows."""
+    start = gl.load(starts + expert)
+    return start, (gl.load(ends + expert) - start + BK - 1) // BK
+
+
+@gluon.jit
+def _weight_producer(
+    a_desc, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N,
+    GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    num_m = (M + BM - 1) // BM
+    num_n = (N + BN - 1) // BN
+    per_expert = num_m * num_n
+    slot = 0
+    phase = 1
+    for index in range(gl.program_id(0), num_experts * per_expert, gl.num_programs(0)):
+        expert = index // per_expert
+        tile_m, tile_n = _tile(index % per_expert, num_m, num_n, GROUP_M)
+        start, depth = _depth(starts, ends, expert, BK)
+        for i in range(0, depth):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = ready.index(slot)
+            mbarrier.expect(bar, (BM + BN) * BK * 2)
+            _tma_load(a_desc, [start + i * BK, tile_m * BM], bar, a_bufs.index(slot))
+            _tma_load(b_desc, [start + i * BK, tile_n * BN], bar, b_bufs.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _weight_consumer(
+    out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N,
+    GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    HALF: gl.constexpr = BN // 2
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BN, 16]
+    )
+    dtype: gl.constexpr = out_desc.dtype
+    num_m = (M + BM - 1) // BM
+    num_n = (N + BN - 1) // BN
+    per_expert = num_m * num_n
+    slot = 0
+    phase = 0
+    for index in range(gl.program_id(0), num_experts * per_expert, gl.num_programs(0)):
+        expert = index // per_expert
+        tile_m, tile_n = _tile(index % per_expert, num_m, num_n, GROUP_M)
+        _, depth = _depth(starts, ends, expert, BK)
+        acc = gl.zeros([BM, BN], gl.float32, acc_layout)
+        last = 0
+        for i in range(0, depth):
+            mbarrier.wait(ready.index(slot), phase)
+            token = warpgroup_mma(
+                a_bufs.index(slot).permute((1, 0)), b_bufs.index(slot), acc, use_acc=i > 0, is_async=True
+            )
+            acc = warpgroup_mma_wait(1, deps=[token])
+            mbarrier.arrive(empty.index(last), count=1, pred=i > 0)
+            last = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(last), count=1, pred=depth > 0)
+        left, right = _split(acc)
+        tma.store_wait(0)
+        c_bufs.index(0).store(left.to(dtype))
+        c_bufs.index(1).store(right.to(dtype))
+        fence_async_shared()
+        _tma_store(out_desc, [expert * M + tile_m * BM, tile_n * BN], c_bufs.index(0))
+        _tma_store(out_desc, [expert * M + tile_m * BM, tile_n * BN + HALF], c_bufs.index(1))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def weight_gemm_kernel(
+    a_desc, b_desc, out_desc, starts, ends, num_experts, M, N,
+    GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """`out[e] = a[rows of e].T @ b[rows of e]` for `a[P, M]`, `b[P, N]`; pad rows must be zeros; M a multiple of BM."""
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BK, BM], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BK, BN], b_desc.layout)
+    c_bufs = gl.allocate_shared_memory(a_desc.dtype, [2, BM, BN // 2], out_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_weight_consumer, (out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N,
+                            GROUP_M, BM, BN, BK, STAGES, WARPS)),
+        (_weight_producer, (a_desc, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N,
+                            GROUP_M, BM, BN, BK, STAGES)),
+    ], [1], [24])  # fmt: skip

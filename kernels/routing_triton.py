@@ -1,0 +1,103 @@
+"""Routing metadata in three small kernels: block histograms, one prefix, a stable scatter. No host synchronisation.
+
+Shape legend: R assignments in blocks of BLOCK, E experts in a bin vector of BINS > E (bin E takes the dropped ones),
+P rows of the padded layout, in which every expert takes whole tiles of TILE rows.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _keys(topk_idx, at, num_assignments, num_experts):
+    expert = tl.load(topk_idx + at, mask=at < num_assignments, other=-1).to(tl.int32)
+    return tl.where((expert < 0) | (expert >= num_experts), num_experts, expert)
+
+
+@triton.jit
+def histogram_kernel(
+    topk_idx, histograms, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
+):
+    """`histograms[block, bin]`: assignments of the block that name each expert."""
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.histogram(_keys(topk_idx, at, num_assignments, num_experts), BINS)
+    tl.store(histograms + block * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def prefix_kernel(
+    histograms,
+    offsets,
+    starts,
+    ends,
+    num_blocks,
+    num_experts,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Where each block's run of each expert starts, less the run's place inside the sorted block; one program.
+
+    `starts[e]` and `ends[e]` bound each expert's real rows; `starts[E]` is the end of the last tile of all.
+    """
+    bins = tl.arange(0, BINS)
+    carry = tl.zeros([BINS], tl.int32)
+    for first in range(0, num_blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        at = block[:, None] * BINS + bins[None, :]
+        live = (block < num_blocks)[:, None]
+        counts = tl.load(histograms + at, mask=live, other=0)
+        before = tl.cumsum(counts, axis=0) - counts + carry[None, :]
+        inside = tl.cumsum(counts, axis=1) - counts
+        tl.store(offsets + at, before - inside, mask=live)
+        carry += tl.sum(counts, axis=0)
+    real = tl.where(bins < num_experts, carry, 0)
+    padded = (real + TILE - 1) // TILE * TILE
+    start = tl.cumsum(padded, axis=0) - padded
+    kept = bins < num_experts
+    tl.store(starts + bins, start, mask=bins <= num_experts)
+    tl.store(ends + bins, start + real, mask=kept)
+
+
+@triton.jit
+def _place(
+    topk_idx, offsets, starts, row_assignment, inverse, block, num_assignments, num_experts,
+    BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    at = block * BLOCK + lane
+    # Key and lane in one integer: the sort is stable because the lanes differ.
+    packed = tl.sort(_keys(topk_idx, at, num_assignments, num_experts) * BLOCK + lane)
+    expert = packed // BLOCK
+    assignment = block * BLOCK + packed % BLOCK
+    kept = expert < num_experts
+    row = tl.load(offsets + block * BINS + expert, mask=kept, other=0) + lane
+    row += tl.load(starts + expert, mask=kept, other=0)
+    tl.store(row_assignment + row, assignment, mask=kept)
+    tl.store(inverse + assignment, tl.where(kept, row, -1), mask=assignment < num_assignments)
+
+
+@triton.jit
+def _name_tiles(
+    starts, tile_expert, group, num_experts, num_tiles, TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr
+):
+    tile = group * TILES + tl.arange(0, TILES)
+    bins = tl.arange(0, BINS)
+    start = tl.load(starts + bins, mask=bins < num_experts, other=2147483647)
+    # Empty experts share their successor's start: the last expert that starts at or before the tile owns it.
+    expert = tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1
+    tl.store(tile_expert + tile, tl.maximum(expert, 0), mask=tile < num_tiles)
+
+
+@triton.jit
+def scatter_kernel(
+    topk_idx, offsets, starts, row_assignment, inverse, tile_expert, num_assignments, num_experts, num_blocks,
+    num_tiles, TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Place every assignment; the programs past the blocks name each tile's expert instead."""
+    block = tl.program_id(0)
+    if block < num_blocks:
+        _place(topk_idx, offsets, starts, row_assignment, inverse, block, num_assignments, num_experts, BLOCK, BINS)
+    else:
+        _name_tiles(starts, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)
