@@ -15,6 +15,7 @@ _PLAIN = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
 
 # Codes of the element-wise functions, shared with the Triton kernels.
 ELEMENTWISE_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+NARROW_GELU_CODE = 5  # gelu with a polynomial for erf, close enough for 16-bit results
 
 _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _TANH_CUBIC = 0.044715
@@ -46,9 +47,11 @@ def elementwise_name(activation: str) -> str:
     return _GATED.get(activation, activation)
 
 
-def elementwise_code(activation: str) -> int:
-    """The integer by which the Triton kernels know the element-wise function of `activation`."""
-    return ELEMENTWISE_CODES[elementwise_name(activation)]
+def kernel_code(activation: str, dtype: torch.dtype) -> int:
+    """The integer by which the Triton kernels know the element-wise function of `activation` on values of `dtype`."""
+    code = ELEMENTWISE_CODES[elementwise_name(activation)]
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return NARROW_GELU_CODE if narrow and code == ELEMENTWISE_CODES["gelu"] else code
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lightning_swiftmoe.kernels.activations_triton import act_value
+from lightning_swiftmoe.kernels.activations_triton import act_both_ptx, act_value_ptx
 
 # Renamed between Triton 3.6 and 3.9; the semantics are the same.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -135,18 +135,18 @@ def _rows_consumer(
             _tma_store(pre_desc, [row, col], c_bufs.index(0))
             _tma_store(pre_desc, [row, right_col], c_bufs.index(1))
             if GATED:
-                hidden = (act_value(left, ACT) * right).to(dtype)
+                hidden = (act_value_ptx(left, ACT) * right).to(dtype)
                 tma.store_wait(1)
                 c_bufs.index(0).store(hidden)
                 fence_async_shared()
                 _tma_store(out_desc, [row, col], c_bufs.index(0))
             else:
-                hidden = act_value(left, ACT).to(dtype)
+                hidden = act_value_ptx(left, ACT).to(dtype)
                 tma.store_wait(1)
                 c_bufs.index(0).store(hidden)
                 fence_async_shared()
                 _tma_store(out_desc, [row, col], c_bufs.index(0))
-                hidden = act_value(right, ACT).to(dtype)
+                hidden = act_value_ptx(right, ACT).to(dtype)
                 tma.store_wait(1)
                 c_bufs.index(1).store(hidden)
                 fence_async_shared()
@@ -182,6 +182,140 @@ def rows_gemm_kernel(
                           NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
         (_rows_producer, (a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
                           b_rows, NT, GATED, GROUP_M, BM, BN, BK, STAGES)),
+    ], [1], [24])  # fmt: skip
+
+
+@gluon.jit
+def _load_pre(pre_desc, bufs, bars, row, col, gate_rows, SIDE: gl.constexpr, GATED: gl.constexpr):
+    """Start loading a chunk of pre-activations: gate (and up) columns into side SIDE of the buffers."""
+    PER: gl.constexpr = 2 if GATED else 1
+    bar = bars.index(SIDE)
+    mbarrier.expect(bar, PER * pre_desc.block_type.shape[0] * pre_desc.block_type.shape[1] * 2)
+    _tma_load(pre_desc, [row, col], bar, bufs.index(SIDE * PER))
+    if GATED:
+        _tma_load(pre_desc, [row, gate_rows + col], bar, bufs.index(SIDE * PER + 1))
+
+
+@gluon.jit
+def _grad_chunk(
+    grad, scale, bufs, scaled_buf, bars, phase, grad_pre_desc, scaled_desc, row, col, N, gate_rows,
+    SIDE: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr,
+):  # fmt: skip
+    """Activation backward of one chunk of columns, in place of its pre-activations; returns `<grad, act>` per row."""
+    PER: gl.constexpr = 2 if GATED else 1
+    layout: gl.constexpr = grad.type.layout
+    dtype: gl.constexpr = scaled_desc.dtype
+    wide_scale = gl.expand_dims(scale, 1)
+    mbarrier.wait(bars.index(SIDE), phase)
+    value, slope = act_both_ptx(bufs.index(SIDE * PER).load(layout).to(gl.float32), ACT)
+    scaled_grad = wide_scale * grad
+    grad_z = scaled_grad * slope
+    if GATED:
+        up = bufs.index(SIDE * PER + 1).load(layout).to(gl.float32)
+        bufs.index(SIDE * PER + 1).store((scaled_grad * value).to(dtype))
+        grad_z *= up
+        value *= up
+    bufs.index(SIDE * PER).store(grad_z.to(dtype))
+    scaled_buf.store((wide_scale * value).to(dtype))
+    fence_async_shared()
+    if col < N:
+        _tma_store(grad_pre_desc, [row, col], bufs.index(SIDE * PER))
+        if GATED:
+            _tma_store(grad_pre_desc, [row, gate_rows + col], bufs.index(SIDE * PER + 1))
+        _tma_store(scaled_desc, [row, col], scaled_buf)
+    return gl.sum(grad * value, axis=1)
+
+
+@gluon.jit
+def _grad_consumer(
+    pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty, pre_bars, row_scale,
+    partials, num_rows, K, N, gate_rows, part_stride,
+    GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = BN // 4
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BN, 16]
+    )
+    num_m = gl.load(num_rows) // BM
+    num_n = (N + BN - 1) // BN
+    slot = 0
+    phase = 0
+    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
+        row = tile_m * BM
+        col = tile_n * BN
+        tma.store_wait(0)
+        _load_pre(pre_desc, pre_bufs, pre_bars, row, col, gate_rows, 0, GATED)
+        _load_pre(pre_desc, pre_bufs, pre_bars, row, col + WIDTH, gate_rows, 1, GATED)
+        acc = gl.zeros([BM, BN], gl.float32, acc_layout)
+        last = 0
+        for k in range(0, K, BK):
+            mbarrier.wait(ready.index(slot), phase)
+            token = warpgroup_mma(a_bufs.index(slot), b_bufs.index(slot), acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[token])
+            mbarrier.arrive(empty.index(last), count=1, pred=k > 0)
+            last = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(last), count=1)
+
+        left, right = _split(acc)
+        c0, c1 = _split(left)
+        c2, c3 = _split(right)
+        rows = row + gl.arange(0, BM, layout=gl.SliceLayout(1, c0.type.layout))
+        scale = gl.load(row_scale + rows)
+        total = _grad_chunk(c0, scale, pre_bufs, scaled_buf, pre_bars, 0, grad_pre_desc, scaled_desc, row, col, N,
+                            gate_rows, 0, GATED, ACT)  # fmt: skip
+        tma.store_wait(0)
+        _load_pre(pre_desc, pre_bufs, pre_bars, row, col + 2 * WIDTH, gate_rows, 0, GATED)
+        total += _grad_chunk(c1, scale, pre_bufs, scaled_buf, pre_bars, 0, grad_pre_desc, scaled_desc, row,
+                             col + WIDTH, N, gate_rows, 1, GATED, ACT)  # fmt: skip
+        tma.store_wait(0)
+        _load_pre(pre_desc, pre_bufs, pre_bars, row, col + 3 * WIDTH, gate_rows, 1, GATED)
+        total += _grad_chunk(c2, scale, pre_bufs, scaled_buf, pre_bars, 1, grad_pre_desc, scaled_desc, row,
+                             col + 2 * WIDTH, N, gate_rows, 0, GATED, ACT)  # fmt: skip
+        tma.store_wait(0)
+        total += _grad_chunk(c3, scale, pre_bufs, scaled_buf, pre_bars, 1, grad_pre_desc, scaled_desc, row,
+                             col + 3 * WIDTH, N, gate_rows, 1, GATED, ACT)  # fmt: skip
+        gl.store(partials + tile_n.to(gl.int64) * part_stride + rows, total)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hidden_grad_kernel(
+    a_desc, b_desc, pre_desc, grad_pre_desc, scaled_desc, row_scale, partials, tile_expert, num_rows, K, N, gate_rows,
+    b_rows, part_stride,
+    GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """`grad = a @ B[e]` and, from its accumulators, the backward of `s * act(pre)`; see `activation_backward`.
+
+    `a[P, K]` is the output gradient, B the down projection `[E * K, N]`. `partials[n, P]` gets `<grad, act>` over the
+    columns of tile n. Pre-activations come in chunks of `BN / 4` columns, the first two while the product runs.
+    """
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BK, BN], b_desc.layout)
+    pre_bufs = gl.allocate_shared_memory(a_desc.dtype, [4 if GATED else 2, BM, BN // 4], pre_desc.layout)
+    scaled_buf = gl.allocate_shared_memory(a_desc.dtype, [BM, BN // 4], pre_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    pre_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(pre_bars.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
+                          pre_bars, row_scale, partials, num_rows, K, N, gate_rows, part_stride,
+                          GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+        (_rows_producer, (a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
+                          b_rows, False, False, GROUP_M, BM, BN, BK, STAGES)),
     ], [1], [24])  # fmt: skip
 
 

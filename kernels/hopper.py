@@ -1,4 +1,4 @@
-"""Launchers of the Hopper GEMMs, and when they apply.
+"""Launchers of the Hopper GEMMs; `dispatch.hopper_supports` says when they apply.
 
 Shape legend: P padded rows, E experts, K depth, N columns, d model width, h hidden width, H = 2h when gated, else h.
 """
@@ -7,11 +7,12 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lightning_swiftmoe.kernels import gemm_hopper as kernels
-from lightning_swiftmoe.kernels.activations import elementwise_code, is_gated
+from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
 
 BM, BN, BK, HALF = kernels.BLOCK_M, kernels.BLOCK_N, kernels.BLOCK_K, kernels.HALF_N
@@ -23,23 +24,19 @@ def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def supports(device: torch.device, dtype: torch.dtype, width: int, hidden: int, activation: str) -> bool:
-    """Whether the kernels take these sizes: Hopper, 16-bit, K in whole blocks, gated halves in whole tiles."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return width % BK == 0 and hidden % (HALF if is_gated(activation) else BK) == 0
+@functools.cache
+def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def _descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), list(block), _layout(block, tensor.dtype)
+    )
 
 
 def rows_gemm(
-    rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool, out: Tensor | None = None, group_m: int = 16
+    rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool, out: Tensor | None = None, group_m: int = 8
 ) -> Tensor:
     """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
     depth = rows.shape[1]
@@ -70,7 +67,7 @@ def rows_gemm(
 
 
 def up_gemm(
-    rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str, group_m: int = 16
+    rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str, group_m: int = 8
 ) -> tuple[Tensor, Tensor]:
     """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`, the activation taken from the accumulators."""
     gated = is_gated(activation)
@@ -90,7 +87,7 @@ def up_gemm(
         up_proj.shape[1],
         NT=True,
         GATED=gated,
-        ACT=elementwise_code(activation),
+        ACT=kernel_code(activation, rows.dtype),
         GROUP_M=group_m,
         num_warps=8,
         **_LAUNCH,
@@ -98,8 +95,56 @@ def up_gemm(
     return pre, hidden
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, group_m: int = 64) -> Tensor:
-    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; M must be a multiple of 128."""
+def hidden_grad_gemm(
+    grad_rows: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    row_scale: Tensor,
+    routing: PaddedRouting,
+    activation: str,
+    group_m: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_rows @ down_proj[e]` and the activation backward taken from its accumulators.
+
+    Returns:
+        `grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[n, P]`, whose sum over n is each row's router gradient.
+    """
+    hidden_width = down_proj.shape[2]
+    columns = BN // 4
+    grad_pre = torch.empty_like(pre)
+    scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
+    partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
+    kernels.hidden_grad_kernel[(_multiprocessors(grad_rows.device.index),)](
+        _descriptor(grad_rows, (BM, BK)),
+        _descriptor(down_proj.view(-1, hidden_width), (BK, BN)),
+        _descriptor(pre, (BM, columns)),
+        _descriptor(grad_pre, (BM, columns)),
+        _descriptor(scaled_hidden, (BM, columns)),
+        row_scale,
+        partials,
+        routing.tile_expert,
+        routing.num_rows,
+        grad_rows.shape[1],
+        hidden_width,
+        hidden_width,
+        down_proj.shape[1],
+        pre.shape[0],
+        GATED=is_gated(activation),
+        ACT=kernel_code(activation, pre.dtype),
+        GROUP_M=group_m,
+        num_warps=8,
+        **_LAUNCH,
+    )
+    return grad_pre, scaled_hidden, partials
+
+
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, group_m: int = 8) -> Tensor:
+    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
+
+    A tile of 128 rows of the result must not reach into the next expert's: other M go to torch.
+    """
+    if left.shape[1] % BM:
+        return F.grouped_mm(left.mT, right, offs=routing.padded_ends)
     num_experts = routing.ends.shape[0]
     out = left.new_empty(num_experts, left.shape[1], right.shape[1])
     kernels.weight_gemm_kernel[(_multiprocessors(left.device.index),)](

@@ -1,43 +1,65 @@
 """The expert MLP as `torch.library` custom ops with fakes, so that compile, checkpoint and graph capture see one node.
 
-Shape legend: T tokens, k choices, R = T * k, E experts, d model width, h hidden width, H = 2h when gated, else h.
+Shape legend: T tokens, k choices, R = T * k, P rows of the chosen path's layout, E experts, d model width, h hidden
+width, H = 2h when gated, else h.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import reference
-from lightning_swiftmoe.kernels.routing import Routing, route_reference
+from lightning_swiftmoe.kernels import dispatch, reference
+from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
+
+
+def _device(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _check_experts(topk_idx: Tensor, num_experts: int) -> None:
+    """Only on CPU: elsewhere it would wait for the device."""
+    if topk_idx.device.type == "cpu" and topk_idx.numel():
+        low, high = topk_idx.aminmax()
+        if low < -1 or high >= num_experts:
+            raise ValueError(f"topk_idx must lie in [-1, {num_experts}), got {int(low)} to {int(high)}")
 
 
 @torch.library.custom_op("lightning_swiftmoe::expert_mlp_forward", mutates_args=())
 def expert_mlp_forward(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`y[T, d]`, and what the backward needs: `pre[R, H]`, `order[R]`, `inverse[T, k]`, `ends[E]` (int32)."""
-    num_experts = up_proj.shape[0]
-    if x.device.type == "cpu" and topk_idx.numel():
-        low, high = topk_idx.aminmax()
-        if low < -1 or high >= num_experts:
-            raise ValueError(f"topk_idx must lie in [-1, {num_experts}), got {int(low)} to {int(high)}")
-    routing = route_reference(topk_idx, num_experts)
-    y, pre = reference.expert_mlp_forward(x, topk_weights, up_proj, down_proj, routing, activation)
-    return y, pre, routing.order, routing.inverse, routing.ends
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y[T, d]`, and what the backward needs beside the inputs: `pre[P, H]` and the packed int32 routing."""
+    num_experts, width = up_proj.shape[0], x.shape[1]
+    path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
+    _check_experts(topk_idx, num_experts)
+    if path == "torch" or topk_idx.numel() == 0:
+        routing = route_reference(topk_idx, num_experts)
+        y, pre = reference.expert_mlp_forward(x, topk_weights, up_proj, down_proj, routing, activation)
+        return y, pre, routing.packed
+    from lightning_swiftmoe.kernels import padded_mlp, padded_routing
+
+    with _device(x):
+        padded = padded_routing.route(topk_idx, num_experts, dispatch.tile_rows(x.device))
+        up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
+        y, pre = padded_mlp.forward(x, topk_weights.contiguous(), up_proj, down_proj, padded, activation, path)
+        return y, pre, padded.packed
 
 
 @expert_mlp_forward.register_fake
 def _(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = topk_idx.shape
+    num_experts, up_rows, width = up_proj.shape
+    path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
+    rows, packed = dispatch.layout_sizes(path, num_tokens * top_k, num_experts, x.device)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(num_tokens * top_k, up_proj.shape[1]),
-        topk_idx.new_empty(num_tokens * top_k, dtype=torch.int32),
-        topk_idx.new_empty(num_tokens, top_k, dtype=torch.int32),
-        topk_idx.new_empty(up_proj.shape[0], dtype=torch.int32),
+        x.new_empty(rows, up_rows),
+        topk_idx.new_empty(packed, dtype=torch.int32),
     )
 
 
@@ -49,15 +71,24 @@ def expert_mlp_backward(
     up_proj: Tensor,
     down_proj: Tensor,
     pre: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    ends: Tensor,
+    packed: Tensor,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, topk_weights, up_proj and down_proj."""
-    routing = Routing(order, inverse, ends)
-    return reference.expert_mlp_backward(grad_y, x, topk_weights, up_proj, down_proj, pre, routing, activation)
+    num_experts, width = up_proj.shape[0], x.shape[1]
+    path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
+    num_tokens, top_k = topk_weights.shape
+    if path == "torch" or topk_weights.numel() == 0:
+        routing = unpack_reference(packed, num_tokens, top_k, num_experts)
+        return reference.expert_mlp_backward(grad_y, x, topk_weights, up_proj, down_proj, pre, routing, activation)
+    from lightning_swiftmoe.kernels import padded_mlp, padded_routing
+
+    with _device(x):
+        padded = padded_routing.unpack(packed, num_tokens, top_k, num_experts, dispatch.tile_rows(x.device))
+        up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
+        weights = topk_weights.contiguous()
+        return padded_mlp.backward(grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path)
 
 
 @expert_mlp_backward.register_fake
@@ -68,9 +99,7 @@ def _(
     up_proj: Tensor,
     down_proj: Tensor,
     pre: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    ends: Tensor,
+    packed: Tensor,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

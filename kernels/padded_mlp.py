@@ -1,67 +1,57 @@
-"""The expert MLP on Triton kernels over the padded layout: forward and backward, composed from the launchers.
+"""The expert MLP over the padded layout: forward and backward, composed from the row kernels and one set of GEMMs.
 
 Shape legend: T tokens, k choices, P padded rows, E experts, d model width, h hidden width, H = 2h when gated, else h.
 """
 
-import torch
+import importlib
+from types import ModuleType
+
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_swiftmoe.kernels import hopper
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward, combine_rows, gather_rows
+from lightning_swiftmoe.kernels.rows import combine_rows, router_grad, spread_rows
+
+_GEMMS = {"hopper": "hopper", "triton": "portable", "grouped_mm": "library"}
 
 
-def _combined(rows: Tensor, routing: PaddedRouting, weights: Tensor | None) -> Tensor:
-    out = rows.new_empty(routing.inverse.shape[0], rows.shape[1])
-    combine_rows(rows, routing, weights, out)
-    return out
+def gemms(path: str) -> ModuleType:
+    """The module with the GEMM launchers of a path: "hopper", "triton" or "grouped_mm"."""
+    return importlib.import_module(f"lightning_swiftmoe.kernels.{_GEMMS[path]}")
 
 
 def forward(
-    x: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor, routing: PaddedRouting, activation: str,
-    gemm: str = "hopper",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor, routing: PaddedRouting, activation: str, path: str
+) -> tuple[Tensor, Tensor]:
     """`y[T, d]` and `pre[P, H]`."""
-    rows = gather_rows(x, routing)
-    if gemm == "hopper":
-        pre, hidden = hopper.up_gemm(rows, up_proj, routing, activation)
-        del rows
-        out = hopper.rows_gemm(hidden, down_proj, routing, transposed=True)
-    else:
-        pre = F.grouped_mm(rows, up_proj.mT, offs=routing.padded_ends)
-        del rows
-        hidden = act_forward(pre, routing, activation)
-        out = F.grouped_mm(hidden, down_proj.mT, offs=routing.padded_ends)
-    return _combined(out, routing, weights), pre
+    gemm = gemms(path)
+    rows, _ = spread_rows(x, routing)
+    pre, hidden = gemm.up_gemm(rows, up_proj, routing, activation)
+    del rows
+    out = gemm.rows_gemm(hidden, down_proj, routing, transposed=True)
+    return combine_rows(out, routing, weights), pre
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor, pre: Tensor,
-    routing: PaddedRouting, activation: str, gemm: str = "hopper", wgrad: str = "torch",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weights, up_proj and down_proj."""
-    grad_rows = gather_rows(grad_y, routing)
-    offs = routing.padded_ends
-    if gemm == "hopper":
-        grad_hidden = hopper.rows_gemm(grad_rows, down_proj, routing, transposed=False)
-    else:
-        grad_hidden = F.grouped_mm(grad_rows, down_proj, offs=offs)
-    grad_pre, scaled_hidden, grad_weights = act_backward(pre, grad_hidden, weights, routing, activation)
-    del grad_hidden
-    if wgrad == "hopper":
-        grad_down = hopper.weight_gemm(grad_rows, scaled_hidden, routing)
-    else:
-        grad_down = F.grouped_mm(grad_rows.mT, scaled_hidden, offs=offs)
-    del grad_rows, scaled_hidden
-    rows = gather_rows(x, routing)
-    if wgrad == "hopper":
-        grad_up = hopper.weight_gemm(grad_pre, rows, routing)
-    else:
-        grad_up = F.grouped_mm(grad_pre.mT, rows, offs=offs)
-    del rows
-    if gemm == "hopper":
-        out = hopper.rows_gemm(grad_pre, up_proj, routing, transposed=False)
-    else:
-        out = F.grouped_mm(grad_pre, up_proj, offs=offs)
-    return _combined(out, routing, None), grad_weights, grad_up, grad_down
+    grad_y: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    routing: PaddedRouting,
+    activation: str,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up_proj and down_proj. Buffers go as soon as they are used up: the peak is in here."""
+    gemm = gemms(path)
+    grad_rows, row_scale = spread_rows(grad_y, routing, weights)
+    grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(grad_rows, down_proj, pre, row_scale, routing, activation)
+    grad_weights = router_grad(partials, routing, weights)
+    grad_down = gemm.weight_gemm(grad_rows, scaled_hidden, routing)
+    del grad_rows, scaled_hidden, partials
+    out = gemm.rows_gemm(grad_pre, up_proj, routing, transposed=False)
+    grad_x = combine_rows(out, routing, None)
+    del out
+    rows, _ = spread_rows(x, routing)
+    grad_up = gemm.weight_gemm(grad_pre, rows, routing)
+    return grad_x, grad_weights, grad_up, grad_down

@@ -21,15 +21,16 @@ class PaddedRouting:
     """Where assignments stand. Rows `[starts[e], ends[e])` are real; up to `starts[e + 1]` they are zero padding.
 
     Example, with tiles of 4 rows, k = 1, E = 3 and `topk_idx = [[2], [-1], [0], [2]]`: `starts = [0, 4, 4, 8]`,
-    `ends = [1, 4, 6]`, `row_assignment = [2, -1, -1, -1, 0, 3, -1, -1, ...]`, `inverse = [[4], [-1], [0], [5]]`,
-    `tile_expert = [0, 2, ...]`; what lies at and beyond row 8 is never read.
+    `ends = [1, 4, 6]`, `inverse = [[4], [-1], [0], [5]]`, `tile_expert = [0, 2, ...]`. What lies at and beyond row 8
+    is never read.
     """
 
-    row_assignment: Tensor  # [P] int32: token * k + choice, -1 for padding
-    inverse: Tensor  # [T, k] int32: the assignment's row, -1 where dropped
-    starts: Tensor  # [E + 1] int32
-    ends: Tensor  # [E] int32
-    tile_expert: Tensor  # [P / TILE] int32
+    packed: Tensor  # one int32 buffer that holds all of the below, so that an op can return it
+    inverse: Tensor  # [T, k]: the assignment's row, -1 where dropped
+    starts: Tensor  # [E + 1]
+    ends: Tensor  # [E]
+    tile_expert: Tensor  # [P / tile]
+    allocated_rows: int  # P
 
     @property
     def num_rows(self) -> Tensor:
@@ -48,7 +49,27 @@ def padded_rows(num_assignments: int, num_experts: int, tile: int = TILE) -> int
     With n used experts the padding is at most `n * (tile - 1)`, and n is at most `min(E, R)`.
     """
     most = num_assignments + min(num_experts, num_assignments) * (tile - 1)
-    return -(-most // tile) * tile
+    return (most + tile - 1) // tile * tile
+
+
+def _sizes(num_assignments: int, num_experts: int, tile: int) -> list[int]:
+    tiles = padded_rows(num_assignments, num_experts, tile) // tile
+    # Each part starts on a multiple of 4 elements: Triton specialises on 16-byte alignment.
+    return [-(-n // 4) * 4 for n in (num_assignments, num_experts + 1, num_experts, tiles)]
+
+
+def packed_size(num_assignments: int, num_experts: int, tile: int = TILE) -> int:
+    """Elements of the packed buffer."""
+    return sum(_sizes(num_assignments, num_experts, tile))
+
+
+def unpack(packed: Tensor, num_tokens: int, top_k: int, num_experts: int, tile: int = TILE) -> PaddedRouting:
+    """The routing whose packed buffer this is."""
+    num_assignments = num_tokens * top_k
+    inverse, starts, ends, tile_expert = packed.split(_sizes(num_assignments, num_experts, tile))
+    rows = padded_rows(num_assignments, num_experts, tile)
+    inverse = inverse[:num_assignments].view(num_tokens, top_k)
+    return PaddedRouting(packed, inverse, starts[: num_experts + 1], ends[:num_experts], tile_expert, rows)
 
 
 def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting:
@@ -59,29 +80,25 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         num_experts: E.
         tile: rows to which every expert is padded.
     """
-    num_assignments = topk_idx.numel()
-    device = topk_idx.device
-    rows = padded_rows(num_assignments, num_experts, tile)
+    num_tokens, top_k = topk_idx.shape
+    num_assignments, device = num_tokens * top_k, topk_idx.device
     block = min(_BLOCK, triton.next_power_of_2(max(num_assignments, 16)))
     bins = triton.next_power_of_2(num_experts + 1)
-    num_blocks, num_tiles = triton.cdiv(num_assignments, block), rows // tile
-
-    row_assignment = torch.full((rows,), -1, dtype=torch.int32, device=device)
-    inverse = torch.empty(topk_idx.shape, dtype=torch.int32, device=device)
-    starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
-    tile_expert = torch.empty(num_tiles, dtype=torch.int32, device=device)
-    histograms = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device)
+    num_blocks = triton.cdiv(num_assignments, block)
+    packed = torch.empty(packed_size(num_assignments, num_experts, tile), dtype=torch.int32, device=device)
+    routing = unpack(packed, num_tokens, top_k, num_experts, tile)
+    num_tiles = routing.allocated_rows // tile
+    histograms, offsets = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     topk_idx = topk_idx.contiguous()
 
     routing_triton.histogram_kernel[(num_blocks,)](
-        topk_idx, histograms[0], num_assignments, num_experts, BLOCK=block, BINS=bins
+        topk_idx, histograms, num_assignments, num_experts, BLOCK=block, BINS=bins
     )
     routing_triton.prefix_kernel[(1,)](
-        histograms[0],
-        histograms[1],
-        starts,
-        ends,
+        histograms,
+        offsets,
+        routing.starts,
+        routing.ends,
         num_blocks,
         num_experts,
         TILE=tile,
@@ -89,14 +106,12 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         CHUNK=min(max(8192 // bins, 1), triton.next_power_of_2(num_blocks)),
         num_warps=8,
     )
-    grid = (num_blocks + triton.cdiv(num_tiles, _TILES),)
-    routing_triton.scatter_kernel[grid](
+    routing_triton.scatter_kernel[(num_blocks + triton.cdiv(num_tiles, _TILES),)](
         topk_idx,
-        histograms[1],
-        starts,
-        row_assignment,
-        inverse,
-        tile_expert,
+        offsets,
+        routing.starts,
+        routing.inverse,
+        routing.tile_expert,
         num_assignments,
         num_experts,
         num_blocks,
@@ -106,4 +121,4 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         BINS=bins,
         TILES=_TILES,
     )
-    return PaddedRouting(row_assignment, inverse, starts, ends, tile_expert)
+    return routing

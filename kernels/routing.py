@@ -20,6 +20,7 @@ class Routing:
     order: Tensor  # [R] int32: sorted row -> assignment; dropped assignments last
     inverse: Tensor  # [T, k] int32: assignment -> sorted row
     ends: Tensor  # [E] int32: one past the last row of each expert
+    packed: Tensor  # the three above in one buffer, so that an op can return them
 
     @property
     def tokens(self) -> Tensor:
@@ -45,5 +46,13 @@ def route_reference(topk_idx: Tensor, num_experts: int) -> Routing:
     experts = torch.arange(num_experts, device=flat.device, dtype=sorted_key.dtype)
     ends = torch.searchsorted(sorted_key, experts, right=True, out_int32=True)
     rows = torch.arange(flat.numel(), device=flat.device, dtype=torch.int32)
-    inverse = torch.empty_like(rows).scatter_(0, order, rows).view(topk_idx.shape)
-    return Routing(order.to(torch.int32), inverse, ends)
+    inverse = torch.empty_like(rows).scatter_(0, order, rows)
+    packed = torch.cat((order.to(torch.int32), inverse, ends))
+    return unpack_reference(packed, *topk_idx.shape, num_experts)
+
+
+def unpack_reference(packed: Tensor, num_tokens: int, top_k: int, num_experts: int) -> Routing:
+    """The routing whose packed buffer this is."""
+    num_assignments = num_tokens * top_k
+    order, inverse, ends = packed.split((num_assignments, num_assignments, num_experts))
+    return Routing(order, inverse.view(num_tokens, top_k), ends, packed)

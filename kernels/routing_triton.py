@@ -15,9 +15,7 @@ def _keys(topk_idx, at, num_assignments, num_experts):
 
 
 @triton.jit
-def histogram_kernel(
-    topk_idx, histograms, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
-):
+def histogram_kernel(topk_idx, histograms, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """`histograms[block, bin]`: assignments of the block that name each expert."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +60,7 @@ def prefix_kernel(
 
 @triton.jit
 def _place(
-    topk_idx, offsets, starts, row_assignment, inverse, block, num_assignments, num_experts,
+    topk_idx, offsets, starts, inverse, block, num_assignments, num_experts,
     BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
@@ -74,7 +72,6 @@ def _place(
     kept = expert < num_experts
     row = tl.load(offsets + block * BINS + expert, mask=kept, other=0) + lane
     row += tl.load(starts + expert, mask=kept, other=0)
-    tl.store(row_assignment + row, assignment, mask=kept)
     tl.store(inverse + assignment, tl.where(kept, row, -1), mask=assignment < num_assignments)
 
 
@@ -92,12 +89,12 @@ def _name_tiles(
 
 @triton.jit
 def scatter_kernel(
-    topk_idx, offsets, starts, row_assignment, inverse, tile_expert, num_assignments, num_experts, num_blocks,
+    topk_idx, offsets, starts, inverse, tile_expert, num_assignments, num_experts, num_blocks,
     num_tiles, TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Place every assignment; the programs past the blocks name each tile's expert instead."""
     block = tl.program_id(0)
     if block < num_blocks:
-        _place(topk_idx, offsets, starts, row_assignment, inverse, block, num_assignments, num_experts, BLOCK, BINS)
+        _place(topk_idx, offsets, starts, inverse, block, num_assignments, num_experts, BLOCK, BINS)
     else:
         _name_tiles(starts, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)

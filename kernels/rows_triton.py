@@ -1,28 +1,75 @@
-"""Rows to expert order and back: gather with zeroed padding, and the weighted gather-sum. No atomics."""
+"""Rows to expert order and back: spread with zeroed padding, and the weighted gather-sum. No atomics."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def gather_rows_kernel(
-    source, row_assignment, num_rows, rows, D, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`rows[p] = source[row_assignment[p] // TOP_K]`, zeros where the assignment is -1. Grid: blocks of ROWS rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    limit = tl.load(num_rows)
-    if tl.program_id(0) * ROWS >= limit:
-        return
-    assignment = tl.load(row_assignment + row, mask=row < limit, other=-1)
-    token = (assignment // TOP_K).to(tl.int64)
+def _copy_tokens(
+    source, inverse, weights, rows, row_scale, block, num_tokens, D,
+    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    live = token < num_tokens
+    wide = token.to(tl.int64)
+    if WEIGHTED:
+        for choice in tl.static_range(TOP_K):
+            row = tl.load(inverse + wide * TOP_K + choice, mask=live, other=-1)
+            weight = tl.load(weights + wide * TOP_K + choice, mask=live, other=0.0).to(tl.float32)
+            tl.store(row_scale + row, weight, mask=row >= 0)
     for start in range(0, D, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        inside = cols < D
-        value = tl.load(
-            source + token[:, None] * D + cols[None, :], mask=(assignment >= 0)[:, None] & inside[None, :], other=0.0
-        )
-        target = rows + row.to(tl.int64)[:, None] * D + cols[None, :]
-        tl.store(target, value, mask=(row < limit)[:, None] & inside[None, :])
+        inside = (cols < D)[None, :]
+        value = tl.load(source + wide[:, None] * D + cols[None, :], mask=live[:, None] & inside, other=0.0)
+        for choice in tl.static_range(TOP_K):
+            row = tl.load(inverse + wide * TOP_K + choice, mask=live, other=-1)
+            target = rows + row.to(tl.int64)[:, None] * D + cols[None, :]
+            tl.store(target, value, mask=(row >= 0)[:, None] & inside)
+
+
+@triton.jit
+def _clear_padding(
+    starts, ends, rows, row_scale, part, D, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    expert = part // PARTS
+    first = tl.load(ends + expert) + part % PARTS
+    target = rows + first.to(tl.int64) * D
+    for row in range(first, tl.load(starts + expert + 1), PARTS):
+        if WEIGHTED:
+            tl.store(row_scale + row, 0.0)
+        for start in range(0, D, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            tl.store(target + cols, tl.zeros([BLOCK], rows.dtype.element_ty), mask=cols < D)
+        target += PARTS * D
+
+
+@triton.jit
+def spread_rows_kernel(
+    source, inverse, weights, starts, ends, rows, row_scale, num_tokens, num_blocks, D,
+    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`rows[inverse[t, j]] = source[t]`, zeros in the padding; with WEIGHTED also `row_scale`, the router weights.
+
+    In token order, each source row is read once and written k times; in row order it would be read k times, from
+    memory, since the source is larger than the cache. The programs past `num_blocks` clear the padding.
+    """
+    block = tl.program_id(0)
+    if block < num_blocks:
+        _copy_tokens(source, inverse, weights, rows, row_scale, block, num_tokens, D, WEIGHTED, TOP_K, TOKENS, BLOCK)
+    else:
+        _clear_padding(starts, ends, rows, row_scale, block - num_blocks, D, WEIGHTED, PARTS, BLOCK)
+
+
+@triton.jit
+def router_grad_kernel(partials, inverse, grad_weights, num_assignments, num_parts, part_stride, BLOCK: tl.constexpr):
+    """`grad_weights[a] = sum_n partials[n, inverse[a]]` in the order of n; zero where the assignment was dropped."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(inverse + at, mask=at < num_assignments, other=-1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, num_parts):
+        total += tl.load(partials + row, mask=row >= 0, other=0.0)
+        partials += part_stride
+    tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=at < num_assignments)
 
 
 @triton.jit
@@ -32,8 +79,6 @@ def combine_rows_kernel(
     weights,
     out,
     num_tokens,
-    row_stride,
-    out_stride,
     D,
     WEIGHTED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -49,10 +94,10 @@ def combine_rows_kernel(
     for choice in tl.static_range(TOP_K):
         row = tl.load(inverse + wide * TOP_K + choice, mask=live, other=-1)
         mask = (row >= 0)[:, None] & (cols < D)[None, :]
-        value = tl.load(rows + row.to(tl.int64)[:, None] * row_stride + cols[None, :], mask=mask, other=0.0)
+        value = tl.load(rows + row.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0)
         value = value.to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + wide * TOP_K + choice, mask=live, other=0.0).to(tl.float32)[:, None]
         total += value
-    target = out + wide[:, None] * out_stride + cols[None, :]
+    target = out + wide[:, None] * D + cols[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & (cols < D)[None, :])

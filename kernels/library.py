@@ -1,0 +1,34 @@
+"""torch's own `grouped_mm` around our row kernels, with the signatures of `hopper.py`: 16-bit, any CUDA device.
+
+Shape legend: P padded rows, E experts, d model width, h hidden width, H = 2h when gated, else h.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward
+
+
+def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+    """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
+    return F.grouped_mm(rows, weight.mT if transposed else weight, offs=routing.padded_ends)
+
+
+def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
+    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`."""
+    pre = rows_gemm(rows, up_proj, routing, transposed=True)
+    return pre, act_forward(pre, routing, activation)
+
+
+def hidden_grad_gemm(
+    grad_rows: Tensor, down_proj: Tensor, pre: Tensor, row_scale: Tensor, routing: PaddedRouting, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
+    grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)
+    return act_backward(pre, grad_hidden, row_scale, routing, activation)
+
+
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
+    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows."""
+    return F.grouped_mm(left.mT, right, offs=routing.padded_ends)

@@ -1,0 +1,88 @@
+"""Launchers of the portable GEMMs, with the same signatures as those of `hopper.py`.
+
+Shape legend: P padded rows, E experts, K depth, N columns, d model width, h hidden width, H = 2h when gated, else h.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from lightning_swiftmoe.kernels import gemm_triton
+from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward
+
+
+def _tile(routing: PaddedRouting) -> int:
+    return routing.allocated_rows // routing.tile_expert.shape[0]
+
+
+def _blocks(dtype: torch.dtype) -> tuple[int, int]:
+    """Column and depth tile: 32-bit operands get half the depth, to fit shared memory."""
+    return (128, 32) if dtype == torch.float32 else (128, 64)
+
+
+def _column_block(columns: int, block: int) -> int:
+    return min(block, max(16, triton.next_power_of_2(columns)))
+
+
+def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+    """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
+    operand = weight.mT if transposed else weight
+    depth, columns = operand.shape[1:]
+    out = rows.new_empty(rows.shape[0], columns)
+    block_n, block_k = _blocks(rows.dtype)
+    block_n, block_k = _column_block(columns, block_n), _column_block(depth, block_k)
+    tile = _tile(routing)
+    gemm_triton.rows_gemm_portable_kernel[(rows.shape[0] // tile, triton.cdiv(columns, block_n))](
+        rows,
+        operand,
+        out,
+        routing.tile_expert,
+        routing.num_rows,
+        depth,
+        columns,
+        *operand.stride(),
+        TILE=tile,
+        BN=block_n,
+        BK=block_k,
+        PRECISION="ieee",
+        num_warps=8,
+    )
+    return out
+
+
+def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
+    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`."""
+    pre = rows_gemm(rows, up_proj, routing, transposed=True)
+    return pre, act_forward(pre, routing, activation)
+
+
+def hidden_grad_gemm(
+    grad_rows: Tensor, down_proj: Tensor, pre: Tensor, row_scale: Tensor, routing: PaddedRouting, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
+    grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)
+    return act_backward(pre, grad_hidden, row_scale, routing, activation)
+
+
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
+    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows."""
+    num_experts, m, n = routing.ends.shape[0], left.shape[1], right.shape[1]
+    out = left.new_empty(num_experts, m, n)
+    block_n, block_k = _blocks(left.dtype)
+    block_m, block_n = _column_block(m, block_n), _column_block(n, block_n)
+    gemm_triton.weight_gemm_portable_kernel[(num_experts, triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
+        left,
+        right,
+        out,
+        routing.starts,
+        routing.ends,
+        m,
+        n,
+        BM=block_m,
+        BN=block_n,
+        BK=min(block_k, _tile(routing)),
+        PRECISION="ieee",
+        num_warps=8,
+    )
+    return out
