@@ -6,7 +6,6 @@ no clock, no global random state, ties broken towards the lowest index.
 
 from __future__ import annotations
 
-import heapq
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.placement.greedy import greedy_replicas, pack_heaviest_first
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
 
@@ -83,51 +83,6 @@ def balanced(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Pla
         return previous
     counts = greedy_replicas(loads, cluster)
     return Placement(pack_heaviest_first(loads, counts, cluster), cluster.num_experts)
-
-
-def greedy_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
-    """``[E]`` replica counts by repeated argmax of ``load / replicas``.
-
-    No expert gets more replicas than there are ranks while another could use one.
-    """
-    counts = np.ones(cluster.num_experts, dtype=np.int64)
-    heap = [(-float(load), e) for e, load in enumerate(loads.tolist())]
-    heapq.heapify(heap)
-    full: list[tuple[float, int]] = []
-    for _ in range(cluster.num_slots - cluster.num_experts):
-        if not heap:
-            heap, full = full, []
-            heapq.heapify(heap)
-        _, e = heapq.heappop(heap)
-        counts[e] += 1
-        entry = (-float(loads[e]) / float(counts[e]), e)
-        # A second replica on the same rank balances nothing, so an expert on every rank waits until all are.
-        if counts[e] % cluster.num_ranks == 0:
-            full.append(entry)
-        else:
-            heapq.heappush(heap, entry)
-    return counts
-
-
-def pack_heaviest_first(loads: IntArray, counts: IntArray, cluster: ClusterShape) -> IntArray:
-    """``[N, s]`` table: replicas by descending load, each to the least loaded rank with room, new hosts first."""
-    weight = loads / counts
-    order = sorted(range(cluster.num_experts), key=lambda e: (-weight[e], e))
-    rank_load = np.zeros(cluster.num_ranks)
-    table: list[list[int]] = [[] for _ in range(cluster.num_ranks)]
-    free = np.full(cluster.num_ranks, cluster.slots_per_rank)
-    for e in order:
-        hosted = np.zeros(cluster.num_ranks, dtype=bool)
-        for _ in range(int(counts[e])):
-            candidates = (free > 0) & ~hosted
-            if not candidates.any():
-                candidates = free > 0
-            rank = int(np.argmin(np.where(candidates, rank_load, np.inf)))
-            table[rank].append(e)
-            hosted[rank] = True
-            free[rank] -= 1
-            rank_load[rank] += weight[e]
-    return np.array([sorted(row) for row in table], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Optimizer state bound to the hosts of an expert, as static and FlexMoE keep it (our baselines)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_swiftmoe.placement.placement import Placement
+
+
+@dataclass(frozen=True)
+class BoundShards:
+    """One parameter of every expert, flattened; expert ``e`` is cut into as many intervals as it has hosts.
+
+    The ``i``-th host (ascending) owns elements ``i*chunk .. (i+1)*chunk`` with ``chunk = ceil(P / hosts)``; the last
+    intervals may be short or empty. When the placement changes the hosts change, and so do the owners: state moves.
+
+    Args:
+        num_elements: elements ``P`` of one expert's parameter.
+        placement: whose hosts own the state.
+    """
+
+    num_elements: int
+    placement: Placement
+
+    @property
+    def num_experts(self) -> int:
+        """Experts ``E``."""
+        return self.placement.num_experts
+
+    def intervals(self, expert: int) -> list[tuple[int, int, int]]:
+        """``(rank, start, stop)`` of every owner of ``expert``, in order of the elements; empty intervals left out.
+
+        Example: 10 elements of an expert on ranks 1, 4 and 5 are owned as ``(1, 0, 4), (4, 4, 8), (5, 8, 10)``.
+        """
+        hosts = self.placement.hosts(expert).tolist()
+        return cut_evenly(self.num_elements, hosts)
+
+
+def cut_evenly(num_elements: int, owners: list[int]) -> list[tuple[int, int, int]]:
+    """``(owner, start, stop)`` when every owner takes ``ceil(P / owners)`` elements in turn, as far as they last."""
+    chunk = -(-num_elements // len(owners))
+    starts = range(0, num_elements, chunk)
+    return [(owner, start, min(start + chunk, num_elements)) for owner, start in zip(owners, starts, strict=False)]
