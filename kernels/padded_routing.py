@@ -29,8 +29,9 @@ class PaddedRouting:
     inverse: Tensor  # [T, k]: the assignment's row, -1 where dropped
     starts: Tensor  # [E + 1]
     ends: Tensor  # [E]
-    tile_expert: Tensor  # [P / tile]
+    tile_expert: Tensor  # [P / tile], and up to three more
     allocated_rows: int  # P
+    tile: int
 
     @property
     def num_rows(self) -> Tensor:
@@ -69,7 +70,7 @@ def unpack(packed: Tensor, num_tokens: int, top_k: int, num_experts: int, tile: 
     inverse, starts, ends, tile_expert = packed.split(_sizes(num_assignments, num_experts, tile))
     rows = padded_rows(num_assignments, num_experts, tile)
     inverse = inverse[:num_assignments].view(num_tokens, top_k)
-    return PaddedRouting(packed, inverse, starts[: num_experts + 1], ends[:num_experts], tile_expert, rows)
+    return PaddedRouting(packed, inverse, starts[: num_experts + 1], ends[:num_experts], tile_expert, rows, tile)
 
 
 def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting:

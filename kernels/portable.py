@@ -12,10 +12,6 @@ from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
 from lightning_swiftmoe.kernels.rows import act_backward, act_forward
 
 
-def _tile(routing: PaddedRouting) -> int:
-    return routing.allocated_rows // routing.tile_expert.shape[0]
-
-
 def _blocks(dtype: torch.dtype) -> tuple[int, int]:
     """Column and depth tile: 32-bit operands get half the depth, to fit shared memory."""
     return (128, 32) if dtype == torch.float32 else (128, 64)
@@ -32,8 +28,7 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
     out = rows.new_empty(rows.shape[0], columns)
     block_n, block_k = _blocks(rows.dtype)
     block_n, block_k = _column_block(columns, block_n), _column_block(depth, block_k)
-    tile = _tile(routing)
-    gemm_triton.rows_gemm_portable_kernel[(rows.shape[0] // tile, triton.cdiv(columns, block_n))](
+    gemm_triton.rows_gemm_portable_kernel[(rows.shape[0] // routing.tile, triton.cdiv(columns, block_n))](
         rows,
         operand,
         out,
@@ -42,7 +37,7 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
         depth,
         columns,
         *operand.stride(),
-        TILE=tile,
+        TILE=routing.tile,
         BN=block_n,
         BK=block_k,
         PRECISION="ieee",
@@ -81,7 +76,7 @@ def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
         n,
         BM=block_m,
         BN=block_n,
-        BK=min(block_k, _tile(routing)),
+        BK=min(block_k, routing.tile),
         PRECISION="ieee",
         num_warps=8,
     )

@@ -1,4 +1,4 @@
-"""Moving residents' gradients to shard owners and weights back: the local halves of the two exchanges, plain torch.
+"""Moving residents' gradients to shard owners and weights back: the local halves of the two exchanges.
 
 Shape legend: N ranks, R residents of this rank, P elements of one flattened expert, c = ceil(P / N) elements of a
 shard. Rank j owns elements `[j * c, (j + 1) * c)` of every expert; the last shards are padded with zeros.
@@ -6,6 +6,10 @@ shard. Rank j owns elements `[j * c, (j + 1) * c)` of every expert; the last sha
 
 import torch
 from torch import Tensor
+
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted
+
+_BLOCK = 1024  # elements moved by one program
 
 
 def shard_size(num_elements: int, num_ranks: int) -> int:
@@ -35,3 +39,51 @@ def place_shards_reference(blocks: Tensor, num_elements: int, out_dtype: torch.d
     num_ranks, num_residents, size = blocks.shape
     joined = blocks.transpose(0, 1).reshape(num_residents, num_ranks * size)
     return joined[:, :num_elements].to(out_dtype).contiguous()
+
+
+def _use_triton(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and has_triton() and (tensor.device.type == "cuda" or interpreted())
+
+
+def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype) -> Tensor:
+    """`pack_shards_reference`, in one kernel on a GPU."""
+    if not _use_triton(grads):
+        return pack_shards_reference(grads, num_ranks, out_dtype)
+    from lightning_swiftmoe.kernels.shards_triton import pack_shards_kernel
+
+    num_residents, num_elements = grads.shape
+    size = shard_size(num_elements, num_ranks)
+    out = torch.empty(num_ranks, num_residents, size, dtype=out_dtype, device=grads.device)
+    grid = (num_ranks * num_residents, -(-size // _BLOCK))
+    pack_shards_kernel[grid](grads.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
+    return out
+
+
+def sum_shards(blocks: Tensor, expert_ids: Tensor, num_experts: int, out_dtype: torch.dtype) -> Tensor:
+    """`sum_shards_reference`, in one kernel on a GPU and without waiting for it."""
+    if not _use_triton(blocks):
+        return sum_shards_reference(blocks, expert_ids, num_experts, out_dtype)
+    import triton.language as tl
+
+    from lightning_swiftmoe.kernels.shards_triton import sum_shards_kernel
+
+    num_blocks, size = blocks.shape
+    out = torch.empty(num_experts, size, dtype=out_dtype, device=blocks.device)
+    ids = expert_ids.to(device=blocks.device, dtype=torch.int64, non_blocking=True)
+    wide = tl.float64 if blocks.dtype == torch.float64 else tl.float32
+    grid = (num_experts, -(-size // _BLOCK))
+    sum_shards_kernel[grid](blocks.contiguous(), ids, out, num_blocks, size, WIDE=wide, BLOCK=_BLOCK)
+    return out
+
+
+def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype) -> Tensor:
+    """`place_shards_reference`, in one kernel on a GPU."""
+    if not _use_triton(blocks) or num_elements == 0:
+        return place_shards_reference(blocks, num_elements, out_dtype)
+    from lightning_swiftmoe.kernels.shards_triton import place_shards_kernel
+
+    _, num_residents, size = blocks.shape
+    out = torch.empty(num_residents, num_elements, dtype=out_dtype, device=blocks.device)
+    grid = (num_residents, -(-num_elements // _BLOCK))
+    place_shards_kernel[grid](blocks.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
+    return out

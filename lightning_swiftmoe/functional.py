@@ -9,14 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import ops
+from lightning_swiftmoe.kernels import ops, shards
 from lightning_swiftmoe.kernels.activations import activation_names, is_gated
-from lightning_swiftmoe.kernels.shards import (
-    pack_shards_reference,
-    place_shards_reference,
-    shard_size,
-    sum_shards_reference,
-)
+from lightning_swiftmoe.kernels.shards import shard_size
 
 __all__ = [
     "Backend",
@@ -123,7 +118,7 @@ def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype | None = N
     """
     if grads.ndim != 2 or num_ranks < 1:
         raise ValueError(f"want grads[R, P] and num_ranks >= 1; got {tuple(grads.shape)} and {num_ranks}")
-    return pack_shards_reference(grads, num_ranks, out_dtype or grads.dtype)
+    return shards.pack_shards(grads, num_ranks, out_dtype or grads.dtype)
 
 
 def sum_shards(
@@ -142,7 +137,7 @@ def sum_shards(
     """
     if blocks.ndim != 2 or expert_ids.shape != (blocks.shape[0],):
         raise ValueError(f"want blocks[B, c] and expert_ids[B]; got {tuple(blocks.shape)}, {tuple(expert_ids.shape)}")
-    return sum_shards_reference(blocks, expert_ids, num_experts, out_dtype or torch.float32)
+    return shards.sum_shards(blocks, expert_ids, num_experts, out_dtype or torch.float32)
 
 
 def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -158,4 +153,4 @@ def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype | Non
     """
     if blocks.ndim != 3 or not 0 <= num_elements <= blocks.shape[0] * blocks.shape[2]:
         raise ValueError(f"want blocks[N, R, c] and num_elements <= N * c; got {tuple(blocks.shape)}, {num_elements}")
-    return place_shards_reference(blocks, num_elements, out_dtype or blocks.dtype)
+    return shards.place_shards(blocks, num_elements, out_dtype or blocks.dtype)

@@ -1,0 +1,158 @@
+"""Checks of the Triton kernels in the interpreter. Run as a module in its own process: the switch is read on import.
+
+Sizes are tiny: the interpreter takes milliseconds per block operation.
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.kernels import rows as row_kernels
+from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
+from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
+from lightning_swiftmoe.kernels.shards import (
+    pack_shards_reference,
+    place_shards_reference,
+    shard_size,
+    sum_shards_reference,
+)
+
+
+def random_routing(tokens: int, top_k: int, experts: int, drop: float = 0.1) -> Tensor:
+    idx = torch.rand(tokens, experts).topk(top_k, dim=-1).indices
+    return torch.where(torch.rand(tokens, top_k) < drop, -1, idx)
+
+
+def check_routing(tokens: int, top_k: int, experts: int, tile: int) -> None:
+    """Every field against lists built the slow way."""
+    idx = random_routing(tokens, top_k, experts)
+    routing = route(idx, experts, tile)
+    flat, starts, ends, inverse = idx.reshape(-1).tolist(), [0], [], [-1] * idx.numel()
+    tile_expert = []
+    for expert in range(experts):
+        mine = [at for at, named in enumerate(flat) if named == expert]
+        for place, at in enumerate(mine):
+            inverse[at] = starts[-1] + place
+        ends.append(starts[-1] + len(mine))
+        tiles = -(-len(mine) // tile)
+        tile_expert += [expert] * tiles
+        starts.append(starts[-1] + tiles * tile)
+    assert routing.starts.tolist() == starts
+    assert routing.ends.tolist() == ends
+    assert routing.inverse.reshape(-1).tolist() == inverse
+    assert routing.tile_expert.tolist()[: len(tile_expert)] == tile_expert
+    assert starts[-1] <= padded_rows(idx.numel(), experts, tile) == routing.allocated_rows
+
+
+def used(rows: Tensor, routing: PaddedRouting) -> Tensor:
+    return rows[: int(routing.num_rows)]
+
+
+def check_rows(tokens: int, top_k: int, experts: int, tile: int, width: int) -> None:
+    routing = route(random_routing(tokens, top_k, experts), experts, tile)
+    x, weights = torch.randn(tokens, width), torch.rand(tokens, top_k)
+    rows, scale = row_kernels.spread_rows(x, routing, weights)
+    assert scale is not None
+    want, want_scale = torch.zeros_like(rows), torch.zeros_like(scale)
+    for token in range(tokens):
+        for choice in range(top_k):
+            row = int(routing.inverse[token, choice])
+            if row >= 0:
+                want[row], want_scale[row] = x[token], weights[token, choice]
+    assert torch.equal(used(rows, routing), used(want, routing))
+    assert torch.equal(used(scale, routing), used(want_scale, routing))
+    kept = routing.inverse >= 0
+    combined = row_kernels.combine_rows(rows, routing, weights)
+    torch.testing.assert_close(combined, x * (weights * kept).sum(dim=1, keepdim=True))
+    partials = torch.randn(3, routing.allocated_rows)
+    want_grad = torch.where(kept, partials.sum(dim=0)[routing.inverse.clamp_min(0).long()], 0)
+    torch.testing.assert_close(row_kernels.router_grad(partials, routing, weights), want_grad)
+
+
+def check_activation(activation: str) -> None:
+    routing = route(torch.zeros(5, 1, dtype=torch.int64), 1, 16)
+    width, num_rows = 20, routing.allocated_rows
+    pre = 2 * torch.randn(num_rows, width * (2 if is_gated(activation) else 1))
+    grad, scale = torch.randn(num_rows, width), torch.rand(num_rows)
+    torch.testing.assert_close(
+        used(row_kernels.act_forward(pre, routing, activation), routing),
+        used(activation_forward(pre, activation), routing),
+    )
+    grad_pre, hidden, grad_scale = row_kernels.act_backward(pre, grad, scale, routing, activation)
+    want = activation_backward(pre, grad, scale, activation)
+    for got, expected in zip((grad_pre, hidden, grad_scale[0]), want, strict=True):
+        torch.testing.assert_close(used(got, routing), used(expected, routing))
+
+
+def check_narrow_gelu() -> None:
+    """The polynomial behind 16-bit gelu, in fp32, where its error is visible."""
+    from lightning_swiftmoe.kernels import activations_triton
+    from lightning_swiftmoe.kernels.activations import NARROW_GELU_CODE
+
+    pre = torch.linspace(-9, 9, 64).view(16, 4)
+    hidden = torch.empty_like(pre)
+    activations_triton.act_forward_kernel[(16, 1)](
+        pre, hidden, torch.tensor([16], dtype=torch.int32), 4, ACT=NARROW_GELU_CODE, GATED=False, BLOCK=4
+    )
+    assert (hidden - torch.nn.functional.gelu(pre)).abs().max() < 1e-4
+
+
+def check_expert_mlp(tokens: int, width: int, hidden: int, experts: int, top_k: int, activation: str) -> None:
+    """The whole portable path, forward and backward, against plain torch in fp64."""
+    up_rows = hidden * (2 if is_gated(activation) else 1)
+    idx = random_routing(tokens, top_k, experts)
+    inputs = [
+        torch.randn(tokens, width),
+        torch.rand(tokens, top_k),
+        torch.randn(experts, up_rows, width) / width**0.5,
+        torch.randn(experts, width, hidden) / hidden**0.5,
+    ]
+    grad_y = torch.randn(tokens, width)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        x, weights, up, down = (t.clone().to(dtype).requires_grad_() for t in inputs)
+        y = expert_mlp(x, idx, weights, up, down, activation, backend=backend)
+        y.backward(grad_y.to(dtype))
+        results.append([y.detach(), x.grad, weights.grad, up.grad, down.grad])
+    for got, expected in zip(*results, strict=True):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-30
+
+
+def check_shards(residents: int, elements: int, ranks: int) -> None:
+    grads = torch.randn(residents, elements)
+    blocks = pack_shards(grads, ranks, torch.float64)
+    assert torch.equal(blocks, pack_shards_reference(grads, ranks, torch.float64))
+    placed = place_shards(blocks, elements, torch.float32)
+    assert torch.equal(placed, grads)
+    assert torch.equal(placed, place_shards_reference(blocks, elements, torch.float32))
+    received = torch.randn(7, shard_size(elements, ranks))
+    experts = torch.tensor([2, 0, 2, 2, 4, 0, 2])
+    assert torch.equal(sum_shards(received, experts, 5), sum_shards_reference(received, experts, 5, torch.float32))
+
+
+ROUTINGS = ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
+CHECKS = {
+    "routing": lambda: [
+        check_routing(*case) for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
+    ],
+    "rows": lambda: [check_rows(5, 2, 3, 4, 24), check_rows(30, 3, 7, 16, 9)],
+    "activations": lambda: [check_activation(name) for name in activation_names()],
+    "narrow_gelu": check_narrow_gelu,
+    "expert_mlp": lambda: [
+        check_expert_mlp(1, 16, 16, 3, 3, "swiglu"),
+        check_expert_mlp(21, 24, 20, 5, 2, "swiglu"),
+        check_expert_mlp(9, 16, 17, 2, 1, "gelu"),
+    ],
+    "shards": lambda: [check_shards(3, 10, 3), check_shards(2, 5, 8)],
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name in sys.argv[1:]:
+        print(name, flush=True)
+        CHECKS[name]()
