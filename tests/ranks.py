@@ -63,7 +63,7 @@ def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_s: flo
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         workers = [
-            context.Process(target=_work, args=(rank, num_ranks, folder, fn, args, timeout_s))
+            context.Process(target=_work, args=(rank, num_ranks, folder, fn, args, timeout_s), daemon=True)
             for rank in range(num_ranks)
         ]
         for worker in workers:

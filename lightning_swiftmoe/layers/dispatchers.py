@@ -201,7 +201,7 @@ def combine(rows: Tensor, order: Tensor, weights_TK: Tensor) -> Tensor:
     """
     num_tokens, top_k = weights_TK.shape
     placed = rows.new_zeros(num_tokens * top_k, rows.shape[1]).index_copy(0, order, rows)
-    return (placed.view(num_tokens, top_k, -1) * weights_TK[..., None]).sum(dim=1)
+    return (placed.view(num_tokens, top_k, rows.shape[1]) * weights_TK[..., None]).sum(dim=1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
