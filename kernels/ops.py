@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_swiftmoe.kernels import dispatch, reference
 from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
@@ -27,8 +28,7 @@ def _check_experts(topk_idx: Tensor, num_experts: int) -> None:
             raise ValueError(f"topk_idx must lie in [-1, {num_experts}), got {int(low)} to {int(high)}")
 
 
-@torch.library.custom_op("lightning_swiftmoe::expert_mlp_forward", mutates_args=())
-def expert_mlp_forward(
+def _forward(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y[T, d]`, and what the backward needs beside the inputs: `pre[P, H]` and the packed int32 routing."""
@@ -48,6 +48,9 @@ def expert_mlp_forward(
         return y, pre, padded.packed
 
 
+expert_mlp_forward = torch.library.custom_op("lightning_swiftmoe::expert_mlp_forward", mutates_args=())(_forward)
+
+
 @expert_mlp_forward.register_fake
 def _(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
@@ -63,8 +66,7 @@ def _(
     )
 
 
-@torch.library.custom_op("lightning_swiftmoe::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(
+def _gradients(
     grad_y: Tensor,
     x: Tensor,
     topk_weights: Tensor,
@@ -89,6 +91,9 @@ def expert_mlp_backward(
         up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
         weights = topk_weights.contiguous()
         return padded_mlp.backward(grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path)
+
+
+expert_mlp_backward = torch.library.custom_op("lightning_swiftmoe::expert_mlp_backward", mutates_args=())(_gradients)
 
 
 @expert_mlp_backward.register_fake
@@ -130,10 +135,36 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 expert_mlp_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _EagerExpertMLP(torch.autograd.Function):
+    """The ops without the dispatcher: at 2 ms a step, its Python wrappers would take longer than the GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return (None,) * 7
+        grad_x, grad_weights, grad_up, grad_down = _gradients(grad_y, *ctx.saved_tensors, ctx.activation, ctx.backend)
+        return grad_x, None, grad_weights, grad_up, grad_down, None, None
+
+
+def _needs_dispatcher(*tensors: Tensor) -> bool:
+    """Whether something must see the op as an op: a compiler, a dispatch mode or a tensor subclass."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
 def expert_mlp(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
 ) -> Tensor:
     """`y[T, d]`; see `lightning_swiftmoe.functional.expert_mlp`, which validates."""
-    return torch.ops.lightning_swiftmoe.expert_mlp_forward(
-        x, topk_idx, topk_weights, up_proj, down_proj, activation, backend
-    )[0]
+    args = (x, topk_idx, topk_weights, up_proj, down_proj, activation, backend)
+    if _needs_dispatcher(*args[:5]):
+        return torch.ops.lightning_swiftmoe.expert_mlp_forward(*args)[0]
+    return _EagerExpertMLP.apply(*args)

@@ -53,6 +53,7 @@ def eager(activation: str) -> ExpertMLP:
 
 def compiled(activation: str) -> ExpertMLP:
     """The same under `torch.compile`."""
+    torch._dynamo.reset()  # one code object serves every shape, and its recompilations are limited
     return torch.compile(eager(activation), dynamic=False)
 
 

@@ -113,7 +113,7 @@ def step(function: ExpertMLP, inputs: tuple[Tensor, ...], grad_y: Tensor) -> lis
     """Forward and backward: y and the gradients of x, weights, up_proj and down_proj."""
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
     y = function(*leaves)
-    return [y, *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad_y)]
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad_y)]
 
 
 def worst_error(function: ExpertMLP, shape: Shape, inputs: tuple[Tensor, ...]) -> float:
@@ -224,9 +224,7 @@ def bench_shape(name: str, cfg: Mapping[str, Any], device: torch.device) -> list
 
 def print_rows(rows: list[Row]) -> None:
     """The table, as plain text that can be pasted into Markdown."""
-    print(
-        "| shape | implementation | rel. error | first s | fwd ms | fwd+bwd ms | TFLOP/s | of roofline | peak MiB |"
-    )
+    print("| shape | implementation | rel. error | first s | fwd ms | fwd+bwd ms | TFLOP/s | of roofline | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
