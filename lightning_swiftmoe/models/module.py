@@ -1,0 +1,92 @@
+"""``GPTModule``: the LightningModule around ``GPT``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_swiftmoe.models.gpt import GPT, GPTConfig
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class GPTModule(pl.LightningModule):
+    """Next-token training of a GPT-MoE. Batches are ``[B, T + 1]`` tokens of any integer dtype.
+
+    Args:
+        model: sizes, a ``GPTConfig`` or its fields.
+        optimizer: takes parameter groups; default AdamW with a learning rate of 3e-4.
+        warmup_steps: steps of linear warm-up.
+        min_lr_ratio: the cosine ends at this share of the learning rate, at ``trainer.max_steps``.
+        seed: draws the first weights; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: GPTConfig | dict[str, Any],
+        optimizer: OptimizerFactory | None = None,
+        warmup_steps: int = 20,
+        min_lr_ratio: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = model if isinstance(model, GPTConfig) else GPTConfig(**model)
+        self._optimizer: OptimizerFactory = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=3e-4))
+        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.gpt = GPT(self.config)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits ``[B, T, V]``."""
+        return self.gpt(tokens_BT.long())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean loss in nats per token, logged as ``train/loss``."""
+        loss = self.gpt.loss(batch.long())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs ``val/loss``."""
+        self.log("val/loss", self.gpt.loss(batch.long()), prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs ``test/loss``."""
+        self.log("test/loss", self.gpt.loss(batch.long()), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The likeliest next token at every position, ``[B, T + 1]``."""
+        return self(batch).argmax(dim=-1)
+
+    def configure_optimizers(self) -> Any:
+        """Two groups, with and without weight decay, under a warm-up and a cosine."""
+        optimizer = self._optimizer(decay_groups(self))
+        steps = self.trainer.estimated_stepping_batches
+        total = int(steps) if math.isfinite(steps) else 1_000_000
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total, self.min_lr_ratio))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Matrices decay as the optimizer says; vectors (norms, biases) do not."""
+    params = [param for param in module.parameters() if param.requires_grad]
+    return [
+        {"params": [param for param in params if param.ndim >= 2]},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+    """Factor on the learning rate: linear up to 1 over ``warmup`` steps, then a cosine down to ``floor`` at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
