@@ -40,7 +40,8 @@ class FlexMoEPolicy:
     With ``cap_e = load_e / replicas_e``: while max/mean load of the ranks is above ``threshold``, the expert with the
     smallest ``cap`` and more than one replica gives one to the expert with the largest. Then slots are swapped so that
     the replicas of the receiver sit together, if that is cheaper. The first change that does not pay is undone and
-    ends the search. Ties go to the lowest expert, rank and slot.
+    ends the search. A change pays when the modelled cost falls, or stays the same while the largest ``cap`` falls: the
+    busiest expert need not sit on the slowest rank. Ties go to the lowest expert, rank and slot.
 
     Args:
         threshold: max/mean rank load that is tolerated; 1.0 always tries (a forced interval).
@@ -61,7 +62,7 @@ class FlexMoEPolicy:
         state = _Table(previous.table, np.asarray(loads, dtype=np.float64), self.costs)
         while state.imbalance() > self.threshold:
             better = self._moved(state)
-            if better is None or not better.cost() < state.cost():
+            if better is None or not better.rating() < state.rating():
                 break
             state = better
         if np.array_equal(state.table, previous.table):
@@ -91,6 +92,10 @@ class _Table:
 
     def imbalance(self) -> float:
         return float(self.rank_load.max() / self.rank_load.mean())
+
+    def rating(self) -> tuple[float, float]:
+        """What must fall: the modelled cost, then the largest load per replica."""
+        return self.cost(), float((self.loads / self.replicas).max())
 
     def cost(self) -> float:
         """Seconds of the slowest rank: its assignments, and one gradient sync per resident that lives elsewhere too."""

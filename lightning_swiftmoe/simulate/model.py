@@ -1,0 +1,118 @@
+"""The shape of a GPT-MoE: parameters, FLOPs and bytes, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer whose MLPs are (partly) experts. All fields are counts.
+
+    Args:
+        dim: width of the residual stream.
+        ffn_dim: hidden width of one expert.
+        num_layers: transformer blocks.
+        num_moe_layers: blocks whose MLP is an MoE layer.
+        num_experts: experts of one MoE layer.
+        top_k: experts per token.
+        vocab_size: tokens of the vocabulary; input and output embeddings are tied.
+        seq_len: tokens of a sequence.
+        gated: experts have a third matrix (SwiGLU).
+        weight_bytes: bytes of one parameter in a slot, and of one activation.
+        grad_bytes: bytes of one gradient element on the wire.
+        state_bytes: optimizer state of one parameter: fp32 master copy, two moments, fp32 gradient
+            (16 B with Adam: SwiftMoE, section 2; ZeRO, arXiv 1910.02054, section 3.1, counts the same four).
+
+    Raises:
+        ValueError: a size below one, more MoE layers than layers, or ``top_k`` above the number of experts.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    top_k: int = 1
+    vocab_size: int = 50257
+    seq_len: int = 512
+    gated: bool = False
+    weight_bytes: int = 2
+    grad_bytes: int = 2
+    state_bytes: int = 16
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name != "gated" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model {spec.name} must be a positive integer, got {value!r}")
+        if self.num_moe_layers > self.num_layers:
+            raise ValueError(f"{self.num_moe_layers} MoE layers do not fit into {self.num_layers} layers")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} needs at least as many experts, got {self.num_experts}")
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters ``P`` of one expert of one layer: two matrices, three when gated; biases left out."""
+        return (3 if self.gated else 2) * self.dim * self.ffn_dim
+
+    @property
+    def grad_expert_bytes(self) -> int:
+        """``G``: gradient of one expert."""
+        return self.expert_params * self.grad_bytes
+
+    @property
+    def weight_expert_bytes(self) -> int:
+        """``W``: weights of one expert."""
+        return self.expert_params * self.weight_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """One token's activations on the wire."""
+        return self.dim * self.weight_bytes
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters outside the experts: attention (4 d^2), dense MLPs, routers, embeddings."""
+        attention = 4 * self.dim**2 * self.num_layers
+        dense_mlp = 2 * self.dim * 4 * self.dim * (self.num_layers - self.num_moe_layers)
+        router = self.dim * self.num_experts * self.num_moe_layers
+        return attention + dense_mlp + router + (self.vocab_size + self.seq_len) * self.dim
+
+    @property
+    def total_params(self) -> int:
+        """All parameters, each expert counted once."""
+        return self.dense_params + self.num_moe_layers * self.num_experts * self.expert_params
+
+    @property
+    def dense_flops_per_token(self) -> float:
+        """Forward FLOPs outside the experts: 2 per parameter (the output embedding included) and attention scores."""
+        scores = 4 * self.seq_len * self.dim * self.num_layers
+        return 2.0 * (self.dense_params - self.seq_len * self.dim) + scores
+
+    @property
+    def expert_flops_per_token(self) -> float:
+        """Forward FLOPs of one assignment in one layer: 2 per parameter."""
+        return 2.0 * self.expert_params
+
+    def activation_bytes(self, tokens_per_rank: float) -> int:
+        """Activations kept for backward on one rank, without recomputation.
+
+        ``34 * tokens * dim`` bytes a block with flash attention (Korthikanti et al., arXiv 2205.05198, equation 2
+        without the quadratic term; bf16), of which 19 are the MLP's: those are multiplied by ``top_k`` in MoE blocks.
+        The logits are kept in fp32.
+        """
+        block = 34 * self.num_layers + 19 * (self.top_k - 1) * self.num_moe_layers
+        return math.ceil(tokens_per_rank * (block * self.dim + 4 * self.vocab_size))
+
+
+def _paper(dim: int, num_layers: int) -> ModelShape:
+    return ModelShape(
+        dim=dim, ffn_dim=4 * dim, num_layers=num_layers, num_moe_layers=num_layers, num_experts=16, top_k=1
+    )
+
+
+# GPT sizes of SwiftMoE, section 5 (125M, 350M, 760M dense parameters); every MLP an MoE layer of 16 experts.
+PAPER_MODELS = {"gpt-small": _paper(768, 12), "gpt-medium": _paper(1024, 24), "gpt-large": _paper(1536, 24)}
