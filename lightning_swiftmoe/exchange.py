@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed it and deprecates the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 PHASES = ("load", "dispatch", "combine", "gradient", "weight", "setup", "checkpoint")
 
 
@@ -86,7 +89,7 @@ class Exchange:
             return counts[None]
         gathered = counts.new_empty(self.num_ranks, *counts.shape)
         with self._phase("load", layer, (self.num_ranks - 1) * counts.nbytes):
-            dist.all_gather_into_tensor(gathered.view(-1), counts.contiguous(), group=self.group)
+            _all_gather(gathered.view(-1), counts.contiguous(), group=self.group)
         return gathered
 
     def gather_shards(self, shard: Tensor, phase: str, layer: str, to: int | None = None) -> Tensor | None:
@@ -109,7 +112,7 @@ class Exchange:
                 parts = list(gathered.unbind(0)) if gathered is not None else None
                 dist.gather(local, parts, group=self.group, group_dst=to)
             elif gathered is not None:
-                dist.all_gather_into_tensor(gathered.view(-1), local.view(-1), group=self.group)
+                _all_gather(gathered.view(-1), local.view(-1), group=self.group)
         return None if gathered is None else gathered.to(shard.device)
 
     def broadcast(self, tensor: Tensor, phase: str, layer: str) -> None:

@@ -85,7 +85,7 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Factor on the learning rate: linear up to 1 over ``warmup`` steps, then a cosine down to ``floor`` at ``total``."""
+    """Factor on the learning rate: linear up to 1 over ``warmup`` steps, then a cosine to ``floor`` at ``total``."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

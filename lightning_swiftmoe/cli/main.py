@@ -1,0 +1,68 @@
+"""``swiftmoe COMMAND``: finds the command and runs it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+from rich.console import Console
+
+COMMANDS = {
+    "train": (
+        "lightning_swiftmoe.cli.train",
+        "train a GPT-MoE: swiftmoe train recipes=quickstart trainer.max_steps=50",
+    ),
+    "recipes": ("lightning_swiftmoe.cli.recipes", "list the recipes"),
+    "simulate": (
+        "lightning_swiftmoe.cli.simulate",
+        "replay a load trace under placement policies on a modelled cluster",
+    ),
+    "plan": ("lightning_swiftmoe.cli.plan", "memory per rank, the smallest cluster that fits, the modelled step"),
+    "report": ("lightning_swiftmoe.cli.report", "one HTML page from the folders of one or more runs"),
+    "bench kernels": ("lightning_swiftmoe.cli.bench_kernels", "time the expert layer against its peers"),
+    "bench step": ("lightning_swiftmoe.cli.bench_step", "time training steps against other systems"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``argv`` (default: the command line); returns the exit status, 2 for a mistake of the user's."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "LOCAL_RANK" in os.environ and args and "=" in args[0]:
+        args.insert(0, "train")  # Lightning starts further ranks with Hydra's overrides alone
+    if not args or args[0] in ("-h", "--help", "help"):
+        print_help()
+        return 0
+    if args[0] == "--version":
+        from lightning_swiftmoe import __version__
+
+        print(f"swiftmoe {__version__}")
+        return 0
+    name = next((command for command in COMMANDS if args[: command.count(" ") + 1] == command.split()), None)
+    if name is None:
+        return fail(unknown(args))
+    module = importlib.import_module(COMMANDS[name][0])
+    return module.main(args[name.count(" ") + 1 :]) or 0
+
+
+def unknown(args: list[str]) -> str:
+    """What to say of a command that does not exist."""
+    given = " ".join(args[:2]) if args[0] == "bench" else args[0]
+    close = difflib.get_close_matches(given, COMMANDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+    return f"unknown command {given!r}; {hint}"
+
+
+def print_help() -> None:
+    """All commands, a line each."""
+    print("usage: swiftmoe COMMAND [OVERRIDE ...]\n")
+    for name, (_, about) in COMMANDS.items():
+        print(f"  {name:14} {about}")
+    print("\n  swiftmoe COMMAND --help shows what can be overridden; --version prints the version.")
+
+
+def fail(message: object) -> int:
+    """Print one error line; the exit status of a user's mistake."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message!s}", markup=True)
+    return 2

@@ -1,0 +1,28 @@
+"""``swiftmoe recipes``: what there is to train, and what it is."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def main(argv: list[str]) -> int:
+    """Print every recipe with the first comment of its file."""
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for name, about in recipes().items():
+        table.add_row(name, about)
+    Console().print(table)
+    return 0
+
+
+def recipes() -> dict[str, str]:
+    """Recipe names and descriptions, sorted."""
+    root = Path(str(files("lightning_swiftmoe.recipes")))
+    found = {}
+    for path in sorted(root.rglob("*.yaml")):
+        lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+        found[path.relative_to(root).with_suffix("").as_posix()] = next((x for x in lines if "@package" not in x), "")
+    return found

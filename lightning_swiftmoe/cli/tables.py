@@ -1,0 +1,105 @@
+"""What a run will do, and what it did, as tables."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from lightning_swiftmoe.callback import LOGGED_PHASES
+from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
+from lightning_swiftmoe.models import GPTConfig, count_parameters
+
+_WEIGHT_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "64-true": 8}
+
+
+def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
+    """Sizes of the model and of what each rank holds, before anything runs.
+
+    Raises:
+        ValueError: too few slots.
+    """
+    virtual = config.cluster.virtual_ranks
+    num_ranks = virtual or num_ranks
+    slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, num_ranks)
+    ClusterShape(num_ranks, slots, model.num_experts)
+    count = count_parameters(model)
+    layers = sum(model.is_moe(index) for index in range(model.num_layers))
+    expert = count.experts // max(1, layers * model.num_experts)
+    weight_bytes = _WEIGHT_BYTES.get(config.trainer.precision, 4)
+    master_bytes = max(4, weight_bytes)
+    table = _table("what will run")
+    table.add_row("parameters", f"{count.total:,} ({count.experts:,} in experts; {count.active:,} active per token)")
+    capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
+    table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
+    table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}, {slots} slots each")
+    table.add_row("policy", f"{config.policy.name}, every {config.policy.every_n_steps} step(s)")
+    table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
+    table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
+    place = "on the host" if config.strategy.offload_optimizer else "on the device"
+    table.add_row("expert shards per rank", f"{size(count.experts * master_bytes / num_ranks)} {place}")
+    if "Adam" in config.optimizer._target_:
+        table.add_row("expert moments per rank", f"{size(2 * count.experts * master_bytes / num_ranks)} {place}")
+    return table
+
+
+def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:
+    """Loss, survival, imbalance, speed and bytes of a finished run, from its metrics file."""
+    columns = read_metrics(run_dir / "metrics.csv")
+    table = _table("what happened")
+    loss = columns.get("train/loss", [])
+    if loss:
+        table.add_row("loss", f"{loss[0]:.3f} first, {loss[-1]:.3f} last (unigram entropy {unigram_entropy:.3f} nats)")
+    for name, label in {
+        "moe/token_survival": "token survival",
+        "moe/rank_imbalance": "rank imbalance, max/mean",
+        "moe/tokens_per_s": "tokens per second",
+        "moe/replicas_moved": "replicas moved per step",
+    }.items():
+        if values := columns.get(name):
+            table.add_row(label, f"{sum(values) / len(values):,.3f} on average, {values[-1]:,.3f} last")
+    for phase in LOGGED_PHASES:
+        if (sent := columns.get(f"moe/bytes_{phase}")) and sum(sent):
+            spent = columns[f"moe/ms_{phase}"]
+            table.add_row(
+                f"{phase} phase", f"{size(sum(sent) / len(sent))} and {sum(spent) / len(spent):.1f} ms a step (rank 0)"
+            )
+    table.add_row("run folder", str(run_dir))
+    kept = [
+        name
+        for name in ("config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints")
+        if (run_dir / name).exists()
+    ]
+    table.add_row("", ", ".join(kept))
+    return table
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """Columns of a CSV logger's file without their gaps; empty where there is no file."""
+    columns: dict[str, list[float]] = {}
+    if path.exists():
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value:
+                        columns.setdefault(name, []).append(float(value))
+    return columns
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _table(title: str) -> Table:
+    table: Any = Table(title=title, show_header=False, title_justify="left", title_style="bold", box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
