@@ -29,8 +29,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Registers spilled to memory, per thread: none where we claim speed, a few addresses in the portable GEMMs.
-MAX_SPILL_BYTES = {"hopper": 0, "portable": 64}
+MAX_SPILL_BYTES = 0  # registers spilled to memory, per thread
 
 ROWS, INTS, WIDE = "*bf16", "*i32", "*fp32"
 ACT = {"ACT": 0, "GATED": True, "BLOCK": 1024}
@@ -80,13 +79,13 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         gemm_triton.rows_gemm_portable_kernel,
         {"rows": ROWS, "weight": ROWS, "out": ROWS, "tile_expert": INTS, "num_rows": INTS},
-        {"TILE": 128, "BN": 128, "BK": 64, "PRECISION": "ieee"},
+        {"TILE": 128, "BN": 128, "BK": 32, "PRECISION": "ieee"},
         8,
     ),
     (
         gemm_triton.weight_gemm_portable_kernel,
         {"left": ROWS, "right": ROWS, "out": ROWS, "starts": INTS, "ends": INTS},
-        {"BM": 128, "BN": 128, "BK": 64, "PRECISION": "ieee"},
+        {"BM": 128, "BN": 128, "BK": 32, "PRECISION": "ieee"},
         8,
     ),
     (shards_triton.pack_shards_kernel, {"grads": WIDE, "out": ROWS}, {"BLOCK": 1024}, 4),
@@ -166,7 +165,7 @@ def spill_bytes(compiled: Any, tmp_path: Path) -> int:
 def test_portable_kernels_compile_everywhere(case: tuple, target: str, tmp_path: Path) -> None:
     kernel, pointers, constants, warps = case
     compiled = compile_kernel(kernel, pointers, constants, warps, TARGETS[target])
-    assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES["portable"]
+    assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES
 
 
 @pytest.mark.parametrize("case", HOPPER, ids=lambda case: case[0].__name__)
@@ -174,7 +173,7 @@ def test_hopper_kernels_compile(case: tuple, tmp_path: Path) -> None:
     kernel, pointers, constants = case
     compiled = compile_kernel(kernel, pointers, constants, 8, TARGETS["sm_90"])
     assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES["hopper"]
+    assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES
 
 
 def test_every_kernel_is_compiled() -> None:
