@@ -21,10 +21,12 @@ class ModelShape:
         vocab_size: tokens of the vocabulary; input and output embeddings are tied.
         seq_len: tokens of a sequence.
         gated: experts have a third matrix (SwiGLU).
+        recompute: blocks keep their input only and run again in backward.
         weight_bytes: bytes of one parameter in a slot, and of one activation.
         grad_bytes: bytes of one gradient element on the wire.
         state_bytes: optimizer state of one parameter: fp32 master copy, two moments, fp32 gradient
             (16 B with Adam: SwiftMoE, section 2; ZeRO, arXiv 1910.02054, section 3.1, counts the same four).
+        num_other_params: parameters outside the experts when they are known; 0 estimates them from the sizes above.
 
     Raises:
         ValueError: a size below one, more MoE layers than layers, or ``top_k`` above the number of experts.
@@ -39,14 +41,17 @@ class ModelShape:
     vocab_size: int = 50257
     seq_len: int = 512
     gated: bool = False
+    recompute: bool = False
     weight_bytes: int = 2
     grad_bytes: int = 2
     state_bytes: int = 16
+    num_other_params: int = 0
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name != "gated" and (not isinstance(value, int) or value < 1):
+            least = 0 if spec.name == "num_other_params" else 1
+            if not isinstance(value, bool) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"model {spec.name} must be a positive integer, got {value!r}")
         if self.num_moe_layers > self.num_layers:
             raise ValueError(f"{self.num_moe_layers} MoE layers do not fit into {self.num_layers} layers")
@@ -76,6 +81,8 @@ class ModelShape:
     @property
     def dense_params(self) -> int:
         """Parameters outside the experts: attention (4 d^2), dense MLPs, routers, embeddings."""
+        if self.num_other_params:
+            return self.num_other_params
         attention = 4 * self.dim**2 * self.num_layers
         dense_mlp = 2 * self.dim * 4 * self.dim * (self.num_layers - self.num_moe_layers)
         router = self.dim * self.num_experts * self.num_moe_layers
@@ -98,12 +105,16 @@ class ModelShape:
         return 2.0 * self.expert_params
 
     def activation_bytes(self, tokens_per_rank: float) -> int:
-        """Activations kept for backward on one rank, without recomputation.
+        """Activations kept for backward on one rank.
 
         ``34 * tokens * dim`` bytes a block with flash attention (Korthikanti et al., arXiv 2205.05198, equation 2
         without the quadratic term; bf16), of which 19 are the MLP's: those are multiplied by ``top_k`` in MoE blocks.
-        The logits are kept in fp32.
+        The logits are kept in fp32. With recomputation each block keeps its input (2 bytes), and one block at a
+        time the rest.
         """
+        if self.recompute:
+            per_token = 2 * self.dim * self.num_layers + (34 + 19 * (self.top_k - 1)) * self.dim + 4 * self.vocab_size
+            return math.ceil(tokens_per_rank * per_token)
         block = 34 * self.num_layers + 19 * (self.top_k - 1) * self.num_moe_layers
         return math.ceil(tokens_per_rank * (block * self.dim + 4 * self.vocab_size))
 

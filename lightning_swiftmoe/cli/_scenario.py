@@ -1,0 +1,91 @@
+"""From composed configs to the simulator's values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_swiftmoe.cluster import resolve_slots
+from lightning_swiftmoe.functional import is_gated
+from lightning_swiftmoe.models import GPTConfig, count_parameters
+from lightning_swiftmoe.simulate import Efficiency, Hardware, LoadTrace, ModelShape, Scenario
+
+
+def hardware_of(config: DictConfig) -> Hardware:
+    """The cluster's hardware, cut to ``num_ranks`` when that is given.
+
+    Raises:
+        ValueError: no cluster, or one without (valid) hardware.
+    """
+    cluster = _plain(config.get("cluster"))
+    if not isinstance(cluster, Mapping) or not isinstance(cluster.get("hardware"), Mapping):
+        got = "none" if not cluster else f"one with {', '.join(map(str, cluster))}"
+        raise ValueError(f"a cluster with a 'hardware:' section is needed, got {got}; choose cluster=NAME")
+    hardware = Hardware.from_mapping(cluster["hardware"])
+    return hardware if config.num_ranks is None else hardware.with_ranks(int(config.num_ranks))
+
+
+def model_of(config: DictConfig, trace: LoadTrace | None = None) -> ModelShape:
+    """The model's sizes.
+
+    Args:
+        config: holds ``model``, the fields of ``GPTConfig``.
+        trace: when given and ``adapt_model`` is set, its experts and top_k replace the model's, and its layers the
+            number of MoE layers.
+    """
+    shape = shape_of(GPTConfig(**_plain(config.model)))
+    if trace is None or not config.adapt_model:
+        return shape
+    num_layers = max(shape.num_layers, trace.num_layers)
+    return dataclasses.replace(
+        shape,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        num_layers=num_layers,
+        num_moe_layers=trace.num_layers,
+    )
+
+
+def shape_of(gpt: GPTConfig) -> ModelShape:
+    """Sizes of a GPT-MoE, with the exact number of parameters outside the experts.
+
+    Raises:
+        ValueError: a model without MoE layers.
+    """
+    num_moe = sum(gpt.is_moe(i) for i in range(gpt.num_layers))
+    if num_moe == 0:
+        raise ValueError("the model has no MoE layers, so there is nothing to place; set moe_every to 1 or more")
+    shape = ModelShape(
+        dim=gpt.hidden_size,
+        ffn_dim=gpt.expert_ffn_size or gpt.ffn_size,
+        num_layers=gpt.num_layers,
+        num_moe_layers=num_moe,
+        num_experts=gpt.num_experts,
+        top_k=gpt.top_k,
+        vocab_size=gpt.vocab_size,
+        seq_len=gpt.max_seq_len,
+        gated=is_gated(gpt.activation),
+        recompute=gpt.checkpoint_activations,
+    )
+    count = count_parameters(gpt)
+    return dataclasses.replace(shape, num_other_params=count.total - count.experts)
+
+
+def scenario_of(config: DictConfig, model: ModelShape, hardware: Hardware) -> Scenario:
+    """Model, cluster and options together."""
+    return Scenario(
+        model=model,
+        hardware=hardware,
+        slots_per_rank=resolve_slots(config.slots_per_rank, model.num_experts, hardware.num_ranks),
+        capacity_factor=config.capacity_factor,
+        offload=config.offload,
+        published_baselines=config.get("published_baselines", False),
+        efficiency=Efficiency.from_mapping({k: v for k, v in _plain(config.efficiency).items() if v is not None}),
+    )
+
+
+def _plain(config: Any) -> Any:
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

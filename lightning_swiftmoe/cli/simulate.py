@@ -1,0 +1,77 @@
+"""``swiftmoe simulate``: what placement policies would do with recorded or synthetic loads on a described cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightning_swiftmoe.cli._hydra import run_task
+from lightning_swiftmoe.cli._scenario import hardware_of, model_of, scenario_of
+from lightning_swiftmoe.simulate import LoadTrace, Simulation, Workload, generate, load_trace, simulate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point: Hydra overrides of ``conf/simulate.yaml``."""
+    return run_task("simulate", run, argv)
+
+
+def run(config: DictConfig) -> None:
+    """Simulate, print a table, write ``simulation.json``, ``simulation.csv`` and ``report.html``."""
+    hardware = hardware_of(config)
+    trace = _trace(config, hardware.num_ranks)
+    scenario = scenario_of(config, model_of(config, trace), hardware)
+    simulation = simulate(trace, scenario, list(config.policies))
+    folder = Path(config.output)
+    simulation.write(folder)
+    print_table(simulation)
+    print(f"wrote {folder / 'simulation.json'} and {folder / 'simulation.csv'}")
+    if config.report:
+        _report(folder)
+
+
+def _trace(config: DictConfig, num_ranks: int) -> LoadTrace:
+    if config.trace is None:
+        values = OmegaConf.to_container(config.workload, resolve=True)
+        assert isinstance(values, dict)
+        try:
+            work = Workload(**{str(key): value for key, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"workload: {error}; see conf/simulate.yaml for its fields") from error
+        trace = generate(config.synthetic, work)
+    else:
+        trace = load_trace(config.trace)
+    trace = trace.first(config.steps)
+    return trace.spread(num_ranks) if config.spread else trace
+
+
+def print_table(simulation: Simulation) -> None:
+    """One row per policy: what survives, how even ranks are, what a modelled step takes."""
+    table = Table(title=f"modelled: {simulation.settings['trace']}")
+    for column in ("policy", "survival", "max/mean rank load", "step ms", "p99 ms", "migrated GB", "rebalance step"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, result in simulation.results.items():
+        row = result.summary()
+        ratio = row["rebalance_ratio"]
+        table.add_row(
+            name,
+            f"{row['mean_survival']:.2%}",
+            f"{row['mean_rank_imbalance']:.3f}",
+            f"{1e3 * row['mean_step_s']:.1f}",
+            f"{1e3 * row['p99_step_s']:.1f}",
+            f"{row['migration_bytes'] / 1e9:.2f}",
+            "-" if ratio != ratio else f"{ratio:.2f}x",
+        )
+    Console(width=120).print(table)
+
+
+def _report(folder: Path) -> None:
+    try:
+        from lightning_swiftmoe.report import write_report
+    except ModuleNotFoundError as error:
+        print(f"no report.html: {error.name} is missing; install lightning-swiftmoe[report]")
+        return
+    print(f"wrote {write_report([folder], folder / 'report.html')}")

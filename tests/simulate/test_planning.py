@@ -1,0 +1,66 @@
+"""Memory by hand, and limits that are really the smallest."""
+
+import pytest
+
+from lightning_swiftmoe.cluster import min_slots
+from lightning_swiftmoe.simulate import PAPER_MODELS, Hardware, ModelShape, Scenario
+from lightning_swiftmoe.simulate.planning import largest_slots, memory_per_rank, modelled_step, smallest_ranks
+
+# P = 2 * 100 * 500 = 1e5 per expert, 8 experts in each of 2 layers.
+MODEL = ModelShape(dim=100, ffn_dim=500, num_layers=2, num_moe_layers=2, num_experts=8, num_other_params=1000)
+
+
+def hardware(hbm_gb, num_nodes=4):
+    return Hardware("h", 100, 1000, hbm_gb, 32, 100, 5, 1, num_nodes)
+
+
+def test_memory_by_hand():
+    plan = memory_per_rank(MODEL, num_ranks=4, slots_per_rank=3, tokens_per_rank=10)
+    assert plan.dense_bytes == 1000 * (2 + 2 + 16)
+    assert plan.expert_weight_bytes == plan.expert_grad_bytes == 3 * 2 * 2 * 100_000
+    assert plan.shard_bytes == plan.moment_bytes == 8 * 2 * 25_000 * 8
+    assert plan.activation_bytes == 10 * (34 * 2 * 100 + 4 * 50257)
+    everything = 20_000 + 2 * 1_200_000 + 2 * 3_200_000 + plan.activation_bytes
+    assert plan.device_bytes == everything
+    assert memory_per_rank(MODEL, 4, 3, 10, offload=True).device_bytes == everything - 6_400_000
+
+
+def test_shards_do_not_grow_with_slots():
+    few, many = (memory_per_rank(MODEL, 4, s, 10) for s in (2, 8))
+    assert few.shard_bytes == many.shard_bytes
+    assert many.expert_weight_bytes == 4 * few.expert_weight_bytes
+
+
+@pytest.mark.parametrize("hbm_gb", [0.006, 0.01, 0.02, 0.05])
+def test_limits_are_tight(hbm_gb):
+    found = smallest_ranks(MODEL, hardware(hbm_gb), 10)
+
+    def fits(num_ranks, slots):
+        return memory_per_rank(MODEL, num_ranks, slots, 10).device_bytes <= hbm_gb * 1e9
+
+    assert found is not None
+    assert fits(found, min_slots(8, found))
+    assert not any(fits(n, min_slots(8, n)) for n in range(1, found))
+    most = largest_slots(MODEL, hardware(hbm_gb), 10)
+    if most is None:
+        assert not fits(4, 2)
+    else:
+        assert fits(4, most)
+        assert most == 8 or not fits(4, most + 1)
+
+
+def test_what_never_fits():
+    assert smallest_ranks(MODEL, hardware(0.001), 10) is None
+    assert largest_slots(MODEL, hardware(0.001), 10) is None
+
+
+def test_modelled_step_counts_every_layer():
+    model = PAPER_MODELS["gpt-small"]
+    results = modelled_step(Scenario(model, hardware(80.0), 8), 512)
+    for result in results.values():
+        assert result.phase_s["weight"][0] > 0
+        assert result.phase_bytes["migration"][0] == 0
+    # Twelve layers of residents: W * residents * (N-1)/N received, added over ranks, is at most every slot.
+    slots_bytes = 4 * 8 * model.weight_expert_bytes * 12 * 3 / 4
+    assert 0 < results["auto"].phase_bytes["weight"][0] <= slots_bytes * (1 + 1e-9)
+    assert results["auto"].mean_survival > results["static"].mean_survival
