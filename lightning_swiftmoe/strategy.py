@@ -36,6 +36,7 @@ from lightning_swiftmoe.optim import (
     insert_shards,
     load_canonical_state,
 )
+from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 from lightning_swiftmoe.step import Step
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
@@ -52,6 +53,8 @@ class SwiftMoEStrategy(DDPStrategy):
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``
             allows two replicas of every expert on average.
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
+        capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
+            (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
@@ -64,13 +67,16 @@ class SwiftMoEStrategy(DDPStrategy):
         self,
         slots_per_rank: int | str = "auto",
         offload_optimizer: bool = False,
+        capacity_scope: CapacityScope = "cluster",
         timeout: timedelta | float = timedelta(minutes=10),
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
+        check_scope(capacity_scope)
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
         self.slots_per_rank, self.offload_optimizer = slots_per_rank, offload_optimizer
+        self.capacity_scope = capacity_scope
         self.layers: list[ShardedExperts] = []
         self.exchange = Exchange()
         self._owners: dict[nn.Parameter, tuple[ShardedExperts, str]] = {}
@@ -141,6 +147,7 @@ class SwiftMoEStrategy(DDPStrategy):
                     compute_dtype=torch.bfloat16 if self._trainer.precision == "bf16-mixed" else None,
                     accumulates=self._accumulates,
                     offload=self.offload_optimizer,
+                    capacity_scope=self.capacity_scope,
                     masters=masters,
                 )
             )

@@ -13,6 +13,7 @@ from lightning_swiftmoe.exchange import PHASES, Traffic
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher, VirtualDispatcher
 from lightning_swiftmoe.layers.load import loads_to_host
 from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 from lightning_swiftmoe.step import Step
 
 
@@ -24,19 +25,26 @@ class VirtualCluster(ExpertRebalancer):
 
     Args:
         num_ranks: ranks to act as.
-        slots_per_rank: as for ``SwiftMoEStrategy``.
+        slots_per_rank, capacity_scope: as for ``SwiftMoEStrategy``.
         **kwargs: as for ``ExpertRebalancer``.
 
     Raises:
         ValueError: a bad argument; on ``fit``, too few slots, or a Trainer with several processes.
     """
 
-    def __init__(self, num_ranks: int, slots_per_rank: int | str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        slots_per_rank: int | str = "auto",
+        capacity_scope: CapacityScope = "cluster",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         resolve_slots(slots_per_rank, 1, 1)
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
-        self.num_ranks, self.slots_per_rank = num_ranks, slots_per_rank
+        check_scope(capacity_scope)
+        self.num_ranks, self.slots_per_rank, self.capacity_scope = num_ranks, slots_per_rank, capacity_scope
         self._clusters: dict[str, ClusterShape] = {}
         self._last_step = 0
 
@@ -48,7 +56,7 @@ class VirtualCluster(ExpertRebalancer):
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
             cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
             self._clusters[name] = cluster
-            moe.dispatcher = VirtualDispatcher(self.first_placement(name, cluster))
+            moe.dispatcher = VirtualDispatcher(self.first_placement(name, cluster), self.capacity_scope)
             moe.managed = True
 
     @override

@@ -91,6 +91,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         callbacks["rebalancer"] = VirtualCluster(
             config.cluster.virtual_ranks,
             config.strategy.slots_per_rank,
+            config.strategy.capacity_scope,
             policy=policy if isinstance(policy := config.policy.name, str) else instantiate(policy),
             every_n_steps=config.policy.every_n_steps,
             trace=config.callbacks.rebalancer.trace,

@@ -19,7 +19,14 @@ from torch import Tensor
 from lightning_swiftmoe.exchange import Exchange
 from lightning_swiftmoe.layers.load import count_by_expert, positions_within
 from lightning_swiftmoe.layers.router import Routing
-from lightning_swiftmoe.placement import Placement, host_share, keep_within_capacity, plan_dispatch, slot_capacity
+from lightning_swiftmoe.placement import (
+    CapacityScope,
+    Placement,
+    host_share,
+    kept_counts,
+    plan_dispatch,
+    slot_capacity,
+)
 from lightning_swiftmoe.placement.placement import IntArray
 
 ExpertFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -75,8 +82,8 @@ class VirtualDispatcher:
 
     num_processes = 1
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
+    def __init__(self, placement: Placement, capacity_scope: CapacityScope = "cluster") -> None:
+        self.placement, self.capacity_scope = placement, capacity_scope
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
@@ -91,7 +98,7 @@ class VirtualDispatcher:
         group = idx + rank_of_token[:, None] * num_experts
         counts = count_by_expert(group, num_ranks * num_experts)
         counts_host = counts.cpu().numpy().reshape(num_ranks, num_experts)
-        kept = kept_counts(counts_host, self.placement, capacity_factor)
+        kept = kept_counts(counts_host, self.placement, capacity_factor, self.capacity_scope)
         if capacity_factor is not None:
             idx = drop_beyond(idx, group, counts, torch.from_numpy(kept).to(idx.device).flatten())
         y_TD = experts(x_TD, idx, routing.topk_weights)
@@ -106,10 +113,14 @@ class SlotDispatcher:
         exchange: moves rows between ranks.
         placement: the placement in force; the strategy replaces it after every step.
         layer: the layer's name, for error messages.
+        capacity_scope: whose assignments an expert's capacity counts.
     """
 
-    def __init__(self, exchange: Exchange, placement: Placement, layer: str) -> None:
+    def __init__(
+        self, exchange: Exchange, placement: Placement, layer: str, capacity_scope: CapacityScope = "cluster"
+    ) -> None:
         self.exchange, self.placement, self.layer = exchange, placement, layer
+        self.capacity_scope = capacity_scope
         self.num_processes = exchange.num_ranks
 
     def __call__(
@@ -118,7 +129,7 @@ class SlotDispatcher:
         idx, num_experts, rank = routing.topk_idx, self.placement.num_experts, self.exchange.rank
         counts = self.exchange.gather_counts(count_by_expert(idx, num_experts), self.layer)
         counts_host = counts.cpu().numpy()
-        kept = kept_counts(counts_host, self.placement, capacity_factor)
+        kept = kept_counts(counts_host, self.placement, capacity_factor, self.capacity_scope)
         plan = plan_dispatch(kept, self.placement, rank)
         order = send_order(idx.reshape(-1), counts_host[rank], plan.send)
 
@@ -130,14 +141,6 @@ class SlotDispatcher:
         back = self.exchange.move_rows(done_RD, recv, send, "combine", self.layer)
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
         return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
-
-
-def kept_counts(counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:
-    """``[N, E]`` assignments each rank keeps: all without a capacity, else within ``slot_capacity * replicas``."""
-    if capacity_factor is None:
-        return counts
-    slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
-    return keep_within_capacity(counts, slot * placement.replicas)
 
 
 def drop_beyond(idx: Tensor, group: Tensor, counts: Tensor, limit: Tensor) -> Tensor:

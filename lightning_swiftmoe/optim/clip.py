@@ -29,8 +29,8 @@ def clip_grad_norm(
     sharded = _squared_norm([g for g, is_shard in grads if is_shard], exchange.device)
     norm = (dense + exchange.sum_scalar(sharded, "gradient norm")).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad, _ in grads:
-        grad.mul_(scale.to(grad.device, grad.dtype))
+    for device in {grad.device for grad, _ in grads}:
+        torch._foreach_mul_([grad for grad, _ in grads if grad.device == device], scale.to(device))
     return norm
 
 

@@ -20,7 +20,7 @@ from lightning_swiftmoe.exchange import Exchange
 from lightning_swiftmoe.functional import pack_shards, place_shards, sum_shards
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher, SlotDispatcher
 from lightning_swiftmoe.layers.moe import MoE
-from lightning_swiftmoe.placement import EvenShards, Placement
+from lightning_swiftmoe.placement import CapacityScope, EvenShards, Placement
 
 
 class ShardedExperts:
@@ -38,6 +38,7 @@ class ShardedExperts:
         accumulates: whether gradients of several backwards add up in a step; they then add up, and travel, in at least
             fp32. A single one already has the residents' precision and loses nothing.
         offload: keep shards on the host.
+        capacity_scope: whose assignments an expert's capacity counts.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
     """
 
@@ -51,6 +52,7 @@ class ShardedExperts:
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
         offload: bool = False,
+        capacity_scope: CapacityScope = "cluster",
         masters: dict[str, Tensor] | None = None,
     ) -> None:
         self.moe, self.name, self.exchange, self.placement = moe, name, exchange, placement
@@ -63,7 +65,7 @@ class ShardedExperts:
             key: self._cut(key, (masters or {}).get(key, param.detach())) for key, param in self.params.items()
         }
         self.dirty = False
-        self._install(compute_dtype)
+        self._install(compute_dtype, capacity_scope)
 
     # -- the three phases of a step --------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class ShardedExperts:
             shard = shard.pin_memory()
         return nn.Parameter(shard, requires_grad=self.params[key].requires_grad)
 
-    def _install(self, compute_dtype: torch.dtype | None) -> None:
+    def _install(self, compute_dtype: torch.dtype | None, capacity_scope: CapacityScope) -> None:
         rows = min(self.placement.slots_per_rank, self.moe.num_experts)
         hooks: list[Callable[[], None]] = []
         for key, param in self.params.items():
@@ -176,7 +178,7 @@ class ShardedExperts:
         if self.exchange.num_ranks == 1:
             self.moe.dispatcher = LocalDispatcher(self.moe.num_experts, self.placement)
         else:
-            self.moe.dispatcher = SlotDispatcher(self.exchange, self.placement, self.name)
+            self.moe.dispatcher = SlotDispatcher(self.exchange, self.placement, self.name, capacity_scope)
         self.send_weights(self.placement)
 
     def _hooks_off(self) -> None:

@@ -1,6 +1,6 @@
 """Where experts sit: placements, policies, capacities, dispatch plans, shard maps. Integers, no communication."""
 
-from lightning_swiftmoe.placement.capacity import keep_within_capacity, slot_capacity
+from lightning_swiftmoe.placement.capacity import CapacityScope, keep_within_capacity, kept_counts, slot_capacity
 from lightning_swiftmoe.placement.dispatch import DispatchPlan, host_share, plan_dispatch
 from lightning_swiftmoe.placement.placement import Placement
 from lightning_swiftmoe.placement.policies import (
@@ -15,6 +15,7 @@ from lightning_swiftmoe.placement.policies import (
 from lightning_swiftmoe.placement.shards import EvenShards
 
 __all__ = [
+    "CapacityScope",
     "DispatchPlan",
     "EvenShards",
     "Placement",
@@ -23,6 +24,7 @@ __all__ = [
     "get_policy",
     "host_share",
     "keep_within_capacity",
+    "kept_counts",
     "next_placement",
     "plan_dispatch",
     "policy_names",
