@@ -51,7 +51,7 @@ class GPTModule(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss in nats per token, logged as ``train/loss``."""
         loss = self.gpt.loss(batch.long())
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
