@@ -62,7 +62,7 @@ def print_table(simulation: Simulation) -> None:
             f"{row['mean_rank_imbalance']:.3f}",
             f"{1e3 * row['mean_step_s']:.1f}",
             f"{1e3 * row['p99_step_s']:.1f}",
-            f"{row['migration_bytes'] / 1e9:.2f}",
+            f"{row['total_migration_bytes'] / 1e9:.2f}",
             "-" if ratio != ratio else f"{ratio:.2f}x",
         )
     Console(width=120).print(table)

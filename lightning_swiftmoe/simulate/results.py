@@ -79,7 +79,7 @@ class PolicyResult:
             **{f"p{p}_step_s": float(np.percentile(step_s, p)) for p in PERCENTILES},
             "max_step_s": float(step_s.max()),
             "rebalance_ratio": self.rebalance_ratio,
-            "migration_bytes": self.migration_bytes,
+            "total_migration_bytes": self.migration_bytes,
             "moved_residents": float(self.moved_residents.sum()),
         }
         row |= {f"{phase}_s": float(self.phase_s[phase].mean()) for phase in PHASES}

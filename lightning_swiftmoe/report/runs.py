@@ -1,0 +1,240 @@
+"""Reads what training runs and simulations left behind into one shape."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_swiftmoe.simulate.cost import PHASES
+from lightning_swiftmoe.simulate.results import read_simulation, thinned
+
+_CURVES = {
+    "loss": ("train/loss", "train/loss_step", "train_loss", "loss"),
+    "val_loss": ("val/loss", "val/loss_epoch", "val_loss"),
+    "survival": ("moe/token_survival",),
+    "imbalance": ("moe/rank_imbalance",),
+    "tokens_per_s": ("moe/tokens_per_s",),
+}
+_MOST_STEPS = 120
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One line of a chart.
+
+    Args:
+        steps: ``[P]``.
+        values: ``[P]``.
+    """
+
+    steps: NDArray[np.floating]
+    values: NDArray[np.floating]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A training run, or one policy of a simulation. What was not recorded is empty or None.
+
+    Args:
+        name: shown beside its line.
+        origin: ``"measured"`` or ``"modelled"``.
+        curves: by the names of ``_CURVES`` and ``step_ms``.
+        load_id: runs with the same one saw the same loads.
+        steps: ``[T]`` of loads and replicas.
+        loads: ``[T, L, E]`` assignments before drops.
+        replicas: ``[T, L, E]`` in force.
+        rank_load: ``[L, N]`` of the last step.
+        phase_ms: mean time of a phase per step.
+        phase_bytes: mean bytes of a phase per step.
+        facts: settings worth printing.
+    """
+
+    name: str
+    origin: str
+    curves: Mapping[str, Series] = field(default_factory=dict)
+    load_id: str = ""
+    steps: NDArray | None = None
+    loads: NDArray | None = None
+    replicas: NDArray | None = None
+    rank_load: NDArray | None = None
+    phase_ms: Mapping[str, float] = field(default_factory=dict)
+    phase_bytes: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """All runs of these folders: one of a training run, one per policy of a simulation. Names are made unique.
+
+    Raises:
+        ValueError: a folder without ``metrics.csv``, ``simulation.json`` or a trace.
+    """
+    if not folders:
+        raise ValueError("no runs to report; name the folder of a training run or a simulation")
+    found = [run for folder in folders for run in _load_folder(Path(folder))]
+    return _with_unique_names(found)
+
+
+def _load_folder(folder: Path) -> list[Run]:
+    if (folder if folder.is_dir() else folder.parent).joinpath("simulation.json").is_file():
+        return _load_simulation(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no run at {folder}; name the folder that `swiftmoe train` or `swiftmoe simulate` wrote")
+    return [_load_training(folder)]
+
+
+def _load_simulation(folder: Path) -> list[Run]:
+    content = read_simulation(folder)
+    history, settings = content["history"], content["settings"]
+    steps = np.array(history["steps"])
+    return [
+        Run(
+            name=policy,
+            origin=content.get("origin", "modelled"),
+            curves=_simulated_curves(steps, values["series"]),
+            load_id=str(folder),
+            steps=steps,
+            loads=np.array(history["loads"]),
+            replicas=np.array(values["replicas"]),
+            rank_load=np.array(values["rank_load"]),
+            phase_ms={phase: 1e3 * values["summary"][f"{phase}_s"] for phase in PHASES},
+            phase_bytes={
+                key.removesuffix("_bytes"): value
+                for key, value in values["summary"].items()
+                if key.endswith("_bytes") and not key.startswith("total_")
+            },
+            facts=_simulation_facts(settings),
+        )
+        for policy, values in content["policies"].items()
+    ]
+
+
+def _simulated_curves(steps: NDArray, series: Mapping[str, Sequence[float]]) -> dict[str, Series]:
+    names = {"survival": "survival", "imbalance": "rank_imbalance"}
+    curves = {name: Series(steps, np.array(series[key])) for name, key in names.items()}
+    return curves | {"step_ms": Series(steps, 1e3 * np.array(series["step_s"]))}
+
+
+def _simulation_facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    hardware, model = settings["hardware"], settings["model"]
+    ranks = hardware["gpus_per_node"] * hardware["num_nodes"]
+    return {
+        "trace": str(settings["trace"]),
+        "cluster": f"{ranks} ranks, {hardware['device_name']}",
+        "model": f"{model['num_moe_layers']} MoE layers, {model['num_experts']} experts, top-{model['top_k']}",
+        "slots per rank": str(settings["slots_per_rank"]),
+        "capacity factor": str(settings["capacity_factor"]),
+    }
+
+
+def _load_training(folder: Path) -> Run:
+    table = _newest(folder, "metrics.csv")
+    trace = next((path for path in sorted(folder.rglob("*.npz")) if _is_trace(path)), None)
+    if table is None and trace is None:
+        raise ValueError(f"{folder} holds neither metrics.csv nor simulation.json nor a trace .npz; is it a run?")
+    columns = _read_columns(table) if table else {}
+    curves = {
+        name: columns[column]
+        for name, candidates in _CURVES.items()
+        if (column := next((c for c in candidates if c in columns), None))
+    }
+    loads = _read_trace(trace) if trace else {}
+    return Run(
+        name=folder.resolve().name,
+        origin="measured",
+        curves=curves,
+        load_id=str(folder),
+        phase_ms=_means(columns, "moe/ms_"),
+        phase_bytes=_means(columns, "moe/bytes_"),
+        facts=_config_facts(folder),
+        **loads,
+    )
+
+
+def _newest(folder: Path, name: str) -> Path | None:
+    return max(folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_trace(path: Path) -> bool:
+    with np.load(path, allow_pickle=False) as file:
+        return "counts" in file.files and file["counts"].ndim == 4
+
+
+def _read_columns(path: Path) -> dict[str, Series]:
+    """Numeric columns against ``step``; Lightning leaves a cell empty where nothing was logged."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            step = float(row.get("step") or number)
+            for key, text in row.items():
+                value = _number(text)
+                if value is not None and key not in ("step", "epoch"):
+                    points.setdefault(key, []).append((step, value))
+    return {key: Series(*np.array(pairs).T) for key, pairs in points.items()}
+
+
+def _number(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if np.isfinite(value) else None
+
+
+def _read_trace(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        counts, steps = file["counts"], file["steps"]
+        keep = thinned(len(steps), _MOST_STEPS)
+        found: dict[str, Any] = {"steps": steps[keep], "loads": counts[keep].sum(axis=2, dtype=np.int64)}
+        if "replicas" in file.files:
+            found["replicas"] = file["replicas"][keep].astype(np.int64)
+        if "rank_load" in file.files:
+            found["rank_load"] = file["rank_load"][-1].astype(np.float64)
+    return found
+
+
+def _means(columns: Mapping[str, Series], prefix: str) -> dict[str, float]:
+    """Means over the second half of a run: the first steps warm caches up."""
+    return {
+        key.removeprefix(prefix): float(series.values[series.values.size // 2 :].mean())
+        for key, series in columns.items()
+        if key.startswith(prefix)
+    }
+
+
+def _config_facts(folder: Path) -> dict[str, str]:
+    path = _newest(folder, "config.yaml")
+    if path is None:
+        return {}
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(path)
+    wanted = {
+        "model": "model.hidden_size",
+        "experts": "model.num_experts",
+        "top-k": "model.top_k",
+        "capacity factor": "model.capacity_factor",
+        "policy": "policy.name",
+        "slots per rank": "strategy.slots_per_rank",
+        "seed": "seed",
+    }
+    found = {name: OmegaConf.select(config, key, default=None) for name, key in wanted.items()}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _with_unique_names(runs: list[Run]) -> list[Run]:
+    from dataclasses import replace
+
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    longer = [f"{Path(run.load_id).name}: {run.name}" if names.count(run.name) > 1 else run.name for run in runs]
+    if len(set(longer)) < len(longer):
+        longer = [f"{name} ({i + 1})" for i, name in enumerate(longer)]
+    return [replace(run, name=name) for run, name in zip(runs, longer, strict=True)]
