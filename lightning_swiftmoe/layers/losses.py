@@ -26,8 +26,8 @@ def load_balance_loss(prob_sum: Tensor, counts: Tensor, top_k: int, num_processe
     """
     num_experts = counts.shape[1]
     total = counts.sum().clamp_min(1)
-    fraction = counts.sum(dim=0) / total
-    return num_experts * num_processes * top_k * (fraction.to(prob_sum) * prob_sum).sum() / total
+    fraction = counts.sum(dim=0).to(prob_sum) / total  # cast first: integers divide in fp32
+    return num_experts * num_processes * top_k * (fraction * prob_sum).sum() / total
 
 
 def router_z_loss(z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1) -> Tensor:

@@ -6,14 +6,35 @@ Shape suffixes: B batch, T tokens of a sequence, D hidden size, H heads, C chann
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_swiftmoe.functional import activation_names, is_gated
 from lightning_swiftmoe.layers import MoE
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": _gelu_tanh,
+    "reglu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "silu": F.silu,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,10 @@ class GPTConfig:
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads = {self.kv_heads} must divide num_heads = {self.num_heads}")
+        if self.activation not in activation_names():
+            raise ValueError(f"activation must be one of {', '.join(activation_names())}, got {self.activation!r}")
+        if self.top_k > self.num_experts or self.top_k < 1:
+            raise ValueError(f"top_k must be 1 .. num_experts = {self.num_experts}, got {self.top_k}")
         if self.norm not in ("layer", "rms"):
             raise ValueError(f"norm must be layer or rms, got {self.norm!r}")
         if self.rotary and self.channels % 2:
@@ -134,16 +159,17 @@ class DenseMLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gated = config.activation.endswith("glu")
+        self.gated = is_gated(config.activation)
+        self.activate = _ELEMENTWISE[config.activation]
         self.up = nn.Linear(config.hidden_size, config.ffn_size * (1 + self.gated), bias=False)
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         if not self.gated:
-            return self.down(F.gelu(self.up(x)))
+            return self.down(self.activate(self.up(x)))
         gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activate(gate) * up)
 
 
 class Block(nn.Module):
