@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from rich.table import Table
 
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli._scenario import hardware_of, model_of, scenario_of
-from lightning_swiftmoe.simulate import LoadTrace, Simulation, Workload, generate, load_trace, simulate
+from lightning_swiftmoe.simulate import (
+    LoadTrace,
+    Scenario,
+    Simulation,
+    Workload,
+    generate,
+    load_trace,
+    simulate,
+)
+from lightning_swiftmoe.simulate.paper import compare
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,13 +34,27 @@ def run(config: DictConfig) -> None:
     hardware = hardware_of(config)
     trace = _trace(config, hardware.num_ranks)
     scenario = scenario_of(config, model_of(config, trace), hardware)
-    simulation = simulate(trace, scenario, list(config.policies))
     folder = Path(config.output)
+    if config.paper is not None:
+        _compare(config.paper, trace, scenario, folder)
+        return
+    start = time.perf_counter()
+    simulation = simulate(trace, scenario, list(config.policies))
+    seconds = time.perf_counter() - start
     simulation.write(folder)
     print_table(simulation)
+    print(f"{trace.num_steps} steps, {trace.num_layers} layers, {hardware.num_ranks} ranks in {seconds:.2f} s")
     print(f"wrote {folder / 'simulation.json'} and {folder / 'simulation.csv'}")
     if config.report:
         _report(folder)
+
+
+def _compare(name: str, trace: LoadTrace, scenario: Scenario, folder: Path) -> None:
+    text = "\n".join(table.markdown() for table in compare(name, trace, scenario))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(text)
+    print(text)
+    print(f"wrote {folder / 'comparison.md'}")
 
 
 def _trace(config: DictConfig, num_ranks: int) -> LoadTrace:
