@@ -53,8 +53,8 @@ class ResumableLoader(DataLoader[Tensor]):
         self._taken = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Batches of this epoch that were handed out."""
-        return {"taken": self._taken}
+        """Batches of this epoch that were handed out; none after the last, since Lightning never asks for one more."""
+        return {"taken": self._taken % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next epoch's iteration behind these batches."""

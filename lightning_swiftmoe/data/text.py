@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_swiftmoe.data.corpus import (
     SPLITS,
@@ -57,6 +58,8 @@ class TextData(pl.LightningDataModule):
             raise ValueError(f"tokenizer must be bytes or bpe, got {tokenizer!r}")
         if tokenizer == "bytes" and vocab_size != 256:
             raise ValueError(f"byte tokens have a vocab_size of 256, got {vocab_size}; set tokenizer=bpe")
+        if tokenizer == "bpe" and vocab_size < 256:
+            raise ValueError(f"a byte-level BPE has a vocab_size of at least 256, got {vocab_size}")
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}")
         self.source, self.seq_len, self.batch_size = source, seq_len, batch_size
@@ -88,8 +91,11 @@ class TextData(pl.LightningDataModule):
         return unigram_entropy(self.tokens("train"))
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled; the last incomplete batch is left out."""
-        return self._loader("train", shuffle=True, drop_last=True)
+        """Shuffled by the seed, another way in every epoch; the last incomplete batch is left out.
+
+        A step sees the same sequences whatever the number of ranks that share them.
+        """
+        return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> ResumableLoader:
         """In order."""
@@ -101,12 +107,21 @@ class TextData(pl.LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, split: str, **kwargs: Any) -> ResumableLoader:
-        world = self.trainer.world_size if self.trainer is not None else 1
-        if self.batch_size % world:
-            raise ValueError(f"batch_size = {self.batch_size} is for all ranks together and must divide by {world}")
+    def _loader(self, split: str, shuffle: bool = False) -> ResumableLoader:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        check_batch_size(self.batch_size, world)
         windows = Windows(self.tokens(split), self.seq_len)
-        return ResumableLoader(windows, self.batch_size // world, num_workers=self.num_workers, **kwargs)
+        # Lightning deals out the others itself. Torch's own shuffle would depend on the process's random state.
+        sampler = DistributedSampler(windows, world, rank, seed=self.seed, drop_last=True) if shuffle else None
+        return ResumableLoader(
+            windows, self.batch_size // world, sampler=sampler, num_workers=self.num_workers, drop_last=shuffle
+        )
+
+
+def check_batch_size(batch_size: int, num_ranks: int) -> None:
+    """Raise a ValueError for a global batch that the ranks cannot share evenly."""
+    if batch_size % num_ranks:
+        raise ValueError(f"batch_size = {batch_size} is for all ranks together and must divide by {num_ranks}")
 
 
 def train_bpe(documents: list[Document], vocab_size: int) -> Encoder:
