@@ -1,0 +1,211 @@
+"""What users of Lightning do around ``fit``: validate, test, predict, optimize by hand, save, other launchers."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_swiftmoe import ExpertRebalancer
+from lightning_swiftmoe.strategy import SwiftMoEStrategy
+from tests.jobs import Job, Net, adamw, data, largest_error, make_trainer, our_trainer, sgd, train_alone
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+JOB = Job(slots=3, steps=4)
+
+
+def fit_and_evaluate():
+    trainer, module = our_trainer(JOB, val_check_interval=2, check_val_every_n_epoch=None), Net(JOB)
+    batches = data(JOB, dist.get_rank(), dist.get_world_size())
+    held_out = list(data(dataclasses.replace(JOB, steps=2), dist.get_rank(), dist.get_world_size()))
+    trainer.fit(module, batches, held_out)
+    during = trainer.callback_metrics["val"].item()
+    after = trainer.validate(module, held_out, verbose=False)[0]["val"]
+    tested = trainer.test(module, held_out, verbose=False)[0]["val"]
+    predicted = torch.cat(trainer.predict(module, held_out))
+    return module.state_dict(), during, after, tested, predicted
+
+
+def test_validate_test_and_predict():
+    weights, during, after, tested, _ = run_ranks(2, fit_and_evaluate)[0]
+    parts = [predicted for *_, predicted in run_ranks(2, fit_and_evaluate)]
+    module = Net(JOB).double()
+    module.load_state_dict(weights)
+    module.eval()
+    batches = list(data(dataclasses.replace(JOB, steps=2)))
+    expected = np.mean([module.loss(batch).item() for batch in batches])
+    assert during == pytest.approx(expected, rel=1e-6)  # Lightning logs in fp32
+    assert after == pytest.approx(expected, rel=1e-6)
+    assert tested == pytest.approx(expected, rel=1e-6)
+    halves = [torch.cat([part.chunk(2)[i] for part in parts]) for i in range(2)]
+    for half, (x, _) in zip(halves, batches, strict=True):
+        torch.testing.assert_close(half, module(x), rtol=1e-12, atol=1e-12)
+
+
+class Manual(Net):
+    """Two backwards a step, clipped by hand before the optimizer sees them."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+def fit_manually():
+    module = Manual(JOB)
+    our_trainer(JOB).fit(module, data(JOB, dist.get_rank(), dist.get_world_size()))
+    return module.state_dict()
+
+
+def test_manual_optimization():
+    alone = Manual(JOB).double()
+    make_trainer(JOB).fit(alone, data(JOB))
+    for result in run_ranks(2, fit_manually):
+        assert largest_error(result, alone.state_dict()) < 1e-9
+
+
+def fit_twice_and_save(path):
+    module = Net(JOB)
+    for _ in range(2):
+        trainer = our_trainer(JOB)
+        trainer.fit(module, data(JOB, dist.get_rank(), dist.get_world_size()))
+    trainer.save_checkpoint(path)
+    return module.state_dict()
+
+
+def test_fit_again_then_save(tmp_path):
+    path = tmp_path / "after.ckpt"
+    alone = Net(JOB).double()
+    for _ in range(2):
+        make_trainer(JOB).fit(alone, data(JOB))
+    result = run_ranks(2, fit_twice_and_save, str(path))[0]
+    assert largest_error(result, alone.state_dict()) < 1e-9
+    saved = torch.load(path, weights_only=True)
+    assert largest_error(saved["state_dict"], result) == 0
+    moment = saved["optimizer_states"][0]["state"][4]["exp_avg"]
+    assert moment.shape == result["moes.0.experts.up_proj"].shape
+
+
+def fit_every_other_step():
+    job = dataclasses.replace(JOB, steps=6)
+    seen = []
+
+    def policy(loads, cluster, previous):
+        seen.append(int(loads.sum()))
+        return previous
+
+    strategy = SwiftMoEStrategy(slots_per_rank=3, timeout=30)
+    from tests.ranks import Ranks
+
+    trainer = make_trainer(
+        job, strategy, num_nodes=2, plugins=[Ranks()], callbacks=[ExpertRebalancer(policy, every_n_steps=3)]
+    )
+    trainer.fit(Net(job), data(job, dist.get_rank(), 2))
+    return seen
+
+
+def test_cadence_adds_loads_up():
+    # Two layers decide on steps 3 and 6, each from three steps of 24 tokens to 2 experts.
+    assert run_ranks(2, fit_every_other_step)[0] == [3 * 24 * 2] * 4
+
+
+SCRIPT = """
+import lightning.pytorch as pl, torch, os, sys
+torch.set_num_threads(1)
+import lightning_swiftmoe
+from lightning_swiftmoe import ExpertRebalancer
+from tests.jobs import Job, Net, data
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return data(Job(slots=3, steps=4), self.trainer.global_rank, self.trainer.world_size)
+
+if __name__ == "__main__":
+    module = Net(Job(slots=3, steps=4))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="{name}", max_steps=4, precision="64-true", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(module, Data())
+    assert any(isinstance(c, ExpertRebalancer) for c in trainer.callbacks) or "{name}" != "swiftmoe"
+    if trainer.is_global_zero:
+        torch.save(module.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", ["swiftmoe", "swiftmoe_fork", "swiftmoe_spawn"])
+def test_by_name_whatever_starts_the_ranks(tmp_path, name):
+    script, result = tmp_path / "job.py", tmp_path / "weights.pt"
+    script.write_text(textwrap.dedent(SCRIPT.format(name=name)))
+    root = Path(__file__).parents[2]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        code = subprocess.call(
+            [sys.executable, str(script), str(result)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        )
+    assert code == 0, log.read_text()[-3000:]
+    # Forked and spawned ranks hand their weights to the parent's module, which is fp32.
+    bound = 1e-9 if name == "swiftmoe" else 1e-6
+    assert largest_error(torch.load(result), train_alone(dataclasses.replace(JOB, steps=4))) < bound
+
+
+def fit_offloaded(path):
+    job = dataclasses.replace(JOB, strategy={"offload_optimizer": True}, optimizer=adamw)
+    devices = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            devices.extend(p.device.type for group in trainer.optimizers[0].param_groups for p in group["params"])
+
+    trainer = our_trainer(dataclasses.replace(job, callbacks=lambda: [Look()]))
+    trainer.fit(Net(job), data(job, dist.get_rank(), dist.get_world_size()))
+    return devices
+
+
+def test_offload_keeps_shards_on_the_host(tmp_path):
+    assert set(run_ranks(2, fit_offloaded, str(tmp_path))[0]) == {"cpu"}
+
+
+def fit_with_trace(path):
+    job = dataclasses.replace(JOB, optimizer=sgd)
+    strategy = SwiftMoEStrategy(slots_per_rank=3, timeout=30)
+    from tests.ranks import Ranks
+
+    rebalancer = ExpertRebalancer("proportional", trace=path)
+    trainer = make_trainer(job, strategy, num_nodes=2, plugins=[Ranks()], callbacks=[rebalancer], logger=False)
+    trainer.fit(Net(job), data(job, dist.get_rank(), 2))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_trace_and_metrics(tmp_path):
+    path = tmp_path / "folder" / "trace.npz"
+    metrics = run_ranks(2, fit_with_trace, str(path))[0]
+    trace = np.load(path)
+    assert trace["counts"].shape == (4, 2, 2, 5)
+    assert (trace["counts"].sum(axis=(2, 3)) == 24 * 2).all()
+    assert trace["steps"].tolist() == [1, 2, 3, 4]
+    assert metrics["moe/token_survival"] == 1.0
+    last = trace["counts"][-1].sum(axis=1)
+    assert metrics["moe/expert_imbalance"] == pytest.approx((last.max(1) / last.mean(1)).mean(), rel=1e-6)
+    names = {"moe/rank_imbalance", "moe/replicas_moved", "moe/aux_loss", "moe/bytes_gradient", "moe/ms_weight"}
+    assert names <= metrics.keys()
