@@ -88,7 +88,7 @@ def _headline(run: Run) -> Mapping[str, str]:
     if "survival" in run.curves:
         found["mean survival"] = f"{run.curves['survival'].values.mean():.1%}"
     if "imbalance" in run.curves:
-        found["mean max/mean rank load"] = f"{run.curves['imbalance'].values.mean():.2f}"
+        found["mean max/mean rank load after drops"] = f"{run.curves['imbalance'].values.mean():.2f}"
     if "step_ms" in run.curves:
         found["mean modelled step"] = f"{number(float(run.curves['step_ms'].values.mean()))} ms"
     if "tokens_per_s" in run.curves:
@@ -100,7 +100,7 @@ _CURVE_LABELS = {
     "loss": ("Training loss", "loss"),
     "val_loss": ("Validation loss", "loss"),
     "survival": ("Token survival", "processed / routed"),
-    "imbalance": ("Rank imbalance", "max / mean load"),
+    "imbalance": ("Rank imbalance, after drops", "max / mean load"),
     "tokens_per_s": ("Throughput", "tokens/s"),
     "step_ms": ("Modelled step time", "ms"),
 }

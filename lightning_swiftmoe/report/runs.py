@@ -116,7 +116,8 @@ def _load_simulation(folder: Path) -> list[Run]:
 
 
 def _simulated_curves(steps: NDArray, series: Mapping[str, Sequence[float]]) -> dict[str, Series]:
-    names = {"survival": "survival", "imbalance": "rank_imbalance"}
+    # After drops, as training logs it, so that both can share a chart.
+    names = {"survival": "survival", "imbalance": "rank_imbalance_after_drops"}
     curves = {name: Series(steps, np.array(series[key])) for name, key in names.items()}
     return curves | {"step_ms": Series(steps, 1e3 * np.array(series["step_s"]))}
 
@@ -216,7 +217,7 @@ def _config_facts(folder: Path) -> dict[str, str]:
 
     config = OmegaConf.load(path)
     wanted = {
-        "model": "model.hidden_size",
+        "width": "model.hidden_size",
         "experts": "model.num_experts",
         "top-k": "model.top_k",
         "capacity factor": "model.capacity_factor",

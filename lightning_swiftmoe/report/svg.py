@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lightning_swiftmoe.report.style import LineStyle, heat_colours, number
 
 WIDTH, HEIGHT = 420, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 38
 
 
 @dataclass(frozen=True)

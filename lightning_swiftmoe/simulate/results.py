@@ -129,6 +129,7 @@ def _policy_json(result: PolicyResult, keep: Sequence[int]) -> dict[str, Any]:
     series = {
         "survival": result.survival,
         "rank_imbalance": result.rank_imbalance,
+        "rank_imbalance_after_drops": result.rank_imbalance_after_drops,
         "step_s": result.step_s,
         "migration_bytes": result.phase_bytes["migration"],
     }
