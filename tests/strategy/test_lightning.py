@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.strategy import SwiftMoEStrategy
@@ -26,7 +27,8 @@ JOB = Job(slots=3, steps=4)
 def fit_and_evaluate():
     trainer, module = our_trainer(JOB, val_check_interval=2, check_val_every_n_epoch=None), Net(JOB)
     batches = data(JOB, dist.get_rank(), dist.get_world_size())
-    held_out = list(data(dataclasses.replace(JOB, steps=2), dist.get_rank(), dist.get_world_size()))
+    two = list(data(dataclasses.replace(JOB, steps=2), dist.get_rank(), dist.get_world_size()))
+    held_out = DataLoader(two, batch_size=None)
     trainer.fit(module, batches, held_out)
     during = trainer.callback_metrics["val"].item()
     after = trainer.validate(module, held_out, verbose=False)[0]["val"]
