@@ -85,3 +85,10 @@ def test_plan(capfd):
     assert "Smallest number of ranks: 1, with 16 slots each." in out
     assert plan.main(["tokens_per_rank=0"]) == 2
     assert "tokens_per_rank must be a positive integer, got 0" in capfd.readouterr().err
+
+
+def test_jobs_of_a_sweep_keep_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert simulate.main([*SMALL, "-m", "slots_per_rank=2,3", "policies=[static]"]) == 0
+    found = sorted(path.parent.name for path in tmp_path.rglob("simulation.json"))
+    assert found == ["0", "1"]
