@@ -89,6 +89,6 @@ def test_plan(capfd):
 
 def test_jobs_of_a_sweep_keep_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert simulate.main([*SMALL, "-m", "slots_per_rank=2,3", "policies=[static]"]) == 0
+    assert simulate.main(["-m", *SMALL, "slots_per_rank=2,3", "policies=[static]"]) == 0
     found = sorted(path.parent.name for path in tmp_path.rglob("simulation.json"))
     assert found == ["0", "1"]
