@@ -9,7 +9,7 @@ quickstart: $(STAMP)  ## set up and train the quickstart recipe
 	$(BIN)/swiftmoe train recipes=quickstart
 
 test: lint  ## set up and run every check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
