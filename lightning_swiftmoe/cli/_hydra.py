@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,9 +19,12 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
     """Compose ``conf/<config_name>.yaml`` with the overrides in ``argv`` and call ``task``; ``-m`` sweeps.
 
     Returns:
-        The exit status: 2 for a user's mistake (``ValueError``, or an override that Hydra refuses), which is one line
-        on stderr. Anything else is a bug and keeps its traceback.
+        The exit status: 2 for a user's mistake (``ValueError``, a package that is missing, or an override that Hydra
+        refuses), which is one line on stderr. Anything else is a bug and keeps its traceback.
     """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(config_name))
+        return 0
     prepare_hydra()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # the one line is ours to write
     mistakes: list[Exception] = []
@@ -29,10 +33,10 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
         # Hydra would print lines of its own if this went through it; and a sweep goes on with the next job.
         try:
             task(config)
-        except (ValueError, OmegaConfBaseException) as error:
+        except (ValueError, ImportError, HydraException, OmegaConfBaseException) as error:
             mistakes.append(error)
 
-    before, sys.argv = sys.argv, ["swiftmoe", *argv]
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]  # the program's name starts further ranks
     try:
         hydra.main(version_base="1.3", config_path="pkg://lightning_swiftmoe.conf", config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -47,9 +51,21 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
     return 2 if mistakes else 0
 
 
+def help_text(config_name: str) -> str:
+    """The config file with its comments: what can be overridden, and what it is when it is not."""
+    text = (files("lightning_swiftmoe.conf") / f"{config_name}.yaml").read_text()
+    return f"usage: swiftmoe {config_name} [GROUP=FILE | KEY=VALUE] ...\n\n{text.split(chr(10) + 'hydra:')[0].rstrip()}"
+
+
 def one_line(error: BaseException) -> str:
     """What a user needs of an error: the first cause, its first paragraph, on one line."""
     while error.__cause__ is not None and isinstance(error, (HydraException, OmegaConfBaseException)):
         error = error.__cause__
-    text = str(error).split("\n    full_key")[0].split("\nConfig search path")[0]
-    return " ".join(text.split())
+    text = " ".join(
+        str(error).split("\n    full_key")[0].split("\nAvailable")[0].split("\nConfig search path")[0].split()
+    )
+    if isinstance(error, MissingConfigException) and error.options:
+        options = [name for name in sorted(error.options) if not name.startswith("_") and "schema" not in name]
+        return f"{text}; there are {', '.join(options)}"
+    key = getattr(error, "full_key", None)
+    return f"{key}: {text}" if key and key not in text else text

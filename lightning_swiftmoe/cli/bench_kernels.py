@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -251,6 +251,20 @@ def run(cfg: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def main(argv: Sequence[str]) -> int:
+    """Overrides of ``DEFAULTS`` as ``key=value``; a user's mistake is one line and status 2."""
+    if {"-h", "--help"} & set(argv):
+        print("usage: swiftmoe bench kernels [KEY=VALUE ...]")
+        print("\n".join(f"  {key}={value}" for key, value in DEFAULTS.items()))
+        return 0
+    try:
+        run(dict(_parse_override(argument) for argument in argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -267,4 +281,4 @@ def _parse_override(argument: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    run(dict(_parse_override(argument) for argument in sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

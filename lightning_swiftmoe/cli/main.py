@@ -7,8 +7,6 @@ import importlib
 import os
 import sys
 
-from rich.console import Console
-
 COMMANDS = {
     "train": (
         "lightning_swiftmoe.cli.train",
@@ -29,7 +27,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run ``argv`` (default: the command line); returns the exit status, 2 for a mistake of the user's."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if "LOCAL_RANK" in os.environ and args and "=" in args[0]:
+    if "LOCAL_RANK" in os.environ and args and args[0] not in {name.split()[0] for name in COMMANDS}:
         args.insert(0, "train")  # Lightning starts further ranks with Hydra's overrides alone
     if not args or args[0] in ("-h", "--help", "help"):
         print_help()
@@ -42,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     name = next((command for command in COMMANDS if args[: command.count(" ") + 1] == command.split()), None)
     if name is None:
         return fail(unknown(args))
-    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lightning_swiftmoe"):
+            raise
+        return fail(f"swiftmoe {name} needs the package {error.name!r}, which is not installed")
     return module.main(args[name.count(" ") + 1 :]) or 0
 
 
@@ -60,9 +63,10 @@ def print_help() -> None:
     for name, (_, about) in COMMANDS.items():
         print(f"  {name:14} {about}")
     print("\n  swiftmoe COMMAND --help shows what can be overridden; --version prints the version.")
+    print("  SWIFTMOE_TRACEBACK=1 swiftmoe COMMAND shows where an error came from.")
 
 
-def fail(message: object) -> int:
+def fail(message: str) -> int:
     """Print one error line; the exit status of a user's mistake."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message!s}", markup=True)
+    print(f"error: {message}", file=sys.stderr)
     return 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from lightning_swiftmoe.cli.tables import make_console
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
     table = Table("recipe", "what it is", box=None, pad_edge=False)
     for name, about in recipes().items():
         table.add_row(name, about)
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
 
 from lightning_swiftmoe.callback import LOGGED_PHASES
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 
+_SHOWN = {
+    "moe/token_survival": ("token survival", ".1%"),
+    "moe/rank_imbalance": ("rank imbalance, max/mean", ".2f"),
+    "moe/replicas_moved": ("replicas moved per step", ".2f"),
+    "moe/tokens_per_s": ("tokens per second", ",.0f"),
+}
 _WEIGHT_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "64-true": 8}
+
+
+def make_console(quiet: bool = False) -> Console:
+    """As wide as the terminal; in a file or a pipe, where nobody says how wide, 120 columns."""
+    console = Console(quiet=quiet, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
+    return console
 
 
 def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
@@ -53,21 +69,18 @@ def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:
     loss = columns.get("train/loss", [])
     if loss:
         table.add_row("loss", f"{loss[0]:.3f} first, {loss[-1]:.3f} last (unigram entropy {unigram_entropy:.3f} nats)")
-    for name, label in {
-        "moe/token_survival": "token survival",
-        "moe/rank_imbalance": "rank imbalance, max/mean",
-        "moe/tokens_per_s": "tokens per second",
-        "moe/replicas_moved": "replicas moved per step",
-    }.items():
+    for name, (label, form) in _SHOWN.items():
         if values := columns.get(name):
-            table.add_row(label, f"{sum(values) / len(values):,.3f} on average, {values[-1]:,.3f} last")
+            mean = sum(values) / len(values)
+            table.add_row(label, f"{mean:{form}} on average, {values[-1]:{form}} last")
     for phase in LOGGED_PHASES:
         if (sent := columns.get(f"moe/bytes_{phase}")) and sum(sent):
             spent = columns[f"moe/ms_{phase}"]
             table.add_row(
                 f"{phase} phase", f"{size(sum(sent) / len(sent))} and {sum(spent) / len(spent):.1f} ms a step (rank 0)"
             )
-    table.add_row("run folder", str(run_dir))
+    inside = run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd())
+    table.add_row("run folder", str(run_dir.relative_to(Path.cwd()) if inside else run_dir))
     kept = [
         name
         for name in ("config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints")

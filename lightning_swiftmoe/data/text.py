@@ -112,7 +112,9 @@ class TextData(pl.LightningDataModule):
         check_batch_size(self.batch_size, world)
         windows = Windows(self.tokens(split), self.seq_len)
         # Lightning deals out the others itself. Torch's own shuffle would depend on the process's random state.
-        sampler = DistributedSampler(windows, world, rank, seed=self.seed, drop_last=True) if shuffle else None
+        sampler: DistributedSampler[Any] | None = (
+            DistributedSampler(windows, world, rank, seed=self.seed, drop_last=True) if shuffle else None
+        )
         return ResumableLoader(
             windows, self.batch_size // world, sampler=sampler, num_workers=self.num_workers, drop_last=shuffle
         )

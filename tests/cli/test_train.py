@@ -1,0 +1,89 @@
+"""``swiftmoe train`` from the outside: a process of its own, with ranks of its own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lightning_swiftmoe.models import GPTModule
+
+QUICK = ["recipes=quickstart", "data.limit_bytes=100000", "trainer.enable_progress_bar=false"]
+
+
+def swiftmoe(cwd, *args):
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    with (cwd / "log.txt").open("w+") as log:  # not a pipe: a rank that outlived its parent would keep it open
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_swiftmoe", *args],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+        log.seek(0)
+        text = log.read()
+    assert done.returncode == 0, text
+    return text
+
+
+def check_run_folder(folder, steps, policy):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["policy"]["name"] == policy
+    assert config["run_dir"] == str(folder)
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert len(losses) == steps
+    assert 4 < losses[0] < 6
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert any(file["name"] == "os.py" for file in files)
+
+    trace = np.load(folder / "trace.npz")
+    assert trace["counts"].shape == (steps, 2, 2, 8)  # steps, layers, ranks, experts
+    assert (trace["counts"].sum(axis=3) == 8 * 128).all()  # every rank routed its half of the batch
+    assert trace["steps"].tolist() == list(range(1, steps + 1))
+    assert json.loads(str(trace["meta"]))["slots_per_rank"] == 8
+
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    module = GPTModule.load_from_checkpoint(path, model=config["model"])
+    counts = module.gpt.blocks[0].ffn.experts.up_proj.shape
+    assert tuple(counts) == (8, 256, 64)
+    assert module.gpt.loss(torch.randint(256, (2, 17)).to(module.device)).isfinite()
+    return trace
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_quickstart_leaves_a_complete_run_folder(tmp_path):
+    text = swiftmoe(tmp_path, "train", *QUICK, "trainer.max_steps=3")
+    (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*/config.yaml"))
+    check_run_folder(folder, 3, "proportional")
+    for wanted in ("what will run", "2, 8 slots each", "what happened", "token survival", "weight phase"):
+        assert wanted in text
+    assert str(folder.relative_to(tmp_path)) in text
+    for noise in ("Warning", "Tip:", "GPU available", "litlogger", "Traceback"):
+        assert noise not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "popen"])
+def test_a_sweep_leaves_one_folder_for_each_job(tmp_path, start_method):
+    overrides = [*QUICK, "trainer.max_steps=2", f"cluster.start_method={start_method}"]
+    swiftmoe(tmp_path, "train", "-m", *overrides, "policy=static,proportional", "hydra.sweep.dir=sweep")
+    traces = [
+        check_run_folder(tmp_path / "sweep" / str(number), 2, policy)
+        for number, policy in enumerate(["static", "proportional"])
+    ]
+    assert (traces[0]["replicas"] == 2).all()
+    assert (traces[0]["replicas"][1] != traces[1]["replicas"][1]).any()
+    assert np.array_equal(traces[0]["counts"][0], traces[1]["counts"][0])  # same weights, same batch
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep", "log.txt"}
