@@ -35,6 +35,8 @@ def swiftmoe(cwd, *args):
 
 
 def check_run_folder(folder, steps, policy):
+    complete = {"config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints", "hydra"}
+    assert {path.name for path in folder.iterdir()} == complete
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["policy"]["name"] == policy
     assert config["run_dir"] == str(folder)
