@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
@@ -17,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.cli.compose import prepare_hydra
+from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli.train import build_trainer
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 
@@ -64,10 +62,7 @@ class StepTimer(pl.Callback):
 
 def main(argv: list[str]) -> int:
     """Overrides as for ``swiftmoe train``."""
-    prepare_hydra()
-    sys.argv = [sys.argv[0], *argv]
-    hydra.main(version_base="1.3", config_path="pkg://lightning_swiftmoe.conf", config_name="train")(bench)()
-    return 0
+    return run_task("train", bench, argv)
 
 
 def bench(config: DictConfig) -> None:
