@@ -23,7 +23,13 @@ from lightning_swiftmoe.models import GPTConfig, count_parameters
 CATEGORIES = {
     "attention": ("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
     "optimizer": ("multi_tensor", "adam", "foreach"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "grouped", "matmul", "wgrad", "dgrad", "_nt_", "_nn_", "cublas"),
+    # cunn_SoftMax is the loss's: a router's few experts take softmax_warp.
+    "embedding and loss": ("embedding", "compute_grad_weight", "sum_and_scatter", "cunn_softmax", "nll_loss"),
+    # hidden_grad is ours: it multiplies by the down projection and applies the activation's gradient on the way out.
+    "matrix products": (
+        *("gemm", "hidden_grad", "cutlass", "nvjet", "grouped", "matmul", "wgrad", "dgrad", "cublas"),
+        *("_nt_", "_nn_"),
+    ),
 }
 
 
