@@ -1,28 +1,43 @@
-"""``swiftmoe report RUN...``: one HTML page from the folders of runs and simulations."""
+"""``swiftmoe report RUN...``: one HTML page from the folders of runs, sweeps and simulations.
+
+Runs of a recipe of the paper (``paper:`` in their config) also give its table, printed and written beside the page.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
     """Folders, and ``--output FILE``; exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="swiftmoe report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train or simulate wrote")
+    parser = argparse.ArgumentParser(prog="swiftmoe report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train or simulate wrote, or of a sweep")
     parser.add_argument("-o", "--output", default="report.html", help="file to write (default: report.html)")
+    parser.add_argument(
+        "--target-loss",
+        type=float,
+        metavar="X",
+        help="count steps to it in tables of the paper (default: the lowest loss that every run reached)",
+    )
     args = parser.parse_args(argv)
     try:
-        from lightning_swiftmoe.report import write_report
+        from lightning_swiftmoe.report import load_runs, paper_tables, write_page
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing; install lightning-swiftmoe[report]", file=sys.stderr)
         return 2
     try:
-        path = write_report(args.runs, Path(args.output))
+        runs = load_runs(args.runs)
+        tables = paper_tables(runs, args.target_loss)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    path = write_page(runs, tables, args.output)
+    if tables:
+        text = "\n".join(table.markdown() for table in tables)
+        beside = path.with_suffix(".md")
+        beside.write_text(text, encoding="utf-8")
+        print(f"{text}\nwrote {beside}")
     print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, opens without a network)")
     return 0

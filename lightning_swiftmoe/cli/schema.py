@@ -55,6 +55,8 @@ class TrainConf:
     logger: dict[str, Any] = field(default_factory=dict)
     run_dir: str = MISSING
     seed: int = 0
+    paper: str | None = None
+    report: bool = True
 
 
 def register() -> None:

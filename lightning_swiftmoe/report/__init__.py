@@ -1,6 +1,7 @@
 """One self-contained HTML page from training runs and simulations. Needs the extra ``report`` (Jinja2)."""
 
-from lightning_swiftmoe.report.page import write_report
+from lightning_swiftmoe.report.page import write_page, write_report
+from lightning_swiftmoe.report.paper import paper_tables
 from lightning_swiftmoe.report.runs import Run, load_runs
 
-__all__ = ["Run", "load_runs", "write_report"]
+__all__ = ["Run", "load_runs", "paper_tables", "write_page", "write_report"]

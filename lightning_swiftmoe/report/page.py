@@ -13,9 +13,11 @@ import numpy as np
 from markupsafe import Markup
 
 from lightning_swiftmoe.report import svg
+from lightning_swiftmoe.report.paper import paper_tables
 from lightning_swiftmoe.report.runs import Run, load_runs
 from lightning_swiftmoe.report.style import OKABE_ITO, byte_size, line_style, number
 from lightning_swiftmoe.simulate.cost import PHASES
+from lightning_swiftmoe.simulate.paper import Comparison
 from lightning_swiftmoe.simulate.results import thinned
 
 _MOST_LAYERS = 6
@@ -53,15 +55,22 @@ def write_report(folders: Sequence[str | os.PathLike[str]], path: str | os.PathL
     Raises:
         ValueError: a folder that holds no run.
     """
+    runs = load_runs(folders)
+    return write_page(runs, paper_tables(runs), path)
+
+
+def write_page(runs: Sequence[Run], tables: Sequence[Comparison], path: str | os.PathLike[str]) -> Path:
+    """The same from runs and tables at hand; either may be empty."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(load_runs(folders)), encoding="utf-8")
+    path.write_text(render(runs, tables), encoding="utf-8")
     return path
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], tables: Sequence[Comparison] = ()) -> str:
     """The page."""
     sections = (
+        *(Section(f"{table.title} ({table.origin})", table.notes, table=_comparison(table)) for table in tables),
         _curves(runs),
         _loads(runs),
         _replicas(runs),
@@ -74,10 +83,27 @@ def render(runs: Sequence[Run]) -> str:
         files("lightning_swiftmoe.report").joinpath("template.html").read_text(encoding="utf-8")
     )
     return template.render(
-        title="SwiftMoE: " + ", ".join(run.name for run in runs[:4]) + (" ..." if len(runs) > 4 else ""),
+        title=_title(runs, tables),
         runs=[(run, svg.swatch(line_style(i)), _headline(run)) for i, run in enumerate(runs)],
         sections=[section for section in sections if section.figures or section.table],
     )
+
+
+def _title(runs: Sequence[Run], tables: Sequence[Comparison]) -> str:
+    names = [run.name for run in runs] or [table.title for table in tables]
+    return "SwiftMoE: " + ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _comparison(table: Comparison) -> Markup:
+    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in table.columns)
+    rows = [
+        Markup("<tr><th scope=row>{}</th>{}</tr>").format(
+            row[0], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
+        )
+        for row in table.rows
+    ]
+    body = Markup('<div class="scroll"><table class="paper"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
+    return body.format(head, Markup("").join(rows))
 
 
 def _headline(run: Run) -> Mapping[str, str]:

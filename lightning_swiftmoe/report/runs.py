@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Run:
 
     Args:
         name: shown beside its line.
-        origin: ``"measured"`` or ``"modelled"``.
+        origin: ``"measured"``, ``"virtual"`` (one process acted as several ranks) or ``"modelled"``.
         curves: by the names of ``_CURVES`` and ``step_ms``.
         load_id: runs with the same one saw the same loads.
         steps: ``[T]`` of loads and replicas.
@@ -54,6 +54,7 @@ class Run:
         phase_ms: mean time of a phase per step.
         phase_bytes: mean bytes of a phase per step.
         facts: settings worth printing.
+        config: the resolved configuration of a training run.
     """
 
     name: str
@@ -67,18 +68,35 @@ class Run:
     phase_ms: Mapping[str, float] = field(default_factory=dict)
     phase_bytes: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """All runs of these folders: one of a training run, one per policy of a simulation. Names are made unique.
+    """All runs of these folders: one of a training run, one per policy of a simulation, all jobs of a sweep.
+
+    Names are made unique.
 
     Raises:
         ValueError: a folder without ``metrics.csv``, ``simulation.json`` or a trace.
     """
     if not folders:
         raise ValueError("no runs to report; name the folder of a training run or a simulation")
-    found = [run for folder in folders for run in _load_folder(Path(folder))]
+    found = [run for folder in folders for inner in _jobs(Path(folder)) for run in _load_folder(inner)]
     return _with_unique_names(found)
+
+
+def _jobs(folder: Path) -> list[Path]:
+    """The folder itself if it holds a run, else the finished jobs of the sweeps below it."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("metrics.csv", "simulation.json")):
+        return [folder]
+    found = {path.parent for path in folder.rglob("simulation.json")}
+    found |= {path.parent for path in folder.rglob("metrics.csv") if (path.parent / "config.yaml").is_file()}
+    return sorted(found, key=_natural) or [folder]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts job 10 behind job 9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.parts]
 
 
 def _load_folder(folder: Path) -> list[Run]:
@@ -146,14 +164,16 @@ def _load_training(folder: Path) -> Run:
         if (column := next((c for c in candidates if c in columns), None))
     }
     loads = _read_trace(trace) if trace else {}
+    config = _read_config(folder)
     return Run(
         name=folder.resolve().name,
-        origin="measured",
+        origin="measured" if pick(config, "cluster.virtual_ranks") is None else "virtual",
         curves=curves,
         load_id=str(folder),
         phase_ms=_means(columns, "moe/ms_"),
         phase_bytes=_means(columns, "moe/bytes_"),
-        facts=_config_facts(folder),
+        facts=_config_facts(config),
+        config=config,
         **loads,
     )
 
@@ -209,29 +229,66 @@ def _means(columns: Mapping[str, Series], prefix: str) -> dict[str, float]:
     }
 
 
-def _config_facts(folder: Path) -> dict[str, str]:
-    path = _newest(folder, "config.yaml")
+def _read_config(folder: Path) -> dict[str, Any]:
+    own = folder / "config.yaml"  # Hydra's, not resolved, lies in a folder below
+    path = own if own.is_file() else _newest(folder, "config.yaml")
     if path is None:
         return {}
     from omegaconf import OmegaConf
 
-    config = OmegaConf.load(path)
-    wanted = {
-        "width": "model.hidden_size",
-        "experts": "model.num_experts",
-        "top-k": "model.top_k",
-        "capacity factor": "model.capacity_factor",
-        "policy": "policy.name",
-        "slots per rank": "strategy.slots_per_rank",
-        "seed": "seed",
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def pick(config: Mapping[str, Any], name: str) -> Any:
+    """``pick(config, "model.top_k")``; None where a part is missing."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+_FACTS = {
+    "ranks": "cluster.virtual_ranks",
+    "width": "model.hidden_size",
+    "experts": "model.num_experts",
+    "top-k": "model.top_k",
+    "capacity factor": "model.capacity_factor",
+    "aux-loss": "model.aux_loss_coef",
+    "slots per rank": "strategy.slots_per_rank",
+    "seed": "seed",
+}
+
+
+def _config_facts(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: pick(config, key) for name, key in _FACTS.items()}
+    facts = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in found.items()
+        if value is not None
     }
-    found = {name: OmegaConf.select(config, key, default=None) for name, key in wanted.items()}
-    return {name: str(value) for name, value in found.items() if value is not None}
+    return {"policy": system_of(config), **facts} if pick(config, "policy.name") else facts
+
+
+def system_of(config: Mapping[str, Any]) -> str:
+    """What the simulator calls the run's policy: ``static``, ``proportional``, ``flexmoe_10``, ..."""
+    name = pick(config, "policy.name")
+    if isinstance(name, Mapping):
+        target = str(name.get("_target_", "?")).rpartition(".")[2]
+        if target != "FlexMoEPolicy":
+            return target
+        every = pick(config, "policy.every_n_steps") or 1
+        return f"flexmoe_{every}" if every > 1 else "flexmoe"
+    if name == "auto":
+        return "proportional" if pick(config, "model.capacity_factor") is not None else "balanced"
+    return str(name)
 
 
 def _with_unique_names(runs: list[Run]) -> list[Run]:
-    from dataclasses import replace
-
+    trained = [run for run in runs if run.config]
+    differing = [fact for fact in ("policy", *_FACTS) if len({run.facts.get(fact) for run in trained}) > 1]
+    if differing:  # what tells jobs of a sweep apart says more than their numbers
+        runs = [replace(run, name=_describe(run.facts, differing) or run.name) for run in runs]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
@@ -239,3 +296,10 @@ def _with_unique_names(runs: list[Run]) -> list[Run]:
     if len(set(longer)) < len(longer):
         longer = [f"{name} ({i + 1})" for i, name in enumerate(longer)]
     return [replace(run, name=name) for run, name in zip(runs, longer, strict=True)]
+
+
+def _describe(facts: Mapping[str, str], names: Sequence[str]) -> str:
+    """Nothing for a simulation, whose name is its policy: its facts do not name one."""
+    if "policy" not in facts:
+        return ""
+    return ", ".join(facts[name] if name == "policy" else f"{name} {facts[name]}" for name in names if name in facts)

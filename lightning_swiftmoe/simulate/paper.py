@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_swiftmoe.simulate.cost import PHASES
 from lightning_swiftmoe.simulate.load_trace import LoadTrace
@@ -177,22 +178,35 @@ def compare_survival(trace: LoadTrace, scenario: Scenario) -> list[Comparison]:
                 f"{result.mean_survival:.1%}",
                 f"{fewer:.0%}" if name in PUBLISHED_FEWER_DROPS else "-",
                 f"{PUBLISHED_FEWER_DROPS[name]:.0%}" if name in PUBLISHED_FEWER_DROPS else "-",
-                f"{_correlation(simulation.loads, result.replicas):.3f}",
+                *(f"{value:.3f}" for value in follows(simulation.loads, result.replicas)),
             )
         )
     notes = (
         f"Loads: {trace.name}, {trace.num_steps} steps. Published: SwiftMoE drops about 10 %, DeepSpeed about 40 %. "
-        "The last column is the correlation of replicas with the load of the same step (Fig. 9 and 10 show curves)."
+        "The last columns hold replicas against the load of the same step: their correlation, and the part of the "
+        "slots that sits with other experts than the load (Fig. 9 and 10 show curves)."
     )
-    columns = ("system", "survival", "SwiftMoE drops fewer by", "published", "replicas ~ load")
+    columns = ("system", "survival", "SwiftMoE drops fewer by", "published", "replicas ~ load", "slots misplaced")
     return [Comparison("Fig. 8-10, survival and replicas", "modelled", columns, tuple(rows), notes)]
 
 
-def _correlation(loads: np.ndarray, replicas: np.ndarray) -> float:
-    share = (loads / loads.sum(axis=2, keepdims=True)).ravel()
+def follows(loads: NDArray, replicas: NDArray) -> tuple[float, float]:
+    """How closely replicas follow the loads of the same step.
+
+    Args:
+        loads: ``[T, L, E]`` assignments.
+        replicas: ``[T, L, E]`` in force.
+
+    Returns:
+        The correlation of replicas with shares of load over everything (0 where either is constant), and the mean total
+        variation of slots against load: the part of the slots that sits with other experts than the load, 0 .. 1.
+    """
+    share = loads / loads.sum(axis=2, keepdims=True)
+    slots = replicas / replicas.sum(axis=2, keepdims=True)
+    misplaced = float(0.5 * np.abs(share - slots).sum(axis=2).mean())
     if replicas.std() == 0 or share.std() == 0:
-        return 0.0
-    return float(np.corrcoef(share, replicas.ravel())[0, 1])
+        return 0.0, misplaced
+    return float(np.corrcoef(share.ravel(), replicas.ravel())[0, 1]), misplaced
 
 
 COMPARISONS: dict[str, Callable[[LoadTrace, Scenario], list[Comparison]]] = {

@@ -89,6 +89,10 @@ PUBLISHED_MINUTES = {
 }
 PUBLISHED_FEWER_STEPS = {"static": 0.285, "flexmoe_100": 0.156, "flexmoe_50": 0.121, "flexmoe_10": 0.0}
 PUBLISHED_FEWER_DROPS = {"static": 0.69, "flexmoe_100": 0.64, "flexmoe_50": 0.62, "flexmoe_10": 0.43}
+# SwiftMoE, Table 1: GPT-Small, 32 experts, 16 GPUs: capacity factor -> tokens kept, steps to the loss, ms of a forward.
+PUBLISHED_CAPACITY = {1.0: (0.449, 618, 455.0), 2.0: (0.656, 527, 507.0), 4.0: (0.749, 478, 571.0)}
+# SwiftMoE, Fig. 11: dropped at every coefficient of the auxiliary loss, about.
+PUBLISHED_DROPPED = {"static": 0.40, "proportional": 0.10}
 # SwiftMoE, Fig. 12: step time against DeepSpeed.
 PUBLISHED_STEP_CHANGE = {"gpt-small": -0.028, "gpt-medium": -0.032, "gpt-large": -0.093}
 PUBLISHED_NEW_PARTS_SHARE = {"gpt-small": 0.0106, "gpt-medium": 0.0082, "gpt-large": 0.0070}

@@ -55,7 +55,7 @@ def trained(tmp_path):
     trace = generate("drift", Workload(10, 2, 6, tokens=480, num_ranks=4))
     replicas = np.full((10, 2, 6), 2)
     np.savez(folder / "trace.npz", counts=trace.counts, steps=trace.steps, replicas=replicas, meta=np.array("{}"))
-    (folder / "config.yaml").write_text("model: {num_experts: 6}\npolicy: {name: auto}\nseed: 7\n")
+    (folder / "config.yaml").write_text("model: {num_experts: 6}\npolicy: {name: static}\nseed: 7\n")
     return folder
 
 
@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_runs(simulated, trained):
     assert own.curves["loss"].values.tolist() == pytest.approx([5 - 0.1 * s for s in range(10)])
     assert own.curves["val_loss"].values.tolist() == [4.25]
     assert own.phase_ms == {"gradient": 2.0}  # the second half
-    assert own.facts == {"experts": "6", "policy": "auto", "seed": "7"}
+    assert own.facts == {"experts": "6", "policy": "static", "seed": "7"}
     trace = generate("drift", Workload(10, 2, 6, tokens=480, num_ranks=4))
     assert (own.loads == trace.counts.sum(axis=2)).all()
     table = {row["policy"]: row for row in csv.DictReader((simulated / "simulation.csv").open())}
