@@ -15,6 +15,9 @@ from lightning_swiftmoe.step import Step
 class TraceWriter:
     """Collects ``counts[steps, layers, ranks, experts]`` and writes them as one ``.npz``.
 
+    Beside them: ``replicas[steps, layers, experts]`` in force and ``rank_load[steps, layers, ranks]``, the assignments
+    that each rank processed, after drops.
+
     Args:
         path: file to write; folders are made, an existing file is replaced.
     """
@@ -24,6 +27,7 @@ class TraceWriter:
         self._steps: list[int] = []
         self._counts: list[np.ndarray] = []
         self._replicas: list[np.ndarray] = []
+        self._rank_loads: list[np.ndarray] = []
         self._meta: dict[str, Any] = {}
 
     def add(self, number: int, step: Step) -> None:
@@ -38,6 +42,7 @@ class TraceWriter:
         self._steps.append(number)
         self._counts.append(np.stack([layer.counts for layer in step.layers]).astype(np.int32))
         self._replicas.append(np.stack([layer.placement.replicas for layer in step.layers]).astype(np.int16))
+        self._rank_loads.append(np.stack([layer.rank_load for layer in step.layers]).astype(np.int32))
         self._meta = {
             "layers": [layer.name for layer in step.layers],
             "top_k": step.layers[0].top_k,
@@ -56,6 +61,7 @@ class TraceWriter:
                 file,
                 counts=np.stack(self._counts),
                 replicas=np.stack(self._replicas),
+                rank_load=np.stack(self._rank_loads),
                 steps=np.array(self._steps),
                 meta=np.array(json.dumps(self._meta)),
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,13 +24,13 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        from lightning_swiftmoe.report import load_runs, paper_tables, write_page
+        from lightning_swiftmoe.report import load_runs, load_tables, paper_tables, write_page
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing; install lightning-swiftmoe[report]", file=sys.stderr)
         return 2
     try:
         runs = load_runs(args.runs)
-        tables = paper_tables(runs, args.target_loss)
+        tables = [*paper_tables(runs, args.target_loss), *load_tables(args.runs)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,3 +42,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"{text}\nwrote {beside}")
     print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, opens without a network)")
     return 0
+
+
+def write_report_of(folder: Path) -> str | None:
+    """``report.html`` in the folder of a run that just ended; what to say where Jinja2 is not installed."""
+    try:
+        from lightning_swiftmoe.report import write_report
+    except ModuleNotFoundError as error:
+        return f"no report.html: {error.name} is missing; install lightning-swiftmoe[report]"
+    write_report([folder], folder / "report.html")
+    return None

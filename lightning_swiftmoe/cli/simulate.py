@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli._scenario import hardware_of, model_of, scenario_of
+from lightning_swiftmoe.cli.report import write_report_of
 from lightning_swiftmoe.simulate import (
     LoadTrace,
     Scenario,
@@ -21,7 +22,7 @@ from lightning_swiftmoe.simulate import (
     load_trace,
     simulate,
 )
-from lightning_swiftmoe.simulate.paper import compare
+from lightning_swiftmoe.simulate.paper import compare, write_tables
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,31 +31,31 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: DictConfig) -> None:
-    """Simulate, print a table, write ``simulation.json``, ``simulation.csv`` and ``report.html``."""
+    """Simulate, print a table, write ``simulation.json`` and ``.csv``, or a paper's tables, and ``report.html``."""
     hardware = hardware_of(config)
     trace = _trace(config, hardware.num_ranks)
     scenario = scenario_of(config, model_of(config, trace), hardware)
     folder = Path(config.output)
-    if config.paper is not None:
-        _compare(config.paper, trace, scenario, folder)
-        return
+    for stale in ("simulation.json", "simulation.csv", "comparison.json", "comparison.md"):
+        (folder / stale).unlink(missing_ok=True)  # the folder of a run is used again
+    if config.paper is None:
+        _simulate(config, trace, scenario, folder)
+    else:
+        tables = compare(config.paper, trace, scenario)
+        print("\n".join(table.markdown() for table in tables))
+        print(f"wrote {write_tables(tables, folder)}")
+    if config.report:
+        print(write_report_of(folder) or f"wrote {folder / 'report.html'}")
+
+
+def _simulate(config: DictConfig, trace: LoadTrace, scenario: Scenario, folder: Path) -> None:
     start = time.perf_counter()
     simulation = simulate(trace, scenario, list(config.policies))
     seconds = time.perf_counter() - start
     simulation.write(folder)
     print_table(simulation)
-    print(f"{trace.num_steps} steps, {trace.num_layers} layers, {hardware.num_ranks} ranks in {seconds:.2f} s")
+    print(f"{trace.num_steps} steps, {trace.num_layers} layers, {scenario.hardware.num_ranks} ranks in {seconds:.2f} s")
     print(f"wrote {folder / 'simulation.json'} and {folder / 'simulation.csv'}")
-    if config.report:
-        _report(folder)
-
-
-def _compare(name: str, trace: LoadTrace, scenario: Scenario, folder: Path) -> None:
-    text = "\n".join(table.markdown() for table in compare(name, trace, scenario))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(text)
-    print(text)
-    print(f"wrote {folder / 'comparison.md'}")
 
 
 def _trace(config: DictConfig, num_ranks: int) -> LoadTrace:
@@ -90,12 +91,3 @@ def print_table(simulation: Simulation) -> None:
             "-" if ratio != ratio else f"{ratio:.2f}x",
         )
     Console(width=120).print(table)
-
-
-def _report(folder: Path) -> None:
-    try:
-        from lightning_swiftmoe.report import write_report
-    except ModuleNotFoundError as error:
-        print(f"no report.html: {error.name} is missing; install lightning-swiftmoe[report]")
-        return
-    print(f"wrote {write_report([folder], folder / 'report.html')}")

@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli.progress import ShortProgressBar
+from lightning_swiftmoe.cli.report import write_report_of
 from lightning_swiftmoe.cli.tables import make_console, outcome_table, plan_table
 from lightning_swiftmoe.data.loader import Windows
 from lightning_swiftmoe.data.text import TextData, check_batch_size, write_manifest
@@ -75,7 +76,11 @@ def run(config: DictConfig) -> None:
         write_manifest(data, run_dir / "manifest.json")
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     trainer.fit(module, data)
-    console.print(outcome_table(run_dir, data.unigram_entropy()))
+    if trainer.is_global_zero:
+        lacking = write_report_of(run_dir) if config.report else None
+        console.print(outcome_table(run_dir, data.unigram_entropy()))
+        if lacking:
+            console.print(lacking)
 
 
 def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: Any, trainer: pl.Trainer) -> None:

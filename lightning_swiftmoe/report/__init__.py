@@ -2,6 +2,6 @@
 
 from lightning_swiftmoe.report.page import write_page, write_report
 from lightning_swiftmoe.report.paper import paper_tables
-from lightning_swiftmoe.report.runs import Run, load_runs
+from lightning_swiftmoe.report.runs import Run, load_runs, load_tables
 
-__all__ = ["Run", "load_runs", "paper_tables", "write_page", "write_report"]
+__all__ = ["Run", "load_runs", "load_tables", "paper_tables", "write_page", "write_report"]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from lightning_swiftmoe.report import svg
 from lightning_swiftmoe.report.paper import paper_tables
-from lightning_swiftmoe.report.runs import Run, load_runs
+from lightning_swiftmoe.report.runs import Run, load_runs, load_tables
 from lightning_swiftmoe.report.style import OKABE_ITO, byte_size, line_style, number
 from lightning_swiftmoe.simulate.cost import PHASES
 from lightning_swiftmoe.simulate.paper import Comparison
@@ -56,7 +56,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], path: str | os.PathL
         ValueError: a folder that holds no run.
     """
     runs = load_runs(folders)
-    return write_page(runs, paper_tables(runs), path)
+    return write_page(runs, [*paper_tables(runs), *load_tables(folders)], path)
 
 
 def write_page(runs: Sequence[Run], tables: Sequence[Comparison], path: str | os.PathLike[str]) -> Path:
@@ -196,7 +196,9 @@ def _rank_loads(runs: Sequence[Run]) -> Section:
             worst = max(float(row.max() / row.mean()) for row in run.rank_load)
             caption = f"Layer 0 of the last step; the dashed line is the mean. Worst layer: max/mean {worst:.2f}."
             figures.append(Figure(run.name, chart, caption, (i,)))
-    return Section("Load of every rank", "Before drops. The slowest rank sets the pace.", tuple(figures))
+    return Section(
+        "Load of every rank", "What every rank processed, after drops. The slowest rank sets the pace.", tuple(figures)
+    )
 
 
 def _breakdown(runs: Sequence[Run]) -> Section:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.simulate.cost import PHASES
+from lightning_swiftmoe.simulate.paper import Comparison, read_tables
 from lightning_swiftmoe.simulate.results import read_simulation, thinned
 
 _CURVES = {
@@ -50,7 +51,7 @@ class Run:
         steps: ``[T]`` of loads and replicas.
         loads: ``[T, L, E]`` assignments before drops.
         replicas: ``[T, L, E]`` in force.
-        rank_load: ``[L, N]`` of the last step.
+        rank_load: ``[L, N]`` assignments processed in the last step, after drops.
         phase_ms: mean time of a phase per step.
         phase_bytes: mean bytes of a phase per step.
         facts: settings worth printing.
@@ -74,22 +75,40 @@ class Run:
 def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """All runs of these folders: one of a training run, one per policy of a simulation, all jobs of a sweep.
 
-    Names are made unique.
+    Names are made unique. A folder of tables alone (``load_tables``) holds no run.
 
     Raises:
-        ValueError: a folder without ``metrics.csv``, ``simulation.json`` or a trace.
+        ValueError: a folder without ``metrics.csv``, ``simulation.json``, ``comparison.json`` or a trace.
     """
     if not folders:
         raise ValueError("no runs to report; name the folder of a training run or a simulation")
-    found = [run for folder in folders for inner in _jobs(Path(folder)) for run in _load_folder(inner)]
-    return _with_unique_names(found)
+    inner = [job for folder in folders for job in _jobs(Path(folder))]
+    return _with_unique_names([run for folder in inner if not _tables_of(folder) for run in _load_folder(folder)])
+
+
+def load_tables(folders: Sequence[str | os.PathLike[str]]) -> list[Comparison]:
+    """The paper's tables that ``swiftmoe simulate paper=NAME`` left in these folders.
+
+    Raises:
+        ValueError: a file of that name that holds something else.
+    """
+    inner = [job for folder in folders for job in _jobs(Path(folder))]
+    return [table for folder in inner if (path := _tables_of(folder)) for table in read_tables(path)]
+
+
+_RESULTS = ("metrics.csv", "simulation.json", "comparison.json")
+
+
+def _tables_of(folder: Path) -> Path | None:
+    path = folder / "comparison.json"
+    return path if path.is_file() else None
 
 
 def _jobs(folder: Path) -> list[Path]:
-    """The folder itself if it holds a run, else the finished jobs of the sweeps below it."""
-    if not folder.is_dir() or any((folder / name).is_file() for name in ("metrics.csv", "simulation.json")):
+    """The folder itself if it holds results, else the finished jobs of the sweeps below it."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in _RESULTS):
         return [folder]
-    found = {path.parent for path in folder.rglob("simulation.json")}
+    found = {path.parent for name in _RESULTS[1:] for path in folder.rglob(name)}
     found |= {path.parent for path in folder.rglob("metrics.csv") if (path.parent / "config.yaml").is_file()}
     return sorted(found, key=_natural) or [folder]
 

@@ -113,7 +113,7 @@ class LoadTrace:
 
 
 def load_trace(path: str | os.PathLike[str]) -> LoadTrace:
-    """Read a ``.npz`` trace with ``counts``, ``steps`` and a JSON ``meta`` that names ``top_k``.
+    """Read a ``.npz`` trace with ``counts``, ``steps`` and a JSON ``meta`` that names ``top_k``; more is not looked at.
 
     Raises:
         ValueError: no such file, no ``.npz``, or what ``LoadTrace`` refuses.

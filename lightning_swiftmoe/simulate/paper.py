@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,3 +229,30 @@ def compare(name: str, trace: LoadTrace, scenario: Scenario) -> list[Comparison]
     if name not in COMPARISONS:
         raise ValueError(f"unknown comparison paper={name!r}; there are {', '.join(COMPARISONS)}")
     return COMPARISONS[name](trace, scenario)
+
+
+def write_tables(tables: Sequence[Comparison], folder: str | os.PathLike[str]) -> Path:
+    """``comparison.md`` to read, and ``comparison.json`` for ``read_tables``; returns the first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(
+        json.dumps([dataclasses.asdict(table) for table in tables], indent=1) + "\n"
+    )
+    path = folder / "comparison.md"
+    path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    return path
+
+
+def read_tables(path: str | os.PathLike[str]) -> list[Comparison]:
+    """What ``write_tables`` wrote.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [
+            Comparison(**{**table, "columns": tuple(table["columns"]), "rows": tuple(map(tuple, table["rows"]))})
+            for table in json.loads(Path(path).read_text())
+        ]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no tables ({error}); write it with `swiftmoe simulate paper=NAME`") from error

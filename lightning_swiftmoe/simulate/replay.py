@@ -149,7 +149,7 @@ class _Replay:
         self._imbalance[at] = routed.offered_load.max() / routed.offered_load.mean()
         if routed.rank_load.any():
             self._imbalance_after[at] = routed.rank_load.max() / routed.rank_load.mean()
-        self._replicas[at], self._rank_load[layer] = state.placement.replicas, routed.offered_load
+        self._replicas[at], self._rank_load[layer] = state.placement.replicas, routed.rank_load
         self._charge(state.step_costs(routed), at)
         if not self._system.sees_current_load:
             state.accumulated += loads

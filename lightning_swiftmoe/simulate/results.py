@@ -34,7 +34,7 @@ class PolicyResult:
         moved_residents: ``[T]`` residents that reached a new rank after the step, all layers.
         mean_survival: processed / routed of the whole trace.
         replicas: ``[T, L, E]`` replicas in force, for reports.
-        rank_load: ``[L, N]`` assignments before drops of the last step, for reports.
+        rank_load: ``[L, N]`` assignments processed in the last step, after drops, for reports.
     """
 
     policy: str

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lightning_swiftmoe.models import GPTModule
+from lightning_swiftmoe.simulate import load_trace
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=100000", "trainer.enable_progress_bar=false"]
 
@@ -35,8 +36,9 @@ def swiftmoe(cwd, *args):
 
 
 def check_run_folder(folder, steps, policy):
-    complete = {"config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints", "hydra"}
+    complete = {"config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints", "hydra", "report.html"}
     assert {path.name for path in folder.iterdir()} == complete
+    assert "Load of every rank" in (folder / "report.html").read_text()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["policy"]["name"] == policy
     assert config["run_dir"] == str(folder)
@@ -52,6 +54,10 @@ def check_run_folder(folder, steps, policy):
     assert (
         trace["counts"].sum(axis=3) == config["data"]["batch_size"] // 2 * config["data"]["seq_len"]
     ).all()  # every rank routed its half of the batch
+    processed = trace["rank_load"].sum(axis=(1, 2)) / trace["counts"].sum(axis=(1, 2, 3))
+    logged = [float(row["moe/token_survival"]) for row in rows if row["moe/token_survival"]]
+    assert processed == pytest.approx(logged)
+    assert load_trace(folder / "trace.npz").num_steps == steps
     assert trace["steps"].tolist() == list(range(1, steps + 1))
     assert json.loads(str(trace["meta"]))["slots_per_rank"] == 8
 

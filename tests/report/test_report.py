@@ -54,7 +54,9 @@ def trained(tmp_path):
         writer.writerow({"step": 10, "val/loss": "nan"})
     trace = generate("drift", Workload(10, 2, 6, tokens=480, num_ranks=4))
     replicas = np.full((10, 2, 6), 2)
-    np.savez(folder / "trace.npz", counts=trace.counts, steps=trace.steps, replicas=replicas, meta=np.array("{}"))
+    rank_load = np.arange(10 * 2 * 4).reshape(10, 2, 4)
+    arrays = {"counts": trace.counts, "steps": trace.steps, "replicas": replicas, "rank_load": rank_load}
+    np.savez(folder / "trace.npz", **arrays, meta=np.array("{}"))
     (folder / "config.yaml").write_text("model: {num_experts: 6}\npolicy: {name: static}\nseed: 7\n")
     return folder
 
@@ -129,11 +131,14 @@ def test_numbers_are_those_of_the_runs(simulated, trained):
     assert own.facts == {"experts": "6", "policy": "static", "seed": "7"}
     trace = generate("drift", Workload(10, 2, 6, tokens=480, num_ranks=4))
     assert (own.loads == trace.counts.sum(axis=2)).all()
+    assert own.rank_load.tolist() == [[72, 73, 74, 75], [76, 77, 78, 79]]  # of the last step
     table = {row["policy"]: row for row in csv.DictReader((simulated / "simulation.csv").open())}
     for name in ("static", "flexmoe_5", "proportional"):
         run = runs[name]
         assert run.origin == "modelled"
         assert run.curves["survival"].values.mean() == pytest.approx(float(table[name]["mean_survival"]))
+        last = run.curves["survival"].values[-1]
+        assert run.rank_load.sum() == pytest.approx(last * run.loads[-1].sum())  # after drops, as in training
         assert run.phase_bytes["migration"] * 15 == pytest.approx(float(table[name]["total_migration_bytes"]))
         assert sum(run.phase_ms.values()) == pytest.approx(1e3 * float(table[name]["mean_step_s"]))
 

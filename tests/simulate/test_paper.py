@@ -1,10 +1,11 @@
 """The paper's tables in a reduced size: the published numbers stand beside ours, and the order is right."""
 
+import numpy as np
 import pytest
 
 from lightning_swiftmoe.cli import simulate as command
 from lightning_swiftmoe.simulate import PAPER_MODELS, Hardware, Scenario, Workload, generate
-from lightning_swiftmoe.simulate.paper import COMPARISONS, compare
+from lightning_swiftmoe.simulate.paper import COMPARISONS, compare, follows, read_tables
 
 A100 = Hardware("A100", 312, 1935, 80, 32, 100, 5, gpus_per_node=1, num_nodes=16)
 
@@ -70,4 +71,23 @@ def test_recipes_run_from_the_command_line(tmp_path, capsys, recipe):
     written = (tmp_path / "comparison.md").read_text()
     assert "(computed)" in written or "(modelled)" in written
     assert written.strip() in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for table in read_tables(tmp_path / "comparison.json"):
+        assert table.markdown().strip() in written
+        assert all(f"<td>{cell}</td>" in page for row in table.rows for cell in row[1:])
     assert len(COMPARISONS) == 4
+
+
+def test_replicas_that_follow_the_load():
+    loads = np.array([[[6, 2, 4, 4], [1, 1, 1, 13]]])
+    exact, misplaced = follows(loads, loads)
+    assert (exact, misplaced) == (pytest.approx(1.0), 0.0)
+    # 4/16 of the slots each: the load of layer 0 has 2/16 elsewhere, that of layer 1 9/16.
+    assert follows(loads, np.full_like(loads, 4)) == (0.0, (2 / 16 + 9 / 16) / 2)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"title": 1}]'])
+def test_tables_of_another_program(tmp_path, text):
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no tables"):
+        read_tables(tmp_path / "comparison.json")
