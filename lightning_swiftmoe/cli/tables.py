@@ -52,7 +52,9 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
     table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}, {slots} slots each")
-    table.add_row("policy", f"{config.policy.name}, every {config.policy.every_n_steps} step(s)")
+    policy = config.policy.name
+    name = policy if isinstance(policy, str) else str(policy.get("_target_")).rpartition(".")[2]
+    table.add_row("policy", f"{name}, every {config.policy.every_n_steps} step(s)")
     table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
     table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
     place = "on the host" if config.strategy.offload_optimizer else "on the device"

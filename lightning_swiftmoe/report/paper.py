@@ -217,7 +217,7 @@ def _aux_loss(groups: Mapping[tuple[Any, ...], Group], target: float) -> list[Co
         late = [spread(g.values(_dropped_late).values() if g else [], ".1%") for g in found]
         losses = [spread(g.values(_last_loss).values() if g else [], ".3f") for g in found]
         rows.append((f"{coefficient:g}", *cells, *late, *losses))
-    published = [f"about {PUBLISHED_DROPPED[s]:.0%}" if s in PUBLISHED_DROPPED else "-" for s in systems]
+    published = [f"about {spread([PUBLISHED_DROPPED[s]], '.0%')}" if s in PUBLISHED_DROPPED else "-" for s in systems]
     rows.append(("published, any", *published, *published, *("-" for _ in systems)))
     columns = ["coefficient"]
     for what in ("dropped, ", "second half, ", "last loss, "):
