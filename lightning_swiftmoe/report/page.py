@@ -91,7 +91,7 @@ def render(runs: Sequence[Run], tables: Sequence[Comparison] = ()) -> str:
 
 def _title(runs: Sequence[Run], tables: Sequence[Comparison]) -> str:
     names = [run.name for run in runs] or [table.title for table in tables]
-    return "SwiftMoE: " + ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+    return "SwiftMoE: " + "; ".join(names[:4]) + (" ..." if len(names) > 4 else "")
 
 
 def _comparison(table: Comparison) -> Markup:
@@ -286,7 +286,8 @@ def _table(runs: Sequence[Run], rows: Mapping[str, Sequence[float | None]], text
             Markup("<td>-</td>")
             if value is None
             else Markup('<td><span class="bar" style="width:{:.0f}%"></span><span>{}</span></td>').format(
-                100 * value / most, text(value)
+                90 * value / most,
+                text(value),  # a gap between the bars of neighbours
             )
             for value in values
         ]

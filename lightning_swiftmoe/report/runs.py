@@ -240,12 +240,13 @@ def _read_trace(path: Path) -> dict[str, Any]:
 
 
 def _means(columns: Mapping[str, Series], prefix: str) -> dict[str, float]:
-    """Means over the second half of a run: the first steps warm caches up."""
-    return {
+    """Means over the second half of a run: the first steps warm caches up. Nothing where nothing was sent."""
+    means = {
         key.removeprefix(prefix): float(series.values[series.values.size // 2 :].mean())
         for key, series in columns.items()
         if key.startswith(prefix)
     }
+    return means if any(means.values()) else {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -308,13 +309,21 @@ def _with_unique_names(runs: list[Run]) -> list[Run]:
     differing = [fact for fact in ("policy", *_FACTS) if len({run.facts.get(fact) for run in trained}) > 1]
     if differing:  # what tells jobs of a sweep apart says more than their numbers
         runs = [replace(run, name=_describe(run.facts, differing) or run.name) for run in runs]
+    for tell_apart in (_with_origin, _with_folder):
+        names = [run.name for run in runs]
+        runs = [replace(run, name=tell_apart(run)) if names.count(run.name) > 1 else run for run in runs]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
-    longer = [f"{Path(run.load_id).name}: {run.name}" if names.count(run.name) > 1 else run.name for run in runs]
-    if len(set(longer)) < len(longer):
-        longer = [f"{name} ({i + 1})" for i, name in enumerate(longer)]
-    return [replace(run, name=name) for run, name in zip(runs, longer, strict=True)]
+    return [replace(run, name=f"{run.name} ({number})") for number, run in enumerate(runs, start=1)]
+
+
+def _with_origin(run: Run) -> str:
+    return f"{run.name} ({run.origin})"
+
+
+def _with_folder(run: Run) -> str:
+    return f"{Path(run.load_id).name}: {run.name.removesuffix(f' ({run.origin})')}"
 
 
 def _describe(facts: Mapping[str, str], names: Sequence[str]) -> str:

@@ -148,6 +148,21 @@ def test_runs_of_the_same_name_are_told_apart(simulated):
     assert len(set(names)) == 6
 
 
+def test_jobs_of_a_sweep_are_named_by_what_tells_them_apart(simulated, trained):
+    sweep = trained.parent / "sweep"
+    for job, policy in enumerate(["static", "proportional"]):
+        folder = sweep / str(job)
+        (folder / "hydra").mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,train/loss\n0,3.0\n")
+        (folder / "config.yaml").write_text(f"policy: {{name: {policy}}}\nseed: 7\n")
+        (folder / "hydra" / "config.yaml").write_text("policy: {name: another}\n")  # Hydra's own
+    assert [run.name for run in load_runs([sweep])] == ["static", "proportional"]
+    with_simulation = [run.name for run in load_runs([sweep, simulated])]
+    assert with_simulation[:3] == ["static (measured)", "proportional (measured)", "static (modelled)"]
+    (sweep / "1" / "config.yaml").write_text("policy: {name: static}\nseed: 7\n")
+    assert [run.name for run in load_runs([sweep])] == ["0", "1"]
+
+
 def test_a_run_with_metrics_only(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("step,train/loss\n0,3.0\n")
