@@ -24,13 +24,14 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        from lightning_swiftmoe.report import load_runs, load_tables, paper_tables, write_page
+        from lightning_swiftmoe.report import load_runs, load_tables, minutes_tables, paper_tables, write_page
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing; install lightning-swiftmoe[report]", file=sys.stderr)
         return 2
     try:
         runs = load_runs(args.runs)
-        tables = [*paper_tables(runs, args.target_loss), *load_tables(args.runs)]
+        tables = [*paper_tables(runs, args.target_loss), *minutes_tables(runs, args.target_loss)]
+        tables += load_tables(args.runs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

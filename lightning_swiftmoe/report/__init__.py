@@ -1,7 +1,8 @@
 """One self-contained HTML page from training runs and simulations. Needs the extra ``report`` (Jinja2)."""
 
+from lightning_swiftmoe.report.minutes import minutes_tables
 from lightning_swiftmoe.report.page import write_page, write_report
 from lightning_swiftmoe.report.paper import paper_tables
 from lightning_swiftmoe.report.runs import Run, load_runs, load_tables
 
-__all__ = ["Run", "load_runs", "load_tables", "paper_tables", "write_page", "write_report"]
+__all__ = ["Run", "load_runs", "load_tables", "minutes_tables", "paper_tables", "write_page", "write_report"]

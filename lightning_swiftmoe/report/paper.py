@@ -20,8 +20,12 @@ from lightning_swiftmoe.simulate.published import (
 )
 
 WINDOW = 20  # steps whose mean loss is held against the target
-_OURS = "proportional"
-_LABELS = {"static": "static (DeepSpeed)", _OURS: "proportional (SwiftMoE)"}
+OURS = "proportional"
+LABELS = {
+    "static": "static (DeepSpeed)",
+    OURS: "proportional (SwiftMoE)",
+    "swiftmoe_published": "the same, exchange as published",
+}
 # What may differ between runs of one table: where they ran to, their seed, and what the table is about.
 _FREE = ("run_dir", "seed", "report", "policy", "strategy", "callbacks", "logger", "module.seed", "data.seed")
 
@@ -65,6 +69,11 @@ def paper_tables(runs: Sequence[Run], target_loss: float | None = None) -> list[
     return tables
 
 
+def convergence_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those of ``paper: fig7_table3``."""
+    return [run for run in runs if run.config.get("paper") == "fig7_table3"]
+
+
 def group(runs: Sequence[Run], varied: Sequence[str] = ()) -> dict[tuple[Any, ...], Group]:
     """Runs by system and varied settings, in order of both.
 
@@ -82,7 +91,7 @@ def group(runs: Sequence[Run], varied: Sequence[str] = ()) -> dict[tuple[Any, ..
             )
         seeds[seed] = run
     order = sorted(groups, key=lambda key: (key[1:], _order(key[0])))
-    return {key: Group(_LABELS.get(key[0], key[0]), groups[key]) for key in order}
+    return {key: Group(LABELS.get(key[0], key[0]), groups[key]) for key in order}
 
 
 def steps_to_loss(run: Run, target: float) -> float:
@@ -146,7 +155,7 @@ def _convergence(groups: Mapping[tuple[Any, ...], Group], target: float) -> list
 
 
 def _steps(groups: Mapping[tuple[Any, ...], Group], target: float) -> Comparison:
-    ours = groups.get((_OURS,))
+    ours = groups.get((OURS,))
     rows = [
         (
             found.name,
@@ -164,7 +173,7 @@ def _steps(groups: Mapping[tuple[Any, ...], Group], target: float) -> Comparison
 
 
 def _survival(groups: Mapping[tuple[Any, ...], Group]) -> Comparison:
-    ours = groups.get((_OURS,))
+    ours = groups.get((OURS,))
     rows = [
         (
             found.name,
@@ -221,7 +230,7 @@ def _aux_loss(groups: Mapping[tuple[Any, ...], Group], target: float) -> list[Co
     rows.append(("published, any", *published, *published, *("-" for _ in systems)))
     columns = ["coefficient"]
     for what in ("dropped, ", "second half, ", "last loss, "):
-        columns += [what + _LABELS.get(system, system) for system in systems]
+        columns += [what + LABELS.get(system, system) for system in systems]
     notes = "Coefficients are ours; published: drops do not depend on them."
     title = "Fig. 11, weight of the auxiliary loss"
     return [Comparison(title, _origin(groups), tuple(columns), tuple(rows), _with_seeds(notes, groups))]
@@ -306,4 +315,4 @@ def _order(system: str) -> tuple[int, int, str]:
     """DeepSpeed, FlexMoE from rare to frequent, others, SwiftMoE last, as the paper lists them."""
     if system.startswith("flexmoe_"):
         return (1, -int(system.split("_")[1]), "")
-    return ({"static": 0, _OURS: 3}.get(system, 2), 0, system)
+    return ({"static": 0, OURS: 3}.get(system, 2), 0, system)

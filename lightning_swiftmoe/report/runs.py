@@ -56,6 +56,7 @@ class Run:
         phase_bytes: mean bytes of a phase per step.
         facts: settings worth printing.
         config: the resolved configuration of a training run.
+        trace_path: its trace with every step; ``loads`` and ``replicas`` are thinned.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Run:
     phase_bytes: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    trace_path: Path | None = None
 
 
 def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -193,6 +195,7 @@ def _load_training(folder: Path) -> Run:
         phase_bytes=_means(columns, "moe/bytes_"),
         facts=_config_facts(config),
         config=config,
+        trace_path=trace,
         **loads,
     )
 

@@ -115,13 +115,13 @@ def compare_step_times(trace: LoadTrace, scenario: Scenario) -> list[Comparison]
     tables = []
     for name, model in PAPER_MODELS.items():
         sized = dataclasses.replace(scenario, model=model)
-        results = simulate(_repeated(trace, model.num_moe_layers), sized, SYSTEMS).results
+        results = simulate(repeated(trace, model.num_moe_layers), sized, SYSTEMS).results
         tables.append(_step_table(name, results))
         tables.append(_breakdown_table(name, results))
     return tables
 
 
-def _repeated(trace: LoadTrace, num_layers: int) -> LoadTrace:
+def repeated(trace: LoadTrace, num_layers: int) -> LoadTrace:
     """The trace with its layers repeated in turn: the model has more than were recorded."""
     layers = np.arange(num_layers) % trace.num_layers
     return LoadTrace(trace.counts[:, layers], trace.steps, trace.top_k, trace.name)

@@ -10,7 +10,7 @@ pytest.importorskip("jinja2")
 
 from lightning_swiftmoe.cli import report, train
 from lightning_swiftmoe.cli.recipes import recipes
-from lightning_swiftmoe.report import load_runs, paper_tables
+from lightning_swiftmoe.report import load_runs, minutes_tables, paper_tables
 
 REDUCED = [
     "model.num_layers=2",
@@ -91,6 +91,14 @@ def test_fig7_table3(sweep, capsys):
         found.append(next(n for n in range(20, 26) if sum(values[n - 20 : n]) / 20 <= float(column.split()[-1])))
     mean, deviation = np.mean(found), np.std(found, ddof=1)
     assert steps[systems[0]][column] == f"{mean:.0f} ± {deviation:.0f}"
+
+    (table,) = minutes_tables(load_runs([base / "1" / "0"]))
+    ((_, step_ms, minutes, *_),) = table.rows
+    assert float(minutes) == pytest.approx(25 * float(step_ms) / 60e3, abs=6e-4)  # its own lowest loss, at its end
+    minutes = {row[0]: first(row[2]) for row in minutes_tables(runs)[0].rows}
+    assert minutes["proportional (SwiftMoE)"] < minutes["the same, exchange as published"] < minutes[systems[0]]
+    assert "147.84" in written
+    assert "| 102.68 | -30.5 % |" in written
 
     page = Path("out/page.html").read_text()
     assert "Fig. 8, survival (virtual)" in page
