@@ -184,8 +184,28 @@ def _replicas(runs: Sequence[Run]) -> Section:
             [(0.0, 1.0), (1.0, 1.0), (most, most)],
         )
         figures.append(Figure(run.name, chart, f"On average {error:.2f} replicas away from the ideal.", (i,)))
-    about = "A point is an expert in a step. On the dashed line replicas match the load of that very step."
+        figures.append(_one_expert(run))
+    about = (
+        "A point is an expert in a step; on the dashed line replicas match the load of that very step. Beside it one "
+        "expert over time, the one whose load varies most (Fig. 9 and 10 of the SwiftMoE paper)."
+    )
     return Section("Replicas against load", about, tuple(figures))
+
+
+def _one_expert(run: Run) -> Figure:
+    assert run.loads is not None
+    assert run.replicas is not None
+    assert run.steps is not None
+    slots = run.replicas[0, 0].sum()
+    wanted = run.loads / run.loads.sum(axis=2, keepdims=True) * slots
+    layer, expert = np.unravel_index(wanted.std(axis=0).argmax(), wanted.shape[1:])
+    lines = [
+        svg.Line("share of load x slots", run.steps, wanted[:, layer, expert], line_style(6)),
+        svg.Line("replicas", run.steps, run.replicas[:, layer, expert].astype(float), line_style(1)),
+    ]
+    chart = svg.line_chart(lines, "step", "slots", 0.0)
+    caption = "Solid with circles: share of load x slots; dashed with squares: its replicas."
+    return Figure(f"{run.name}: expert {expert} of layer {layer}", chart, caption)
 
 
 def _rank_loads(runs: Sequence[Run]) -> Section:

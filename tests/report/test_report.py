@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import struct
+import sys
 import zlib
 from html.parser import HTMLParser
 
@@ -161,6 +162,25 @@ def test_jobs_of_a_sweep_are_named_by_what_tells_them_apart(simulated, trained):
     assert with_simulation[:3] == ["static (measured)", "proportional (measured)", "static (modelled)"]
     (sweep / "1" / "config.yaml").write_text("policy: {name: static}\nseed: 7\n")
     assert [run.name for run in load_runs([sweep])] == ["0", "1"]
+
+
+def test_the_expert_shown_over_time_is_the_one_that_varies_most(tmp_path, trained):
+    text = write_report([trained], tmp_path / "r.html").read_text()
+    with np.load(trained / "trace.npz") as file:
+        loads = file["counts"].sum(axis=2)
+    share = loads / loads.sum(axis=2, keepdims=True)
+    spread = {(layer, e): np.std(share[:, layer, e]) for layer in range(2) for e in range(6)}
+    layer, expert = max(spread, key=spread.get)
+    assert f"expert {expert} of layer {layer}</h3>" in text
+
+
+def test_without_jinja2_a_run_still_ends_well(tmp_path, trained, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lightning_swiftmoe.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    message = command.write_report_of(trained)
+    assert message == "no report.html: jinja2 is missing; install lightning-swiftmoe[report]"
+    assert not (trained / "report.html").exists()
 
 
 def test_a_run_with_metrics_only(tmp_path):
