@@ -120,18 +120,19 @@ def act_forward_kernel(pre, hidden, num_rows, H, ACT: tl.constexpr, GATED: tl.co
 
 @triton.jit
 def act_backward_kernel(
-    pre, grad_hidden, row_scale, num_rows, grad_pre, scaled_hidden, grad_scale, H,
+    pre, grad_hidden, weights, order, num_rows, grad_pre, scaled_hidden, grad_scale, H,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backward of `s * act(pre)` row by row; one program owns a row, so the sum for the router weight has one order.
 
-    Writes `grad_pre`, `scaled_hidden = s * act(pre)` and `grad_scale = <grad_hidden, act(pre)>`. In padding rows s, pre
-    and grad_hidden are zeros.
+    Writes `grad_pre`, `scaled_hidden = s * act(pre)` and `grad_scale = <grad_hidden, act(pre)>` for
+    `s[p] = weights[order[p]]`. In padding rows, where order is -1, s, pre and grad_hidden are zeros.
     """
     row = tl.program_id(0)
     if row >= tl.load(num_rows):
         return
-    scale = tl.load(row_scale + row)
+    assignment = tl.load(order + row)
+    scale = tl.load(weights + assignment, mask=assignment >= 0, other=0.0).to(tl.float32)
     wide = row.to(tl.int64)
     stride = 2 * H if GATED else H
     total = tl.zeros([BLOCK], tl.float32)

@@ -8,156 +8,182 @@ import functools
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lightning_swiftmoe.kernels import gemm_hopper as kernels
 from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
+from lightning_swiftmoe.kernels.dispatch import aligned
+from lightning_swiftmoe.kernels.launch import Launcher, box
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.rows import spread_rows
 
 BM, BN, BK, HALF = kernels.BLOCK_M, kernels.BLOCK_N, kernels.BLOCK_K, kernels.HALF_N
-_LAUNCH = {"BM": BM, "BN": BN, "BK": BK, "STAGES": 3, "WARPS": 8}
+_TILING = {"GROUP_M": 8, "BM": BM, "BN": BN, "BK": BK, "STAGES": 3, "WARPS": 8, "COPIERS": 4}
+# A gather inside a weight gradient costs some 15 % of it, rows spread in memory before it cost their bytes: even here.
+_SPREAD_COLUMNS = 2560
+
+_rows_gemm = Launcher(kernels.rows_gemm_kernel)
+_hidden_grad = Launcher(kernels.hidden_grad_kernel)
+_weight_gemm = Launcher(kernels.weight_gemm_kernel)
 
 
 @functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+def _grid(device_index: int) -> tuple[int, int, int]:
+    """One program per multiprocessor."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count, 1, 1
 
 
-@functools.cache
-def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+def expert_rows(source: Tensor, routing: PaddedRouting) -> Tensor:
+    """The source itself: `up_gemm`, `hidden_grad_gemm` and `weight_gemm` gather its rows on the way."""
+    return aligned(source)
 
 
-def _descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), list(block), _layout(block, tensor.dtype)
-    )
+def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+    """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed.
 
-
-def rows_gemm(
-    rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool, out: Tensor | None = None, group_m: int = 8
-) -> Tensor:
-    """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
-    depth = rows.shape[1]
-    columns = weight.shape[1] if transposed else weight.shape[2]
-    if out is None:
-        out = rows.new_empty(rows.shape[0], columns)
-    flat = weight.view(-1, weight.shape[2])
-    out_desc = _descriptor(out, (BM, HALF))
-    kernels.rows_gemm_kernel[(_multiprocessors(rows.device.index),)](
-        _descriptor(rows, (BM, BK)),
-        _descriptor(flat, (BN, BK) if transposed else (BK, BN)),
-        out_desc,
-        out_desc,
+    The weight may be a part of its columns N, cut out with `narrow`.
+    """
+    num_experts, b_rows, b_columns = weight.shape
+    columns = b_rows if transposed else b_columns
+    expert_rows = weight.stride(0) // weight.stride(1)
+    flat = weight.as_strided(((num_experts - 1) * expert_rows + b_rows, b_columns), weight.stride()[1:])
+    out = rows.new_empty(rows.shape[0], columns)
+    out_box = box(out, (BM, HALF))
+    _rows_gemm(
+        _grid(rows.device.index),
+        box(rows, (BM, BK)),
+        routing.order,
+        box(flat, (BN, BK) if transposed else (BK, BN)),
+        out_box,
+        out_box,
         routing.tile_expert,
         routing.num_rows,
-        depth,
+        rows.shape[1],
         columns,
         0,
-        weight.shape[1],
+        expert_rows,
+        num_warps=8,
+        TOP_K=0,
         NT=transposed,
         GATED=False,
         ACT=-1,
-        GROUP_M=group_m,
-        num_warps=8,
-        **_LAUNCH,
+        **_TILING,
     )
     return out
 
 
-def up_gemm(
-    rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str, group_m: int = 8
-) -> tuple[Tensor, Tensor]:
-    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`, the activation taken from the accumulators."""
+def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
+    """Gather of `x[T, d]`, `pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)` in one kernel."""
     gated = is_gated(activation)
-    pre = rows.new_empty(rows.shape[0], up_proj.shape[1])
+    pre = x.new_empty(routing.allocated_rows, up_proj.shape[1])
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
-    hidden = rows.new_empty(rows.shape[0], hidden_width)
-    kernels.rows_gemm_kernel[(_multiprocessors(rows.device.index),)](
-        _descriptor(rows, (BM, BK)),
-        _descriptor(up_proj.view(-1, up_proj.shape[2]), (HALF if gated else BN, BK)),
-        _descriptor(pre, (BM, HALF)),
-        _descriptor(hidden, (BM, HALF)),
+    hidden = x.new_empty(routing.allocated_rows, hidden_width)
+    _rows_gemm(
+        _grid(x.device.index),
+        x,
+        routing.order,
+        box(up_proj.view(-1, up_proj.shape[2]), (HALF if gated else BN, BK)),
+        box(pre, (BM, HALF)),
+        box(hidden, (BM, HALF)),
         routing.tile_expert,
         routing.num_rows,
-        rows.shape[1],
+        x.shape[1],
         hidden_width,
         hidden_width,
         up_proj.shape[1],
+        num_warps=8,
+        TOP_K=routing.inverse.shape[1],
         NT=True,
         GATED=gated,
-        ACT=kernel_code(activation, rows.dtype),
-        GROUP_M=group_m,
-        num_warps=8,
-        **_LAUNCH,
+        ACT=kernel_code(activation, x.dtype),
+        **_TILING,
     )
     return pre, hidden
 
 
 def hidden_grad_gemm(
-    grad_rows: Tensor,
+    grad_y: Tensor,
     down_proj: Tensor,
     pre: Tensor,
-    row_scale: Tensor,
+    weights: Tensor,
     routing: PaddedRouting,
     activation: str,
-    group_m: int = 8,
+    overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad_rows @ down_proj[e]` and the activation backward taken from its accumulators.
+    """`rows of grad_y[T, d] @ down_proj[e]` and the activation backward taken from its accumulators.
+
+    Args:
+        weights: `[T, k]` router weights.
+        overwrite_pre: whether `grad_pre` takes the memory of `pre`.
 
     Returns:
         `grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[n, P]`, whose sum over n is each row's router gradient.
     """
     hidden_width = down_proj.shape[2]
-    columns = BN // 4
-    grad_pre = torch.empty_like(pre)
+    block = (BM, BN // 4)
+    grad_pre = pre if overwrite_pre else torch.empty_like(pre)
     scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
-    kernels.hidden_grad_kernel[(_multiprocessors(grad_rows.device.index),)](
-        _descriptor(grad_rows, (BM, BK)),
-        _descriptor(down_proj.view(-1, hidden_width), (BK, BN)),
-        _descriptor(pre, (BM, columns)),
-        _descriptor(grad_pre, (BM, columns)),
-        _descriptor(scaled_hidden, (BM, columns)),
-        row_scale,
+    _hidden_grad(
+        _grid(grad_y.device.index),
+        grad_y,
+        routing.order,
+        box(down_proj.view(-1, hidden_width), (BK, BN)),
+        box(pre, block),
+        box(grad_pre, block),
+        box(scaled_hidden, block),
+        weights,
         partials,
         routing.tile_expert,
         routing.num_rows,
-        grad_rows.shape[1],
+        grad_y.shape[1],
         hidden_width,
         hidden_width,
         down_proj.shape[1],
         pre.shape[0],
+        num_warps=8,
+        TOP_K=routing.inverse.shape[1],
         GATED=is_gated(activation),
         ACT=kernel_code(activation, pre.dtype),
-        GROUP_M=group_m,
-        num_warps=8,
-        **_LAUNCH,
+        **_TILING,
     )
     return grad_pre, scaled_hidden, partials
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, group_m: int = 8) -> Tensor:
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
     """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
 
-    A tile of 128 rows of the result must not reach into the next expert's: other M go to torch.
+    `in_token_order`, "left" or "right", names the operand `[T, .]`, the other one is `[P, .]`. It is gathered by the
+    GEMM or, where that is faster, spread in memory first. A tile of 128 rows of the result must not reach into the
+    next expert's: other M go to torch.
     """
-    if left.shape[1] % BM:
+    gathered_right = in_token_order == "right"
+    source, other = (right, left) if gathered_right else (left, right)
+    whole_tiles = left.shape[1] % BM == 0
+    gather = whole_tiles and other.shape[1] < _SPREAD_COLUMNS
+    if not gather:
+        rows = spread_rows(source, routing)
+        left, right = (left, rows) if gathered_right else (rows, right)
+    if not whole_tiles:
         return F.grouped_mm(left.mT, right, offs=routing.padded_ends)
     num_experts = routing.ends.shape[0]
     out = left.new_empty(num_experts, left.shape[1], right.shape[1])
-    kernels.weight_gemm_kernel[(_multiprocessors(left.device.index),)](
-        _descriptor(left, (BK, BM)),
-        _descriptor(right, (BK, BN)),
-        _descriptor(out.view(-1, right.shape[1]), (BM, HALF)),
+    # Only the operand with the narrower tile can be gathered fast enough: the product is transposed on its way out.
+    transposed = gather and gathered_right
+    a, b = (right, left) if transposed else (left, right)
+    _weight_gemm(
+        _grid(left.device.index),
+        a if gather else box(a, (BK, BM)),
+        routing.order,
+        box(b, (BK, BN)),
+        box(out.view(-1, right.shape[1]), (BM, HALF)),
         routing.starts,
         routing.ends,
         num_experts,
-        left.shape[1],
-        right.shape[1],
-        GROUP_M=group_m,
+        a.shape[1],
+        b.shape[1],
         num_warps=8,
-        **_LAUNCH,
+        TOP_K=routing.inverse.shape[1] if gather else 0,
+        TRANSPOSED=transposed,
+        **_TILING,
     )
     return out

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward, spread_rows
+
+expert_rows = spread_rows
 
 
 def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
@@ -22,13 +24,22 @@ def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: s
 
 
 def hidden_grad_gemm(
-    grad_rows: Tensor, down_proj: Tensor, pre: Tensor, row_scale: Tensor, routing: PaddedRouting, activation: str
+    grad_rows: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    weights: Tensor,
+    routing: PaddedRouting,
+    activation: str,
+    overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
     grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)
-    return act_backward(pre, grad_hidden, row_scale, routing, activation)
+    return act_backward(pre, grad_hidden, weights, routing, activation, overwrite_pre)
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
-    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows."""
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
+    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
+
+    `in_token_order` names the operand that came from `expert_rows`; here both stand in expert order.
+    """
     return F.grouped_mm(left.mT, right, offs=routing.padded_ends)

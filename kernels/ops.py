@@ -17,7 +17,9 @@ from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
 
 def _device(tensor: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _check_experts(topk_idx: Tensor, num_experts: int) -> None:
@@ -76,8 +78,9 @@ def _gradients(
     packed: Tensor,
     activation: str,
     backend: str,
+    overwrite_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, topk_weights, up_proj and down_proj."""
+    """Gradients of x, topk_weights, up_proj and down_proj; with `overwrite_pre`, `pre` holds anything afterwards."""
     num_experts, width = up_proj.shape[0], x.shape[1]
     path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
     num_tokens, top_k = topk_weights.shape
@@ -90,10 +93,23 @@ def _gradients(
         padded = padded_routing.unpack(packed, num_tokens, top_k, num_experts, dispatch.tile_rows(x.device))
         up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
         weights = topk_weights.contiguous()
-        return padded_mlp.backward(grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path)
+        return padded_mlp.backward(grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path, overwrite_pre)
 
 
-expert_mlp_backward = torch.library.custom_op("lightning_swiftmoe::expert_mlp_backward", mutates_args=())(_gradients)
+@torch.library.custom_op("lightning_swiftmoe::expert_mlp_backward", mutates_args=())
+def expert_mlp_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    packed: Tensor,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_gradients` as an op, which must leave its arguments alone."""
+    return _gradients(grad_y, x, topk_weights, up_proj, down_proj, pre, packed, activation, backend, False)
 
 
 @expert_mlp_backward.register_fake
@@ -149,7 +165,11 @@ class _EagerExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * 7
-        grad_x, grad_weights, grad_up, grad_down = _gradients(grad_y, *ctx.saved_tensors, ctx.activation, ctx.backend)
+        # Unless the graph is kept for another backward, nobody needs the pre-activations any more.
+        overwrite_pre = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grad_x, grad_weights, grad_up, grad_down = _gradients(
+            grad_y, *ctx.saved_tensors, ctx.activation, ctx.backend, overwrite_pre
+        )
         return grad_x, None, grad_weights, grad_up, grad_down, None, None
 
 

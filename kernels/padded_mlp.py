@@ -9,14 +9,36 @@ from types import ModuleType
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import combine_rows, router_grad, spread_rows
+from lightning_swiftmoe.kernels.rows import combine_rows, router_grad
 
+_BAND_ELEMENTS = 2**28  # half of them are more than thirty waves of tiles on any GPU we know
 _GEMMS = {"hopper": "hopper", "triton": "portable", "grouped_mm": "library"}
 
 
 def gemms(path: str) -> ModuleType:
-    """The module with the GEMM launchers of a path: "hopper", "triton" or "grouped_mm"."""
+    """The module with the GEMM launchers of a path: "hopper", "triton" or "grouped_mm".
+
+    Where a launcher takes the result of its module's `expert_rows(source[T, .], routing)`, that may be rows `[P, .]` in
+    expert order or, where the GEMM gathers by itself, the source.
+    """
     return importlib.import_module(f"lightning_swiftmoe.kernels.{_GEMMS[path]}")
+
+
+def _sum_products(
+    rows: Tensor, weight: Tensor, routing: PaddedRouting, weights: Tensor | None, transposed: bool, gemm: ModuleType
+) -> Tensor:
+    """`[T, N]`: each token's weighted sum of `rows[P, K] @ weight[e]`, in bands of columns if there are many of them.
+
+    The products of one band stand in memory at a time. Half of them are waves enough for the GEMM not to notice.
+    """
+    columns = weight.shape[1 if transposed else 2]
+    bands = 2 if routing.allocated_rows * columns > _BAND_ELEMENTS and columns % 512 == 0 else 1
+    band = columns // bands
+    out = rows.new_empty(routing.inverse.shape[0], columns)
+    for first in range(0, columns, band):
+        part = weight.narrow(1 if transposed else 2, first, band)
+        combine_rows(gemm.rows_gemm(rows, part, routing, transposed), routing, weights, out.narrow(1, first, band))
+    return out
 
 
 def forward(
@@ -24,11 +46,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`y[T, d]` and `pre[P, H]`."""
     gemm = gemms(path)
-    rows, _ = spread_rows(x, routing)
-    pre, hidden = gemm.up_gemm(rows, up_proj, routing, activation)
-    del rows
-    out = gemm.rows_gemm(hidden, down_proj, routing, transposed=True)
-    return combine_rows(out, routing, weights), pre
+    pre, hidden = gemm.up_gemm(gemm.expert_rows(x, routing), up_proj, routing, activation)
+    return _sum_products(hidden, down_proj, routing, weights, True, gemm), pre
 
 
 def backward(
@@ -41,17 +60,20 @@ def backward(
     routing: PaddedRouting,
     activation: str,
     path: str,
+    overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, up_proj and down_proj. Buffers go as soon as they are used up: the peak is in here."""
+    """Gradients of x, weights, up_proj and down_proj. Buffers go as soon as they are used up: the peak is in here.
+
+    With `overwrite_pre`, `pre` may be used as working memory: it holds anything afterwards.
+    """
     gemm = gemms(path)
-    grad_rows, row_scale = spread_rows(grad_y, routing, weights)
-    grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(grad_rows, down_proj, pre, row_scale, routing, activation)
+    grad_rows = gemm.expert_rows(grad_y, routing)
+    grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
+        grad_rows, down_proj, pre, weights, routing, activation, overwrite_pre
+    )
     grad_weights = router_grad(partials, routing, weights)
-    grad_down = gemm.weight_gemm(grad_rows, scaled_hidden, routing)
+    grad_down = gemm.weight_gemm(grad_rows, scaled_hidden, routing, in_token_order="left")
     del grad_rows, scaled_hidden, partials
-    out = gemm.rows_gemm(grad_pre, up_proj, routing, transposed=False)
-    grad_x = combine_rows(out, routing, None)
-    del out
-    rows, _ = spread_rows(x, routing)
-    grad_up = gemm.weight_gemm(grad_pre, rows, routing)
+    grad_x = _sum_products(grad_pre, up_proj, routing, None, False, gemm)
+    grad_up = gemm.weight_gemm(grad_pre, gemm.expert_rows(x, routing), routing, in_token_order="right")
     return grad_x, grad_weights, grad_up, grad_down

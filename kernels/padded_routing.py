@@ -3,6 +3,7 @@
 Shape legend: T tokens, k choices, R = T * k assignments, E experts, P padded rows, a multiple of the tile.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,15 @@ import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels import routing_triton
+from lightning_swiftmoe.kernels.launch import Launcher
 
 TILE = 128  # rows of a tile; also the row tile of every grouped GEMM
 _BLOCK = 1024  # assignments sorted by one program
 _TILES = 32  # tiles named by one program
+
+_histogram = Launcher(routing_triton.histogram_kernel)
+_prefix = Launcher(routing_triton.prefix_kernel)
+_scatter = Launcher(routing_triton.scatter_kernel)
 
 
 @dataclass(frozen=True)
@@ -21,22 +27,19 @@ class PaddedRouting:
     """Where assignments stand. Rows `[starts[e], ends[e])` are real; up to `starts[e + 1]` they are zero padding.
 
     Example, with tiles of 4 rows, k = 1, E = 3 and `topk_idx = [[2], [-1], [0], [2]]`: `starts = [0, 4, 4, 8]`,
-    `ends = [1, 4, 6]`, `inverse = [[4], [-1], [0], [5]]`, `tile_expert = [0, 2, ...]`. What lies at and beyond row 8
-    is never read.
+    `ends = [1, 4, 6]`, `inverse = [[4], [-1], [0], [5]]`, `order = [2, -1, -1, -1, 0, 3, -1, -1, ...]`,
+    `tile_expert = [0, 2, ...]`. What lies at and beyond row 8 is never read.
     """
 
     packed: Tensor  # one int32 buffer that holds all of the below, so that an op can return it
     inverse: Tensor  # [T, k]: the assignment's row, -1 where dropped
     starts: Tensor  # [E + 1]
     ends: Tensor  # [E]
-    tile_expert: Tensor  # [P / tile], and up to three more
+    order: Tensor  # [P]: the row's assignment (token * k + choice), -1 in the padding
+    tile_expert: Tensor  # [P / tile]
+    num_rows: Tensor  # [1]: rows in use, padding included
     allocated_rows: int  # P
     tile: int
-
-    @property
-    def num_rows(self) -> Tensor:
-        """One int32 on the device: rows in use, padding included."""
-        return self.starts[-1:]
 
     @property
     def padded_ends(self) -> Tensor:
@@ -53,24 +56,26 @@ def padded_rows(num_assignments: int, num_experts: int, tile: int = TILE) -> int
     return (most + tile - 1) // tile * tile
 
 
-def _sizes(num_assignments: int, num_experts: int, tile: int) -> list[int]:
-    tiles = padded_rows(num_assignments, num_experts, tile) // tile
-    # Each part starts on a multiple of 4 elements: Triton specialises on 16-byte alignment.
-    return [-(-n // 4) * 4 for n in (num_assignments, num_experts + 1, num_experts, tiles)]
+@functools.cache
+def _pieces(num_assignments: int, num_experts: int, tile: int) -> list[int]:
+    """Lengths of the packed parts, each followed by a filler, so that every part starts on a multiple of 4 elements:
+    Triton specialises on 16-byte alignment."""
+    rows = padded_rows(num_assignments, num_experts, tile)
+    parts = (num_assignments, num_experts + 1, num_experts, rows, rows // tile)
+    return [piece for n in parts for piece in (n, -n % 4)]
 
 
 def packed_size(num_assignments: int, num_experts: int, tile: int = TILE) -> int:
     """Elements of the packed buffer."""
-    return sum(_sizes(num_assignments, num_experts, tile))
+    return sum(_pieces(num_assignments, num_experts, tile))
 
 
 def unpack(packed: Tensor, num_tokens: int, top_k: int, num_experts: int, tile: int = TILE) -> PaddedRouting:
     """The routing whose packed buffer this is."""
-    num_assignments = num_tokens * top_k
-    inverse, starts, ends, tile_expert = packed.split(_sizes(num_assignments, num_experts, tile))
-    rows = padded_rows(num_assignments, num_experts, tile)
-    inverse = inverse[:num_assignments].view(num_tokens, top_k)
-    return PaddedRouting(packed, inverse, starts[: num_experts + 1], ends[:num_experts], tile_expert, rows, tile)
+    pieces = _pieces(num_tokens * top_k, num_experts, tile)
+    inverse, starts, ends, order, tile_expert = packed.split_with_sizes(pieces)[::2]
+    inverse = inverse.view(num_tokens, top_k)
+    return PaddedRouting(packed, inverse, starts, ends, order, tile_expert, starts[-1:], order.shape[0], tile)
 
 
 def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting:
@@ -92,26 +97,28 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
     histograms, offsets = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     topk_idx = topk_idx.contiguous()
 
-    routing_triton.histogram_kernel[(num_blocks,)](
-        topk_idx, histograms, num_assignments, num_experts, BLOCK=block, BINS=bins
-    )
-    routing_triton.prefix_kernel[(1,)](
+    _histogram((num_blocks, 1, 1), topk_idx, histograms, num_assignments, num_experts, BLOCK=block, BINS=bins)
+    _prefix(
+        (1, 1, 1),
         histograms,
         offsets,
         routing.starts,
         routing.ends,
         num_blocks,
         num_experts,
+        num_warps=8,
         TILE=tile,
         BINS=bins,
         CHUNK=min(max(8192 // bins, 1), triton.next_power_of_2(num_blocks)),
-        num_warps=8,
     )
-    routing_triton.scatter_kernel[(num_blocks + triton.cdiv(num_tiles, _TILES),)](
+    _scatter(
+        (num_blocks + triton.cdiv(num_tiles, _TILES), 1, 1),
         topk_idx,
         offsets,
         routing.starts,
+        routing.ends,
         routing.inverse,
+        routing.order,
         routing.tile_expert,
         num_assignments,
         num_experts,

@@ -7,8 +7,14 @@ import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels import gemm_triton
+from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward, spread_rows
+
+expert_rows = spread_rows
+
+_rows_gemm = Launcher(gemm_triton.rows_gemm_portable_kernel)
+_weight_gemm = Launcher(gemm_triton.weight_gemm_portable_kernel)
 
 _BLOCK_N = 128
 _BLOCK_K = 32  # 64 spills 240 to 616 bytes of registers a thread on sm_90
@@ -25,7 +31,8 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
     depth, columns = operand.shape[1:]
     out = rows.new_empty(rows.shape[0], columns)
     block_n, block_k = _clipped(_BLOCK_N, columns), _clipped(_BLOCK_K, depth)
-    gemm_triton.rows_gemm_portable_kernel[(rows.shape[0] // routing.tile, triton.cdiv(columns, block_n))](
+    _rows_gemm(
+        (rows.shape[0] // routing.tile, triton.cdiv(columns, block_n), 1),
         rows,
         operand,
         out,
@@ -34,11 +41,11 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
         depth,
         columns,
         *operand.stride(),
+        num_warps=8,
         TILE=routing.tile,
         BN=block_n,
         BK=block_k,
         PRECISION="ieee",
-        num_warps=8,
     )
     return out
 
@@ -50,19 +57,29 @@ def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: s
 
 
 def hidden_grad_gemm(
-    grad_rows: Tensor, down_proj: Tensor, pre: Tensor, row_scale: Tensor, routing: PaddedRouting, activation: str
+    grad_rows: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    weights: Tensor,
+    routing: PaddedRouting,
+    activation: str,
+    overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
     grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)
-    return act_backward(pre, grad_hidden, row_scale, routing, activation)
+    return act_backward(pre, grad_hidden, weights, routing, activation, overwrite_pre)
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
-    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows."""
+def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
+    """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
+
+    `in_token_order` names the operand that came from `expert_rows`; here both stand in expert order.
+    """
     num_experts, m, n = routing.ends.shape[0], left.shape[1], right.shape[1]
     out = left.new_empty(num_experts, m, n)
     block_m, block_n = _clipped(_BLOCK_N, m), _clipped(_BLOCK_N, n)
-    gemm_triton.weight_gemm_portable_kernel[(num_experts, triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
+    _weight_gemm(
+        (num_experts, triton.cdiv(m, block_m), triton.cdiv(n, block_n)),
         left,
         right,
         out,
@@ -70,10 +87,10 @@ def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting) -> Tensor:
         routing.ends,
         m,
         n,
+        num_warps=8,
         BM=block_m,
         BN=block_n,
         BK=min(_BLOCK_K, routing.tile),
         PRECISION="ieee",
-        num_warps=8,
     )
     return out

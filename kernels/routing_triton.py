@@ -60,7 +60,7 @@ def prefix_kernel(
 
 @triton.jit
 def _place(
-    topk_idx, offsets, starts, inverse, block, num_assignments, num_experts,
+    topk_idx, offsets, starts, inverse, order, block, num_assignments, num_experts,
     BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
@@ -73,28 +73,33 @@ def _place(
     row = tl.load(offsets + block * BINS + expert, mask=kept, other=0) + lane
     row += tl.load(starts + expert, mask=kept, other=0)
     tl.store(inverse + assignment, tl.where(kept, row, -1), mask=assignment < num_assignments)
+    tl.store(order + row, assignment, mask=kept)
 
 
 @triton.jit
 def _name_tiles(
-    starts, tile_expert, group, num_experts, num_tiles, TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr
-):
+    starts, ends, order, tile_expert, group, num_experts, num_tiles,
+    TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     tile = group * TILES + tl.arange(0, TILES)
     bins = tl.arange(0, BINS)
     start = tl.load(starts + bins, mask=bins < num_experts, other=2147483647)
     # Empty experts share their successor's start: the last expert that starts at or before the tile owns it.
-    expert = tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1
-    tl.store(tile_expert + tile, tl.maximum(expert, 0), mask=tile < num_tiles)
+    expert = tl.maximum(tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+    tl.store(tile_expert + tile, expert, mask=tile < num_tiles)
+    row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
+    padding = row >= tl.load(ends + expert)[:, None]
+    tl.store(order + row, tl.full([TILES, TILE], -1, tl.int32), mask=padding & (tile < num_tiles)[:, None])
 
 
 @triton.jit
 def scatter_kernel(
-    topk_idx, offsets, starts, inverse, tile_expert, num_assignments, num_experts, num_blocks,
+    topk_idx, offsets, starts, ends, inverse, order, tile_expert, num_assignments, num_experts, num_blocks,
     num_tiles, TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Place every assignment; the programs past the blocks name each tile's expert instead."""
+    """Place every assignment; the programs past the blocks name each tile's expert and mark its padding instead."""
     block = tl.program_id(0)
     if block < num_blocks:
-        _place(topk_idx, offsets, starts, inverse, block, num_assignments, num_experts, BLOCK, BINS)
+        _place(topk_idx, offsets, starts, inverse, order, block, num_assignments, num_experts, BLOCK, BINS)
     else:
-        _name_tiles(starts, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)
+        _name_tiles(starts, ends, order, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)

@@ -6,17 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def _copy_tokens(
-    source, inverse, weights, rows, row_scale, block, num_tokens, D,
-    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    source, inverse, rows, block, num_tokens, D, TOP_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
     token = block * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     wide = token.to(tl.int64)
-    if WEIGHTED:
-        for choice in tl.static_range(TOP_K):
-            row = tl.load(inverse + wide * TOP_K + choice, mask=live, other=-1)
-            weight = tl.load(weights + wide * TOP_K + choice, mask=live, other=0.0).to(tl.float32)
-            tl.store(row_scale + row, weight, mask=row >= 0)
     for start in range(0, D, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = (cols < D)[None, :]
@@ -28,15 +22,11 @@ def _copy_tokens(
 
 
 @triton.jit
-def _clear_padding(
-    starts, ends, rows, row_scale, part, D, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _clear_padding(starts, ends, rows, part, D, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     expert = part // PARTS
     first = tl.load(ends + expert) + part % PARTS
     target = rows + first.to(tl.int64) * D
-    for row in range(first, tl.load(starts + expert + 1), PARTS):
-        if WEIGHTED:
-            tl.store(row_scale + row, 0.0)
+    for _ in range(first, tl.load(starts + expert + 1), PARTS):
         for start in range(0, D, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             tl.store(target + cols, tl.zeros([BLOCK], rows.dtype.element_ty), mask=cols < D)
@@ -45,19 +35,19 @@ def _clear_padding(
 
 @triton.jit
 def spread_rows_kernel(
-    source, inverse, weights, starts, ends, rows, row_scale, num_tokens, num_blocks, D,
-    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    source, inverse, starts, ends, rows, num_tokens, num_blocks, D,
+    TOP_K: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`rows[inverse[t, j]] = source[t]`, zeros in the padding; with WEIGHTED also `row_scale`, the router weights.
+    """`rows[inverse[t, j]] = source[t]`, zeros in the padding.
 
     In token order, each source row is read once and written k times; in row order it would be read k times, from
     memory, since the source is larger than the cache. The programs past `num_blocks` clear the padding.
     """
     block = tl.program_id(0)
     if block < num_blocks:
-        _copy_tokens(source, inverse, weights, rows, row_scale, block, num_tokens, D, WEIGHTED, TOP_K, TOKENS, BLOCK)
+        _copy_tokens(source, inverse, rows, block, num_tokens, D, TOP_K, TOKENS, BLOCK)
     else:
-        _clear_padding(starts, ends, rows, row_scale, block - num_blocks, D, WEIGHTED, PARTS, BLOCK)
+        _clear_padding(starts, ends, rows, block - num_blocks, D, PARTS, BLOCK)
 
 
 @triton.jit
@@ -80,12 +70,13 @@ def combine_rows_kernel(
     out,
     num_tokens,
     D,
+    out_stride,
     WEIGHTED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`out[t] = sum_j weights[t, j] * rows[inverse[t, j]]` in fp32, in the order of j; -1 adds nothing."""
+    """`out[t, :D] = sum_j weights[t, j] * rows[inverse[t, j]]` in fp32, in the order of j; -1 adds nothing."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = token < num_tokens
@@ -99,5 +90,5 @@ def combine_rows_kernel(
         if WEIGHTED:
             value *= tl.load(weights + wide * TOP_K + choice, mask=live, other=0.0).to(tl.float32)[:, None]
         total += value
-    target = out + wide[:, None] * D + cols[None, :]
+    target = out + wide[:, None] * out_stride + cols[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & (cols < D)[None, :])

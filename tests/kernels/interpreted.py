@@ -46,6 +46,11 @@ def check_routing(tokens: int, top_k: int, experts: int, tile: int) -> None:
     assert routing.ends.tolist() == ends
     assert routing.inverse.reshape(-1).tolist() == inverse
     assert routing.tile_expert.tolist()[: len(tile_expert)] == tile_expert
+    order = [-1] * starts[-1]
+    for at, row in enumerate(inverse):
+        if row >= 0:
+            order[row] = at
+    assert routing.order.tolist()[: starts[-1]] == order
     assert starts[-1] <= padded_rows(idx.numel(), experts, tile) == routing.allocated_rows
 
 
@@ -56,37 +61,44 @@ def used(rows: Tensor, routing: PaddedRouting) -> Tensor:
 def check_rows(tokens: int, top_k: int, experts: int, tile: int, width: int) -> None:
     routing = route(random_routing(tokens, top_k, experts), experts, tile)
     x, weights = torch.randn(tokens, width), torch.rand(tokens, top_k)
-    rows, scale = row_kernels.spread_rows(x, routing, weights)
-    assert scale is not None
-    want, want_scale = torch.zeros_like(rows), torch.zeros_like(scale)
+    rows = row_kernels.spread_rows(x, routing)
+    want = torch.zeros_like(rows)
     for token in range(tokens):
         for choice in range(top_k):
             row = int(routing.inverse[token, choice])
             if row >= 0:
-                want[row], want_scale[row] = x[token], weights[token, choice]
+                want[row] = x[token]
     assert torch.equal(used(rows, routing), used(want, routing))
-    assert torch.equal(used(scale, routing), used(want_scale, routing))
     kept = routing.inverse >= 0
-    combined = row_kernels.combine_rows(rows, routing, weights)
-    torch.testing.assert_close(combined, x * (weights * kept).sum(dim=1, keepdim=True))
+    wide = torch.full((tokens, width + 5), 7.0)
+    row_kernels.combine_rows(rows, routing, weights, wide[:, 2:-3])
+    torch.testing.assert_close(wide[:, 2:-3], x * (weights * kept).sum(dim=1, keepdim=True))
+    assert (wide[:, [0, 1, -3, -2, -1]] == 7).all()
     partials = torch.randn(3, routing.allocated_rows)
     want_grad = torch.where(kept, partials.sum(dim=0)[routing.inverse.clamp_min(0).long()], 0)
     torch.testing.assert_close(row_kernels.router_grad(partials, routing, weights), want_grad)
 
 
 def check_activation(activation: str) -> None:
-    routing = route(torch.zeros(5, 1, dtype=torch.int64), 1, 16)
+    routing = route(torch.tensor([[1], [0], [1], [-1], [0]]), 2, 16)
     width, num_rows = 20, routing.allocated_rows
     pre = 2 * torch.randn(num_rows, width * (2 if is_gated(activation) else 1))
-    grad, scale = torch.randn(num_rows, width), torch.rand(num_rows)
+    grad, weights = torch.randn(num_rows, width), torch.rand(5, 1)
+    padding = routing.order < 0
+    pre[padding], grad[padding] = 0, 0
+    scale = torch.where(padding, 0, weights.flatten()[routing.order.clamp(0, 4).long()])
     torch.testing.assert_close(
         used(row_kernels.act_forward(pre, routing, activation), routing),
         used(activation_forward(pre, activation), routing),
     )
-    grad_pre, hidden, grad_scale = row_kernels.act_backward(pre, grad, scale, routing, activation)
     want = activation_backward(pre, grad, scale, activation)
-    for got, expected in zip((grad_pre, hidden, grad_scale[0]), want, strict=True):
-        torch.testing.assert_close(used(got, routing), used(expected, routing))
+    for overwrite in (False, True):
+        grad_pre, hidden, grad_scale = row_kernels.act_backward(
+            pre, grad.clone(), weights, routing, activation, overwrite
+        )
+        assert (grad_pre is pre) == overwrite
+        for got, expected in zip((grad_pre, hidden, grad_scale[0]), want, strict=True):
+            torch.testing.assert_close(used(got, routing), used(expected, routing))
 
 
 def check_narrow_gelu() -> None:
@@ -135,7 +147,6 @@ def check_shards(residents: int, elements: int, ranks: int) -> None:
     assert torch.equal(sum_shards(received, experts, 5), sum_shards_reference(received, experts, 5, torch.float32))
 
 
-ROUTINGS = ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
 CHECKS = {
     "routing": lambda: [
         check_routing(*case) for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))

@@ -1,0 +1,82 @@
+"""Launching a Triton kernel again without choosing its compiled form anew, which takes longer than a small kernel runs.
+
+Shape-free: a `Launcher` knows arguments only by what Triton specialises a kernel on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Box:
+    """A tensor map for TMA: a contiguous 2-D tensor on a 16-byte boundary and the block that one copy moves.
+
+    Stands for Gluon's `TensorDescriptor`, whose checks cost more than the rest of a launch.
+    """
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    block: tuple[int, int]
+    padding: str = "zero"  # Triton's launcher reads these two off a descriptor
+    round_f32_to_tf32: bool = False
+
+    def descriptor(self) -> Any:
+        """The same as Triton's own class, which compilation asks for."""
+        import torch
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        dtype = gl.bfloat16 if self.base.dtype == torch.bfloat16 else gl.float16
+        layout = gl.NVMMASharedLayout.get_default_for(list(self.block), dtype)
+        return TensorDescriptor(self.base, self.shape, self.strides, list(self.block), layout)
+
+
+def box(tensor: Tensor, block: tuple[int, int]) -> Box:
+    """The tensor map of a 2-D tensor."""
+    return Box(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _kind(argument: Any) -> Any:
+    """What a compiled kernel depends on: of an integer whether it is 1, a multiple of 16 or wide; of a pointer its
+    type and alignment."""
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument < 2**31
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, Box):
+        return argument.base.dtype, argument.block
+    return argument
+
+
+class Launcher:
+    """A kernel whose compile-time arguments come last in its signature."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            grid: programs in x, y and z.
+            args: integers, tensors, `Box`es or None, in the order of the kernel's signature.
+            num_warps: warps of a program.
+            constants: the kernel's compile-time arguments, in the order of its signature.
+        """
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        key = (device, num_warps, *constants.values(), *map(_kind, args))
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*args, *constants.values())
+            return
+        described = [a.descriptor() if isinstance(a, Box) else a for a in args]
+        # None in the interpreter, which compiles nothing.
+        compiled = self._kernel[grid](*described, **constants, num_warps=num_warps)
+        if compiled is not None:
+            names = list(self._kernel.arg_names)[len(args) :]
+            assert names == list(constants), f"constants must come as {names}, got {list(constants)}"
+            self._compiled[key] = compiled
