@@ -105,7 +105,6 @@ def test_fig7_table3(sweep, capsys):
     assert "static, seed 1" in page  # what tells the jobs apart names them
 
 
-@pytest.mark.slow
 def test_table1_capacity(sweep):
     base = sweep("table1_capacity", "model.num_experts=32")
     (table,) = paper_tables(load_runs([base]))
@@ -119,10 +118,11 @@ def test_table1_capacity(sweep):
     assert kept[0] + 5 < kept[2] <= 100
 
 
-@pytest.mark.slow
 def test_fig11_aux_loss(sweep):
-    sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1")
-    base = sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", *STATIC)
+    base = sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", "report=false")
+    assert not list(base.rglob("report.html"))
+    sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", *STATIC)
+    assert len(list(base.rglob("report.html"))) == 2
     (table,) = paper_tables(load_runs([base]))
     rows = cells(table)
     assert list(rows) == ["1e-05", "0.1", "published, any"]
