@@ -55,7 +55,8 @@ def paper_tables(runs: Sequence[Run], target_loss: float | None = None) -> list[
         target_loss: steps are counted to it; None: the lowest loss that every run reached.
 
     Raises:
-        ValueError: an unknown name, runs of one table that differ in more than it varies, or a seed that ran twice.
+        ValueError: an unknown name, a run without losses or with fewer steps than others, runs of one table that differ
+            in more than it varies, or a seed that ran twice.
     """
     names = list(dict.fromkeys(str(run.config["paper"]) for run in runs if run.config.get("paper")))
     tables = []
@@ -65,6 +66,7 @@ def paper_tables(runs: Sequence[Run], target_loss: float | None = None) -> list[
         varied, make = _TABLES[name]
         chosen = [run for run in runs if run.config.get("paper") == name]
         _check_alike(chosen, varied)
+        _check_complete(chosen)
         tables += make(group(chosen, varied), target_loss or reached_by_all(chosen))
     return tables
 
@@ -96,22 +98,22 @@ def group(runs: Sequence[Run], varied: Sequence[str] = ()) -> dict[tuple[Any, ..
 
 def steps_to_loss(run: Run, target: float) -> float:
     """Steps until the mean loss of the last ``WINDOW`` is no more than ``target``; nan if it never is."""
-    means, first = _window_means(run)
+    means, last_steps = _window_means(run)
     below = np.flatnonzero(means <= target)
-    return float(below[0] + first) if below.size else math.nan
+    return float(last_steps[below[0]] + 1) if below.size else math.nan
 
 
 def reached_by_all(runs: Sequence[Run]) -> float:
-    """The lowest loss, to three decimals, to which ``steps_to_loss`` finds every run; nan without losses."""
-    lowest = [_window_means(run)[0].min() for run in runs if "loss" in run.curves]
-    return math.ceil(max(lowest) * 1000) / 1000 if lowest else math.nan
+    """The lowest loss, to three decimals, to which ``steps_to_loss`` finds every run."""
+    return math.ceil(max(_window_means(run)[0].min() for run in runs) * 1000) / 1000
 
 
-def _window_means(run: Run) -> tuple[NDArray[np.float64], int]:
-    """Means of ``WINDOW`` losses, and the step at which the first of them ends."""
-    losses = run.curves["loss"].values.astype(np.float64)
-    window = min(WINDOW, losses.size)
-    return np.convolve(losses, np.full(window, 1 / window), mode="valid"), window
+def _window_means(run: Run) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+    """Means of ``WINDOW`` losses, and the number, from 0, of the last step in each."""
+    curve = run.curves["loss"]
+    window = min(WINDOW, curve.values.size)
+    means = np.convolve(curve.values.astype(np.float64), np.full(window, 1 / window), mode="valid")
+    return means, curve.steps[window - 1 :]
 
 
 def dropped(run: Run, part: float = 0.0) -> float:
@@ -138,14 +140,16 @@ def _capacity(groups: Mapping[tuple[Any, ...], Group], target: float) -> list[Co
                 spread([forward_ms / first[2] - 1], "+.1%"),
             )
         )
-    columns: tuple[str, ...] = (
+    columns = (
         "capacity",
         "tokens kept",
         "published",
         f"steps to loss {target:.3f}",
         "fewer than the first",
+        "published",
+        "step time",
+        "published (forward)",
     )
-    columns += ("published", "step time", "published (forward)")
     notes = "Step time: of the one process that acts as all ranks, which sends nothing; published: forward on 16 GPUs."
     return [Comparison("Table 1, capacity", _origin(groups), columns, tuple(rows), _with_seeds(notes, groups))]
 
@@ -186,15 +190,15 @@ def _survival(groups: Mapping[tuple[Any, ...], Group]) -> Comparison:
         )
         for (system,), found in groups.items()
     ]
-    columns: tuple[str, ...] = (
+    columns = (
         "system",
         "dropped",
         "second half",
         "published, about",
         "SwiftMoE drops fewer by",
-        "second half",
+        "fewer, second half",
+        "published",
     )
-    columns += ("published",)
     return Comparison("Fig. 8, survival", _origin(groups), columns, tuple(rows), _with_seeds("", groups))
 
 
@@ -289,6 +293,14 @@ def _with_seeds(notes: str, groups: Mapping[tuple[Any, ...], Group]) -> str:
     seeds = f"{'-'.join(map(str, counts))} seed{'s' if counts[-1] > 1 else ''}"
     text = f"{seeds}; mean ± standard deviation, differences seed by seed." if counts[-1] > 1 else f"{seeds}."
     return f"{notes} {text}".strip()
+
+
+def _check_complete(runs: Sequence[Run]) -> None:
+    ends = {run.load_id: int(run.curves["loss"].steps[-1]) + 1 if "loss" in run.curves else 0 for run in runs}
+    longest = max(ends.values())
+    for folder, end in ends.items():
+        if end == 0 or end < longest:
+            raise ValueError(f"{folder} stopped at step {end}, others at {longest}; leave it out or train it again")
 
 
 def _check_alike(runs: Sequence[Run], varied: Sequence[str]) -> None:

@@ -48,6 +48,8 @@ def test_steps_to_a_loss():
         by_hand = next(n for n in range(20, 201) if losses[n - 20 : n].mean() <= target)
         assert steps_to_loss(run, target) == by_hand
     assert math.isnan(steps_to_loss(run, 1.0))
+    every_tenth = Run("x", "virtual", {"loss": Series(np.arange(9, 2000, 10), losses)})
+    assert steps_to_loss(every_tenth, 4.0) == 10 * steps_to_loss(run, 4.0)
     slower = a_run(config("static"), falling(200, 0.5), 1.0)
     assert math.isfinite(steps_to_loss(slower, reached_by_all([run, slower])))
     assert math.isnan(steps_to_loss(slower, reached_by_all([run, slower]) - 0.01))
@@ -79,6 +81,10 @@ def test_only_like_is_compared():
         paper_tables([a_run(one, falling(30), 0.5), a_run(other, falling(30), 0.5)])
     with pytest.raises(ValueError, match=r"the same run: static, seed 0; name one"):
         paper_tables([a_run(one, falling(30), 0.5)] * 2)
+    with pytest.raises(ValueError, match="stopped at step 29, others at 30"):
+        paper_tables([a_run(one, falling(30), 0.5), a_run(config("static", 1), falling(30)[:29], 0.5)])
+    with pytest.raises(ValueError, match="stopped at step 0"):
+        paper_tables([Run("x", "virtual", config=one)])
     with pytest.raises(ValueError, match="unknown table paper='nope'"):
         paper_tables([a_run({**one, "paper": "nope"}, falling(30), 0.5)])
     assert paper_tables([a_run({**one, "paper": None}, falling(30), 0.5)]) == []
