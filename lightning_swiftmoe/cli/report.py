@@ -22,14 +22,26 @@ def main(argv: Sequence[str]) -> int:
         metavar="X",
         help="count steps to it in tables of the paper (default: the lowest loss that every run reached)",
     )
+    parser.add_argument("--steps", type=int, metavar="N", help="look at the first N steps of training runs only")
     args = parser.parse_args(argv)
     try:
-        from lightning_swiftmoe.report import load_runs, load_tables, minutes_tables, paper_tables, write_page
+        from lightning_swiftmoe.report import (
+            first_steps,
+            load_runs,
+            load_tables,
+            minutes_tables,
+            paper_tables,
+            write_page,
+        )
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing; install lightning-swiftmoe[report]", file=sys.stderr)
         return 2
     try:
+        if args.steps is not None and args.steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {args.steps}")
         runs = load_runs(args.runs)
+        if args.steps is not None:
+            runs = [first_steps(run, args.steps) for run in runs]
         tables = [*paper_tables(runs, args.target_loss), *minutes_tables(runs, args.target_loss)]
         tables += load_tables(args.runs)
     except ValueError as error:

@@ -3,6 +3,15 @@
 from lightning_swiftmoe.report.minutes import minutes_tables
 from lightning_swiftmoe.report.page import write_page, write_report
 from lightning_swiftmoe.report.paper import paper_tables
-from lightning_swiftmoe.report.runs import Run, load_runs, load_tables
+from lightning_swiftmoe.report.runs import Run, first_steps, load_runs, load_tables
 
-__all__ = ["Run", "load_runs", "load_tables", "minutes_tables", "paper_tables", "write_page", "write_report"]
+__all__ = [
+    "Run",
+    "first_steps",
+    "load_runs",
+    "load_tables",
+    "minutes_tables",
+    "paper_tables",
+    "write_page",
+    "write_report",
+]

@@ -28,7 +28,11 @@ def minutes_tables(runs: Sequence[Run], target_loss: float | None = None) -> lis
         target_loss: as for ``paper_tables``.
     """
     chosen = convergence_runs(runs)
-    traces = {run.load_id: load_trace(run.trace_path) for run in chosen if run.trace_path is not None}
+    traces = {
+        run.load_id: load_trace(run.trace_path).first(int(run.curves["loss"].steps[-1]) + 1)
+        for run in chosen
+        if run.trace_path is not None
+    }
     if not chosen or not all(_fits(traces.get(run.load_id)) for run in chosen):
         return []
     target, scenario = target_loss or reached_by_all(chosen), _scenario()

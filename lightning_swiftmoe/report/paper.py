@@ -300,7 +300,8 @@ def _check_complete(runs: Sequence[Run]) -> None:
     longest = max(ends.values())
     for folder, end in ends.items():
         if end == 0 or end < longest:
-            raise ValueError(f"{folder} stopped at step {end}, others at {longest}; leave it out or train it again")
+            hint = f"; leave it out, or compare the first {end} steps of all with --steps" if end else "; leave it out"
+            raise ValueError(f"{folder} stopped at step {end}, others at {longest}{hint}")
 
 
 def _check_alike(runs: Sequence[Run], varied: Sequence[str]) -> None:

@@ -88,6 +88,23 @@ def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     return _with_unique_names([run for folder in inner if not _tables_of(folder) for run in _load_folder(folder)])
 
 
+def first_steps(run: Run, num_steps: int) -> Run:
+    """The run as if it had ended after so many steps; a simulation, whose means are made already, as it is."""
+    if not run.config:
+        return run
+    curves = {
+        name: Series(series.steps[keep], series.values[keep])
+        for name, series in run.curves.items()
+        if (keep := series.steps < num_steps).any()
+    }
+    run = replace(run, curves=curves)
+    if run.steps is None:
+        return run
+    keep = run.steps <= num_steps  # a trace counts from 1, metrics from 0
+    loads, replicas = (None if x is None else x[keep] for x in (run.loads, run.replicas))
+    return replace(run, steps=run.steps[keep], loads=loads, replicas=replicas, rank_load=None)
+
+
 def load_tables(folders: Sequence[str | os.PathLike[str]]) -> list[Comparison]:
     """The paper's tables that ``swiftmoe simulate paper=NAME`` left in these folders.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_swiftmoe.report.paper import paper_tables, reached_by_all, spread, steps_to_loss
-from lightning_swiftmoe.report.runs import Run, Series, system_of
+from lightning_swiftmoe.report.runs import Run, Series, first_steps, system_of
 
 FLEXMOE = {"_target_": "lightning_swiftmoe.placement.flexmoe.FlexMoEPolicy"}
 
@@ -81,8 +81,9 @@ def test_only_like_is_compared():
         paper_tables([a_run(one, falling(30), 0.5), a_run(other, falling(30), 0.5)])
     with pytest.raises(ValueError, match=r"the same run: static, seed 0; name one"):
         paper_tables([a_run(one, falling(30), 0.5)] * 2)
-    with pytest.raises(ValueError, match="stopped at step 29, others at 30"):
-        paper_tables([a_run(one, falling(30), 0.5), a_run(config("static", 1), falling(30)[:29], 0.5)])
+    with pytest.raises(ValueError, match=r"at step 29, others at 30; .* the first 29 steps of all with --steps"):
+        paper_tables(early := [a_run(one, falling(30), 0.5), a_run(config("static", 1), falling(30)[:29], 0.5)])
+    assert len(paper_tables([first_steps(run, 29) for run in early])) == 3
     with pytest.raises(ValueError, match="stopped at step 0"):
         paper_tables([Run("x", "virtual", config=one)])
     with pytest.raises(ValueError, match="unknown table paper='nope'"):

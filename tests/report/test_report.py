@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from lightning_swiftmoe.cli import report as command
-from lightning_swiftmoe.report import load_runs, write_report
+from lightning_swiftmoe.report import first_steps, load_runs, write_report
 from lightning_swiftmoe.report.style import CIVIDIS, OKABE_ITO, byte_size, heat_colours, line_style, number
 from lightning_swiftmoe.report.svg import Line, averaged, png_data_uri, ticks
 from lightning_swiftmoe.simulate import Hardware, ModelShape, Scenario, Workload, generate, simulate
@@ -181,6 +181,16 @@ def test_without_jinja2_a_run_still_ends_well(tmp_path, trained, monkeypatch):
     message = command.write_report_of(trained)
     assert message == "no report.html: jinja2 is missing; install lightning-swiftmoe[report]"
     assert not (trained / "report.html").exists()
+
+
+def test_the_first_steps_of_a_run(simulated, trained):
+    own, *modelled = (first_steps(run, 4) for run in load_runs([trained, simulated]))
+    assert own.curves["loss"].values.tolist() == pytest.approx([5, 4.9, 4.8, 4.7])
+    assert "val_loss" not in own.curves  # of step 9
+    assert (own.steps <= 4).all()
+    assert len(own.loads) == len(own.replicas) == len(own.steps) < 10
+    assert all(run.curves["survival"].values.size == 15 for run in modelled)
+    assert command.main([str(trained), "--steps", "0"]) == 2
 
 
 def test_a_run_with_metrics_only(tmp_path):
