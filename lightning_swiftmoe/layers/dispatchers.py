@@ -59,15 +59,27 @@ class LocalDispatcher:
     def __init__(self, num_experts: int, placement: Placement | None = None) -> None:
         self.placement = placement or Placement(np.arange(num_experts)[None], num_experts)
 
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        self._placement = placement
+        # As a tensor already: a compiler can follow the forward pass, and needs no new code for a new placement.
+        self._replicas = torch.from_numpy(placement.replicas.copy())
+        self._slots = placement.slots_per_rank
+
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx = routing.topk_idx
-        counts = count_by_expert(idx, self.placement.num_experts)
+        counts = count_by_expert(idx, self._replicas.shape[0])
         kept = counts
         if capacity_factor is not None:
-            slot = slot_capacity(capacity_factor, idx.numel(), self.placement.slots_per_rank)
-            capacity = torch.as_tensor(slot * self.placement.replicas).to(idx.device, non_blocking=True)
+            slot = slot_capacity(capacity_factor, idx.numel(), self._slots)
+            capacity = (slot * self._replicas).to(idx.device, non_blocking=True)
             kept = torch.minimum(counts, capacity)
             idx = drop_beyond(idx, idx, counts, capacity)
         y_TD = experts(x_TD, idx, routing.topk_weights)
@@ -85,6 +97,7 @@ class VirtualDispatcher:
     def __init__(self, placement: Placement, capacity_scope: CapacityScope = "cluster") -> None:
         self.placement, self.capacity_scope = placement, capacity_scope
 
+    @torch.compiler.disable  # decides on the host
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +136,7 @@ class SlotDispatcher:
         self.capacity_scope = capacity_scope
         self.num_processes = exchange.num_ranks
 
+    @torch.compiler.disable  # decides on the host, and communicates
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:

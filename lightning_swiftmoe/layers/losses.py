@@ -44,7 +44,8 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.dtype, ctx.device = scale, loss.dtype, loss.device
-        return y.view_as(y)
+        # A compiled graph makes views of its inputs anew outside of itself, and the loss would go missing.
+        return y.clone() if torch.compiler.is_compiling() else y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]

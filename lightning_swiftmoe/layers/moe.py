@@ -155,8 +155,11 @@ def moe_layers(module: nn.Module) -> dict[str, MoE]:
 
 
 def _in_backward() -> bool:
-    """Activation checkpointing replays the forward inside the backward pass; what it counts was counted before."""
-    return torch._C._current_graph_task_id() != -1
+    """Activation checkpointing replays the forward inside the backward pass; what it counts was counted before.
+
+    Compiled code does not: its backward repeats tensor operations, never Python.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:

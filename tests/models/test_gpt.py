@@ -2,9 +2,12 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_swiftmoe import MoE
 from lightning_swiftmoe.functional import activation_names
@@ -12,6 +15,8 @@ from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.models import GPT, GPTConfig, GPTModule
 from lightning_swiftmoe.models.gpt import Attention, DenseMLP, rotate
 from lightning_swiftmoe.models.module import decay_groups, warmup_cosine
+from tests.jobs import Job, our_trainer
+from tests.ranks import run_ranks
 
 SMALL = {
     "vocab_size": 11,
@@ -165,3 +170,46 @@ def test_learning_rate_by_hand():
 def test_predictions_are_the_likeliest_tokens():
     module, batch = GPTModule(SMALL), tokens()
     assert torch.equal(module.predict_step(batch, 0), F.softmax(module(batch), dim=-1).argmax(dim=-1))
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_compiles_as_one_graph_with_the_same_numbers(capacity_factor):
+    model, batch = gpt({**SMALL, "capacity_factor": capacity_factor}), tokens()
+    want = model.loss(batch)
+    grads = torch.autograd.grad(want, list(model.parameters()))
+    load = model.blocks[0].ffn.pop_load(1)
+    got = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(batch)
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, torch.autograd.grad(got, list(model.parameters())), grads))
+    again = model.blocks[0].ffn.pop_load(1)
+    assert torch.equal(again.counts, load.counts)
+    assert again.num_forwards == 1
+
+
+def train_compiled(backend):
+    """Losses of a few steps under the strategy, whose replicas move after every one."""
+    module = GPTModule({**SMALL, "capacity_factor": 1.0}, compile=backend is not None)
+    if backend is not None:
+        module._loss = torch.compile(module.gpt.loss, backend=backend)
+    losses = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    job = Job(slots=5, policy="random")
+    trainer = our_trainer(job, max_steps=4, precision="64-true")
+    trainer.callbacks.append(Keep())
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    trainer.fit(module, DataLoader(torch.randint(11, (16, 9), generator=generator), batch_size=4))
+    return losses
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_compiled_training_under_the_strategy(num_ranks):
+    eager, compiled = (run_ranks(num_ranks, train_compiled, backend) for backend in (None, "aot_eager"))
+    assert len(eager[0]) == 4
+    # On two ranks the graph is cut around the exchange, and gradients add up in another order.
+    for got, want in zip(compiled, eager, strict=True):
+        assert got == pytest.approx(want, rel=1e-13)
