@@ -5,6 +5,8 @@ The paths: "hopper" (our warp-specialised GEMMs), "grouped_mm" (torch's grouped 
 """
 
 import os
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,13 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def on_device(tensor: Tensor) -> Any:
+    """A context in which Triton launches on the tensor's device, which need not be the current one."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def hopper_supports(device: torch.device, dtype: torch.dtype, width: int, hidden: int, activation: str) -> bool:

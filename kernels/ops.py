@@ -4,7 +4,6 @@ Shape legend: T tokens, k choices, R = T * k, P rows of the chosen path's layout
 width, H = 2h when gated, else h.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +12,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_swiftmoe.kernels import dispatch, reference
 from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
-
-
-def _device(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def _check_experts(topk_idx: Tensor, num_experts: int) -> None:
@@ -43,7 +35,7 @@ def _forward(
         return y, pre, routing.packed
     from lightning_swiftmoe.kernels import padded_mlp, padded_routing
 
-    with _device(x):
+    with dispatch.on_device(x):
         padded = padded_routing.route(topk_idx, num_experts, dispatch.tile_rows(x.device))
         up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
         y, pre = padded_mlp.forward(x, topk_weights.contiguous(), up_proj, down_proj, padded, activation, path)
@@ -89,7 +81,7 @@ def _gradients(
         return reference.expert_mlp_backward(grad_y, x, topk_weights, up_proj, down_proj, pre, routing, activation)
     from lightning_swiftmoe.kernels import padded_mlp, padded_routing
 
-    with _device(x):
+    with dispatch.on_device(x):
         padded = padded_routing.unpack(packed, num_tokens, top_k, num_experts, dispatch.tile_rows(x.device))
         up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
         weights = topk_weights.contiguous()

@@ -9,17 +9,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import ops, shards
+from lightning_swiftmoe.kernels import ops, router, shards
 from lightning_swiftmoe.kernels.activations import activation_names, is_gated
+from lightning_swiftmoe.kernels.router import SCORES, RoutedTokens
 from lightning_swiftmoe.kernels.shards import shard_size
 
 __all__ = [
+    "SCORES",
     "Backend",
+    "RoutedTokens",
     "activation_names",
     "expert_mlp",
     "is_gated",
     "pack_shards",
     "place_shards",
+    "route_tokens",
     "shard_size",
     "sum_shards",
 ]
@@ -103,6 +107,35 @@ def _check_expert_mlp(
         )
     if not topk_weights.is_floating_point():
         raise ValueError(f"topk_weights must be floating, got {topk_weights.dtype}")
+
+
+def route_tokens(
+    logits: Tensor, top_k: int, score: str = "softmax", normalize: bool = False, bias: Tensor | None = None
+) -> RoutedTokens:
+    """Top-k, gate weights, load histogram and the sums of the auxiliary losses, without a host synchronisation.
+
+    Args:
+        logits: `[T, E]`, fp32 or fp64.
+        top_k: choices per token, 1 to E. Of equal scores any may be chosen, always the same on one device.
+        score: "softmax" or "sigmoid" of the logits.
+        normalize: whether a token's weights add up to one.
+        bias: `[E]`, added to the scores for the choice but not for the weights.
+
+    Returns:
+        The fields of `RoutedTokens`; weights and both sums are differentiable once in the logits.
+
+    Raises:
+        ValueError: for shapes, dtypes or names that do not fit.
+    """
+    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1] or logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"want fp32 or fp64 logits[T, E] and 1 <= top_k <= E; got {logits.dtype} {tuple(logits.shape)} and {top_k}"
+        )
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; valid names: {', '.join(SCORES)}")
+    if bias is not None and bias.shape != logits.shape[1:]:
+        raise ValueError(f"want bias[{logits.shape[1]}], got {tuple(bias.shape)}")
+    return router.route_tokens(logits, bias, top_k, score, normalize)
 
 
 def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype | None = None) -> Tensor:

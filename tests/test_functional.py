@@ -1,5 +1,7 @@
 """`expert_mlp` against a dense oracle that autograd differentiates, on every dtype and awkward shape."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from lightning_swiftmoe.functional import (
     is_gated,
     pack_shards,
     place_shards,
+    route_tokens,
     sum_shards,
 )
 
@@ -224,3 +227,34 @@ def test_sum_shards_adds_wide_and_in_source_order() -> None:
     assert not total[[1, 3]].any()
     # bf16 blocks are added in fp32: 256 + 1 is not a bf16 number, but it is the sum.
     assert sum_shards(torch.tensor([[256.0], [1.0]]).bfloat16(), torch.tensor([0, 0]), 1).item() == 257.0
+
+
+def test_router_by_hand():
+    """Two tokens, three experts: the bias changes who is chosen, the weights are those of the scores alone."""
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], dtype=torch.float64)) + 1.5
+    plain = route_tokens(logits, 1)
+    assert plain.topk_idx.tolist() == [[0], [2]]
+    assert plain.topk_weights.tolist() == [[pytest.approx(0.5)], [pytest.approx(0.7)]]
+    assert plain.prob_sum.tolist() == pytest.approx([0.6, 0.5, 0.9])
+    assert plain.z_sum.item() == pytest.approx(2 * 1.5**2)
+    assert plain.counts.tolist() == [1, 0, 1]
+    biased = route_tokens(logits, 2, normalize=True, bias=torch.tensor([0.0, 0.0, 1.0]))
+    assert biased.topk_idx.tolist() == [[2, 0], [2, 1]]
+    assert biased.topk_weights.flatten().tolist() == pytest.approx([2 / 7, 5 / 7, 7 / 9, 2 / 9])
+    assert biased.counts.tolist() == [1, 1, 2]
+    sigmoid = route_tokens(torch.tensor([[0.0, 10.0]]), 1, "sigmoid")
+    assert sigmoid.topk_weights.item() == pytest.approx(1 / (1 + math.exp(-10)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 4}, "1 <= top_k <= E"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.float16)}, "fp32 or fp64"),
+        ({"score": "tanh"}, "unknown score 'tanh'; valid names: softmax, sigmoid"),
+        ({"bias": torch.zeros(2)}, r"want bias\[3\], got \(2,\)"),
+    ],
+)
+def test_router_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        route_tokens(**{"logits": torch.zeros(2, 3), "top_k": 1, **change})

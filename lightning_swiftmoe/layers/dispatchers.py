@@ -75,8 +75,7 @@ class LocalDispatcher:
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx = routing.topk_idx
-        counts = count_by_expert(idx, self._replicas.shape[0])
-        kept = counts
+        kept = counts = routing.counts
         if capacity_factor is not None:
             slot = slot_capacity(capacity_factor, idx.numel(), self._slots)
             capacity = (slot * self._replicas).to(idx.device, non_blocking=True)
@@ -140,8 +139,8 @@ class SlotDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFn, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        idx, num_experts, rank = routing.topk_idx, self.placement.num_experts, self.exchange.rank
-        counts = self.exchange.gather_counts(count_by_expert(idx, num_experts), self.layer)
+        idx, rank = routing.topk_idx, self.exchange.rank
+        counts = self.exchange.gather_counts(routing.counts, self.layer)
         counts_host = counts.cpu().numpy()
         kept = kept_counts(counts_host, self.placement, capacity_factor, self.capacity_scope)
         plan = plan_dispatch(kept, self.placement, rank)

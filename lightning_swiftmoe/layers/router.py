@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SCORES = ("softmax", "sigmoid")
+from lightning_swiftmoe.functional import SCORES, route_tokens
+
+__all__ = ["SCORES", "Router", "Routing"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Routing:
         topk_weights: ``[T, K]`` gate weights, fp32 (fp64 for fp64 inputs), differentiable.
         prob_sum: ``[E]`` routing probabilities summed over the local tokens, differentiable.
         z_sum: scalar, squared log-sum-exp of the logits summed over the local tokens, differentiable.
+        counts: ``[E]`` int64, how many of ``topk_idx`` name each expert.
     """
 
     topk_idx: Tensor
     topk_weights: Tensor
     prob_sum: Tensor
     z_sum: Tensor
+    counts: Tensor
 
 
 class Router(nn.Module):
@@ -69,14 +73,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-            score_TE = logits_TE.softmax(dim=-1) if self.score == "softmax" else logits_TE.sigmoid()
-            choice_TE = score_TE if self.expert_bias is None else score_TE.detach() + self.expert_bias
-            topk_idx = choice_TE.topk(self.top_k, dim=-1).indices
-            weights = score_TE.gather(1, topk_idx)
-            if self.normalize_topk:
-                weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-            prob_TE = score_TE if self.score == "softmax" else score_TE / score_TE.sum(dim=-1, keepdim=True)
-            return Routing(topk_idx, weights, prob_TE.sum(dim=0), logits_TE.logsumexp(dim=-1).square().sum())
+            return Routing(*route_tokens(logits_TE, self.top_k, self.score, self.normalize_topk, self.expert_bias))
 
     @torch.no_grad()
     def update_bias(self, loads: Tensor) -> None:

@@ -11,10 +11,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, route_tokens, sum_shards
 from lightning_swiftmoe.kernels import rows as row_kernels
 from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
+from lightning_swiftmoe.kernels.router import route_tokens_reference
 from lightning_swiftmoe.kernels.shards import (
     pack_shards_reference,
     place_shards_reference,
@@ -135,6 +136,23 @@ def check_expert_mlp(tokens: int, width: int, hidden: int, experts: int, top_k: 
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-30
 
 
+def check_router(tokens: int, experts: int, top_k: int, score: str, normalize: bool, biased: bool) -> None:
+    """Values and gradients against plain torch in fp64."""
+    logits = 3 * torch.randn(tokens, experts)
+    bias = torch.randn(experts) if biased else None
+    ours, oracle = (logits.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    got = route_tokens(ours, top_k, score, normalize, bias)
+    want = route_tokens_reference(oracle, bias, top_k, score, normalize)
+    assert torch.equal(got.topk_idx, want.topk_idx)
+    assert torch.equal(got.counts, want.counts)
+    grads = [torch.randn_like(got.topk_weights), torch.randn(experts), torch.randn(())]
+    for result, expected in zip(got[1:4], want[1:4], strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(got[1:4], grads)
+    torch.autograd.backward(want[1:4], [g.double() for g in grads])
+    assert (ours.grad.double() - oracle.grad).norm() <= 2e-6 * oracle.grad.norm()
+
+
 def check_shards(residents: int, elements: int, ranks: int) -> None:
     grads = torch.randn(residents, elements)
     blocks = pack_shards(grads, ranks, torch.float64)
@@ -158,6 +176,11 @@ CHECKS = {
         check_expert_mlp(1, 16, 16, 3, 3, "swiglu"),
         check_expert_mlp(21, 24, 20, 5, 2, "swiglu"),
         check_expert_mlp(9, 16, 17, 2, 1, "gelu"),
+    ],
+    "router": lambda: [
+        check_router(tokens, experts, top_k, score, normalize, biased)
+        for tokens, experts, top_k in ((1, 1, 1), (300, 16, 1), (70, 60, 4))
+        for score, normalize, biased in (("softmax", False, False), ("softmax", True, True), ("sigmoid", True, True))
     ],
     "shards": lambda: [check_shards(3, 10, 3), check_shards(2, 5, 8)],
 }

@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.functional import expert_mlp, is_gated, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.functional import (
+    expert_mlp,
+    is_gated,
+    pack_shards,
+    place_shards,
+    route_tokens,
+    sum_shards,
+)
 from lightning_swiftmoe.kernels import dispatch, reference
+from lightning_swiftmoe.kernels.router import route_tokens_reference
 from lightning_swiftmoe.kernels.routing import route_reference
 from lightning_swiftmoe.kernels.shards import pack_shards_reference, place_shards_reference, sum_shards_reference
 
@@ -198,6 +206,40 @@ def test_paths_are_the_ones_documented() -> None:
         assert dispatch.choose_path(CUDA, torch.bfloat16, 2048, 768, 128, "swiglu", "auto") == "hopper"
     assert dispatch.choose_path(CUDA, torch.bfloat16, 104, 136, 6, "swiglu", "auto") == "grouped_mm"
     assert dispatch.choose_path(CUDA, torch.float64, 128, 128, 4, "swiglu", "triton") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 1, 1), (32768, 16, 1), (5001, 60, 4), (1000, 128, 8), (300, 1000, 6)]
+)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_router_matches_fp64(tokens: int, experts: int, top_k: int, score: str, biased: bool) -> None:
+    logits = 2 * torch.randn(tokens, experts, device=CUDA)
+    bias = torch.randn(experts, device=CUDA) if biased else None
+    ours, oracle = (logits.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = route_tokens(ours, top_k, score, top_k > 1, bias)
+        grads = [torch.randn_like(g) for g in got[1:4]]
+        (grad,) = torch.autograd.grad(got[1:4], ours, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # Scores that differ by less than a rounding may swap places: compare what was chosen, not which.
+    scores = (logits.double().softmax(-1) if score == "softmax" else logits.double().sigmoid()).detach()
+    choice = scores if bias is None else scores + bias.double()
+    want_choice = choice.topk(top_k, dim=-1).values
+    torch.testing.assert_close(choice.gather(1, got.topk_idx), want_choice, rtol=1e-5, atol=1e-6)
+    assert torch.equal(got.counts, torch.bincount(got.topk_idx.flatten(), minlength=experts))
+    want = route_tokens_reference(oracle, bias, top_k, score, top_k > 1)
+    (want_grad,) = torch.autograd.grad(want[1:4], oracle, [g.double() for g in grads])
+    same = (got.topk_idx == want.topk_idx).all(dim=1)
+    assert same.float().mean() > 0.99
+    for result, expected in ((got.topk_weights[same], want.topk_weights[same]), (grad[same], want_grad[same])):
+        assert (result.double() - expected).norm() <= 1e-5 * expected.norm()
+    for result, expected in ((got.prob_sum, want.prob_sum), (got.z_sum, want.z_sum)):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    again = route_tokens(logits, top_k, score, top_k > 1, bias)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 @pytest.mark.parametrize(("residents", "elements", "ranks"), [(3, 10, 3), (5, 100_003, 8), (2, 5, 8)])

@@ -1,0 +1,179 @@
+"""The router after its scores: top-k, gate weights, load histogram and the sums that auxiliary losses need.
+
+Shape legend: T tokens, E experts, k choices per token.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+
+SCORES = ("softmax", "sigmoid")
+_MOST_EXPERTS = 1024  # of which one program holds the scores of a token
+_TILE = 1024  # scores held by one program: more of them spill registers
+
+
+class RoutedTokens(NamedTuple):
+    """Where tokens want to go; everything but the integers is differentiable."""
+
+    topk_idx: Tensor  # [T, k] int64
+    topk_weights: Tensor  # [T, k] in the dtype of the logits
+    prob_sum: Tensor  # [E]: routing probabilities summed over tokens
+    z_sum: Tensor  # scalar: squared log-sum-exp of the logits, summed over tokens
+    counts: Tensor  # [E] int64: how often each expert was chosen
+
+
+def route_tokens_reference(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
+) -> RoutedTokens:
+    """In plain torch, with torch's autograd."""
+    scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores.detach() + bias
+    topk_idx = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, topk_idx)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+    prob = scores if score == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
+    counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    counts.scatter_add_(0, topk_idx.reshape(-1), torch.ones_like(topk_idx.reshape(-1)))
+    return RoutedTokens(topk_idx, weights, prob.sum(dim=0), logits.logsumexp(dim=-1).square().sum(), counts)
+
+
+def _sizes(num_experts: int) -> tuple[int, int]:
+    """Scores of a token, padded, and tokens of one program."""
+    bins = 1 << max(num_experts - 1, 1).bit_length()
+    return bins, max(1, _TILE // bins)
+
+
+@torch.library.custom_op("lightning_swiftmoe::route_tokens", mutates_args=())
+def route_tokens_op(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`route_tokens_reference` in one kernel and two small sums, without a host synchronisation."""
+    from lightning_swiftmoe.kernels.router_triton import route_tokens
+
+    num_tokens, num_experts = logits.shape
+    bins, block = _sizes(num_experts)
+    blocks = -(-num_tokens // block)
+    topk_idx = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = logits.new_empty(num_tokens, top_k)
+    sums = logits.new_empty(blocks, num_experts + 1)
+    counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=logits.device)
+    with on_device(logits):
+        route_tokens(
+            (blocks, 1, 1),
+            logits.contiguous(),
+            bias,
+            topk_idx,
+            weights,
+            sums,
+            counts,
+            num_tokens,
+            num_experts,
+            TOP_K=top_k,
+            CHOICES=1 << (top_k - 1).bit_length(),
+            BINS=bins,
+            BLOCK=block,
+            SIGMOID=score == "sigmoid",
+            NORMALIZE=normalize,
+        )
+    total = sums.sum(dim=0)
+    return topk_idx, weights, total[:-1].clone(), total[-1].clone(), counts.sum(dim=0)
+
+
+@route_tokens_op.register_fake
+def _(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    return (
+        logits.new_empty(num_tokens, top_k, dtype=torch.int64),
+        logits.new_empty(num_tokens, top_k),
+        logits.new_empty(num_experts),
+        logits.new_empty(()),
+        logits.new_empty(num_experts, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("lightning_swiftmoe::route_tokens_backward", mutates_args=())
+def route_tokens_backward(
+    logits: Tensor,
+    topk_idx: Tensor,
+    grad_weights: Tensor,
+    grad_prob_sum: Tensor,
+    grad_z_sum: Tensor,
+    score: str,
+    normalize: bool,
+) -> Tensor:
+    """The gradient of the logits; scores are computed again, which costs less than reading them."""
+    from lightning_swiftmoe.kernels.router_triton import route_tokens_grad
+
+    num_tokens, num_experts = logits.shape
+    bins, block = _sizes(num_experts)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    with on_device(logits):
+        route_tokens_grad(
+            (-(-num_tokens // block), 1, 1),
+            logits.contiguous(),
+            topk_idx,
+            grad_weights.contiguous(),
+            grad_prob_sum.contiguous(),
+            grad_z_sum.contiguous(),
+            grad,
+            num_tokens,
+            num_experts,
+            TOP_K=topk_idx.shape[1],
+            BINS=bins,
+            BLOCK=block,
+            SIGMOID=score == "sigmoid",
+            NORMALIZE=normalize,
+        )
+    return grad
+
+
+@route_tokens_backward.register_fake
+def _(
+    logits: Tensor,
+    topk_idx: Tensor,
+    grad_weights: Tensor,
+    grad_prob_sum: Tensor,
+    grad_z_sum: Tensor,
+    score: str,
+    normalize: bool,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logits, _, _, ctx.score, ctx.normalize = inputs
+    ctx.save_for_backward(logits, output[0])
+    ctx.mark_non_differentiable(output[0], output[4])
+
+
+def _backward(
+    ctx: Any, _: Any, grad_weights: Tensor | None, grad_prob_sum: Tensor | None, grad_z_sum: Tensor | None, *__: Any
+) -> tuple[Tensor | None, ...]:
+    logits, topk_idx = ctx.saved_tensors
+    if grad_weights is None:
+        grad_weights = logits.new_zeros(topk_idx.shape)
+    if grad_prob_sum is None:
+        grad_prob_sum = logits.new_zeros(logits.shape[1])
+    if grad_z_sum is None:
+        grad_z_sum = logits.new_zeros(())
+    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(
+        logits, topk_idx, grad_weights, grad_prob_sum, grad_z_sum, ctx.score, ctx.normalize
+    )
+    return grad, None, None, None, None
+
+
+route_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
+    """See `lightning_swiftmoe.functional.route_tokens`, which validates."""
+    here = has_triton() and (logits.device.type == "cuda" or interpreted())
+    if here and logits.dtype == torch.float32 and logits.numel() and logits.shape[1] <= _MOST_EXPERTS:
+        return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
+    return route_tokens_reference(logits, bias, top_k, score, normalize)
