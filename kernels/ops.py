@@ -4,7 +4,8 @@ Shape legend: T tokens, k choices, R = T * k, P rows of the chosen path's layout
 width, H = 2h when gated, else h.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,9 +71,13 @@ def _gradients(
     packed: Tensor,
     activation: str,
     backend: str,
-    overwrite_pre: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, topk_weights, up_proj and down_proj; with `overwrite_pre`, `pre` holds anything afterwards."""
+    overwrite_pre: bool = False,
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, topk_weights, up_proj and down_proj, where not wanted perhaps None.
+
+    With `overwrite_pre`, `pre` holds anything afterwards.
+    """
     num_experts, width = up_proj.shape[0], x.shape[1]
     path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
     num_tokens, top_k = topk_weights.shape
@@ -85,7 +90,9 @@ def _gradients(
         padded = padded_routing.unpack(packed, num_tokens, top_k, num_experts, dispatch.tile_rows(x.device))
         up_proj, down_proj = dispatch.aligned(up_proj), dispatch.aligned(down_proj)
         weights = topk_weights.contiguous()
-        return padded_mlp.backward(grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path, overwrite_pre)
+        return padded_mlp.backward(
+            grad_y, x, weights, up_proj, down_proj, pre, padded, activation, path, overwrite_pre, wanted
+        )
 
 
 @torch.library.custom_op("lightning_swiftmoe::expert_mlp_backward", mutates_args=())
@@ -101,7 +108,8 @@ def expert_mlp_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_gradients` as an op, which must leave its arguments alone."""
-    return _gradients(grad_y, x, topk_weights, up_proj, down_proj, pre, packed, activation, backend, False)
+    grads = _gradients(grad_y, x, topk_weights, up_proj, down_proj, pre, packed, activation, backend)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], grads)
 
 
 @expert_mlp_backward.register_fake
@@ -159,8 +167,9 @@ class _EagerExpertMLP(torch.autograd.Function):
             return (None,) * 7
         # Unless the graph is kept for another backward, nobody needs the pre-activations any more.
         overwrite_pre = not torch._C._autograd._get_current_graph_task_keep_graph()
+        needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_up, grad_down = _gradients(
-            grad_y, *ctx.saved_tensors, ctx.activation, ctx.backend, overwrite_pre
+            grad_y, *ctx.saved_tensors, ctx.activation, ctx.backend, overwrite_pre, (needs[0], *needs[2:5])
         )
         return grad_x, None, grad_weights, grad_up, grad_down, None, None
 

@@ -4,6 +4,7 @@ Shape legend: T tokens, k choices, P padded rows, E experts, d model width, h hi
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -60,11 +61,13 @@ def backward(
     routing: PaddedRouting,
     activation: str,
     path: str,
-    overwrite_pre: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    overwrite_pre: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weights, up_proj and down_proj. Buffers go as soon as they are used up: the peak is in here.
 
-    With `overwrite_pre`, `pre` may be used as working memory: it holds anything afterwards.
+    With `overwrite_pre`, `pre` may be used as working memory: it holds anything afterwards. `wanted` says which of the
+    gradients somebody needs; those that would take a product of their own are None otherwise.
     """
     gemm = gemms(path)
     grad_rows = gemm.expert_rows(grad_y, routing)
@@ -72,8 +75,12 @@ def backward(
         grad_rows, down_proj, pre, weights, routing, activation, overwrite_pre
     )
     grad_weights = router_grad(partials, routing, weights)
-    grad_down = gemm.weight_gemm(grad_rows, scaled_hidden, routing, in_token_order="left")
+    grad_x = grad_up = grad_down = None
+    if wanted[3]:
+        grad_down = gemm.weight_gemm(grad_rows, scaled_hidden, routing, in_token_order="left")
     del grad_rows, scaled_hidden, partials
-    grad_x = _sum_products(grad_pre, up_proj, routing, None, False, gemm)
-    grad_up = gemm.weight_gemm(grad_pre, gemm.expert_rows(x, routing), routing, in_token_order="right")
+    if wanted[0]:
+        grad_x = _sum_products(grad_pre, up_proj, routing, None, False, gemm)
+    if wanted[2]:
+        grad_up = gemm.weight_gemm(grad_pre, gemm.expert_rows(x, routing), routing, in_token_order="right")
     return grad_x, grad_weights, grad_up, grad_down

@@ -145,17 +145,26 @@ def time_ms(function: Callable[[], Any], device: torch.device, rep_ms: int) -> f
     return statistics.median(samples)
 
 
-def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """Most memory held during one call above what was held before it, the results included."""
+def peaks_mib(
+    function: ExpertMLP, inputs: tuple[Tensor, ...], grad_y: Tensor, device: torch.device
+) -> tuple[float, float] | None:
+    """Most memory held during a step above its inputs: with the gradients, and with their own memory taken off.
+
+    The second figure is what a step needs where the gradients have a place already.
+    """
     if device.type != "cuda":
         return None
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    function()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    y = function(*leaves)
+    forward = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.reset_peak_memory_stats(device)
+    grads = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad_y)
+    backward = torch.cuda.max_memory_allocated(device) - before
+    return max(forward, backward) / 2**20, max(forward, backward - sum(g.nbytes for g in grads)) / 2**20
 
 
 @dataclass
@@ -171,6 +180,7 @@ class Row:
     step_tflops: float
     roofline_share: float
     peak_mib: float | None
+    working_mib: float | None
 
 
 def bench_shape(name: str, cfg: Mapping[str, Any], device: torch.device) -> list[Row]:
@@ -206,6 +216,7 @@ def bench_shape(name: str, cfg: Mapping[str, Any], device: torch.device) -> list
     rows = []
     for label, function in functions.items():
         step_ms = statistics.median(both[label])
+        peak, working = peaks_mib(function, inputs, grad_y, device) or (None, None)
         rows.append(
             Row(
                 name,
@@ -216,7 +227,8 @@ def bench_shape(name: str, cfg: Mapping[str, Any], device: torch.device) -> list
                 step_ms,
                 3 * shape.forward_flops / step_ms / 1e9,
                 shape.roofline_ms(cfg["peak_tflops"], cfg["peak_tb_per_s"], backward=True) / step_ms,
-                peak_mib(partial(step, function, inputs, grad_y), device),
+                peak,
+                working,
             )
         )
     return rows
@@ -224,10 +236,11 @@ def bench_shape(name: str, cfg: Mapping[str, Any], device: torch.device) -> list
 
 def print_rows(rows: list[Row]) -> None:
     """The table, as plain text that can be pasted into Markdown."""
+    print("first s: compiling and tuning; peak: above the inputs, with the gradients and without their own memory")
     print("| shape | implementation | rel. error | first s | fwd ms | fwd+bwd ms | TFLOP/s | of roofline | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f} / {row.working_mib:.0f}"
         print(
             f"| {row.shape} | {row.name} | {row.error:.1e} | {row.first_call_s:.1f} | {row.forward_ms:.3f} | "
             f"{row.step_ms:.3f} | {row.step_tflops:.1f} | {row.roofline_share:.1%} | {memory} |"

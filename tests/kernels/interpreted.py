@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, route_tokens, sum_shards
+from lightning_swiftmoe.kernels import portable
 from lightning_swiftmoe.kernels import rows as row_kernels
 from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
@@ -136,6 +137,26 @@ def check_expert_mlp(tokens: int, width: int, hidden: int, experts: int, top_k: 
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-30
 
 
+def check_frozen_experts() -> None:
+    """Gradients that nobody needs cost no product, and the others stay the same."""
+    idx = random_routing(9, 2, 3)
+    x, weights = torch.randn(9, 16), torch.rand(9, 2)
+    up, down = torch.randn(3, 32, 16), torch.randn(3, 16, 16)
+    calls = []
+    whole = portable.weight_gemm
+    portable.weight_gemm = lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs)
+    grads = []
+    for frozen in (False, True):
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        leaves += [t.clone().requires_grad_(not frozen) for t in (up, down)]
+        expert_mlp(leaves[0], idx, *leaves[1:], "swiglu", backend="triton").square().sum().backward()
+        grads.append([t.grad for t in leaves])
+    portable.weight_gemm = whole
+    assert len(calls) == 2
+    assert grads[1][2:] == [None, None]
+    assert all(map(torch.equal, grads[0][:2], grads[1][:2]))
+
+
 def check_router(tokens: int, experts: int, top_k: int, score: str, normalize: bool, biased: bool) -> None:
     """Values and gradients against plain torch in fp64."""
     logits = 3 * torch.randn(tokens, experts)
@@ -177,6 +198,7 @@ CHECKS = {
         check_expert_mlp(21, 24, 20, 5, 2, "swiglu"),
         check_expert_mlp(9, 16, 17, 2, 1, "gelu"),
     ],
+    "frozen": check_frozen_experts,
     "router": lambda: [
         check_router(tokens, experts, top_k, score, normalize, biased)
         for tokens, experts, top_k in ((1, 1, 1), (300, 16, 1), (70, 60, 4))

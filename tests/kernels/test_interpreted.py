@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("groups", ["routing rows router shards narrow_gelu", "activations expert_mlp"])
+@pytest.mark.parametrize("groups", ["routing rows router shards narrow_gelu", "activations expert_mlp frozen"])
 def test_kernels_in_the_interpreter(groups: str) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted", *groups.split()],
