@@ -202,6 +202,19 @@ def test_portable_kernels_compile_everywhere(case: tuple, target: str, tmp_path:
     assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("unit", ["stride_k", "stride_n"])
+def test_portable_gemm_as_it_runs(unit: str, dtype: str, target: str, tmp_path: Path) -> None:
+    """Sizes are multiples of 16, and one stride is 1, which Triton compiles into the kernel."""
+    pointers = {"rows": dtype, "weight": dtype, "out": dtype, "tile_expert": INTS, "num_rows": INTS}
+    constants = {"TILE": 128, "BN": 128, "BK": 32, "PRECISION": "ieee", unit: 1}
+    other = "stride_n" if unit == "stride_k" else "stride_k"
+    divisible = ("rows", "weight", "out", "K", "N", "stride_expert", other)
+    compiled = compile_kernel(gemm_triton.rows_gemm_portable_kernel, pointers, constants, 8, TARGETS[target], divisible)
+    assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES
+
+
 @pytest.mark.parametrize("case", HOPPER, ids=lambda case: case[0].__name__)
 def test_hopper_kernels_compile(case: tuple, tmp_path: Path) -> None:
     kernel, pointers, constants = case
