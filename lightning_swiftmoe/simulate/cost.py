@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement.residency import Residency
-from lightning_swiftmoe.simulate.hardware import Efficiency, Hardware
+from lightning_swiftmoe.simulate.hardware import Coefficient, Efficiency, Hardware
 from lightning_swiftmoe.simulate.model import ModelShape
 from lightning_swiftmoe.simulate.systems import BOUND
 from lightning_swiftmoe.simulate.traffic import Flow, Migration, Routed, owned_params
@@ -62,7 +62,7 @@ class CostModel:
     def _hbm_Bps(self) -> float:
         return self.hardware.hbm_GBps * 1e9 * self.efficiency.memory.value
 
-    def network_s(self, slowest_bytes: float) -> float:
+    def network_s(self, slowest_bytes: float, efficiency: Coefficient | None = None) -> float:
         """One exchange in which the busiest rank moves this many bytes in its larger direction.
 
         Partners are taken to be spread evenly: ``(g-1)/(N-1)`` of the bytes stay in a node of ``g`` devices and use
@@ -72,8 +72,9 @@ class CostModel:
         if num_ranks == 1:
             return 0.0
         local_bytes = slowest_bytes * inside / (num_ranks - 1)
-        nic_Bps = self.hardware.nic_Gbps * 1e9 / 8 * self.efficiency.network.value
-        nvlink_Bps = self.hardware.nvlink_GBps * 1e9 * self.efficiency.network.value
+        reached = (efficiency or self.efficiency.network).value
+        nic_Bps = self.hardware.nic_Gbps * 1e9 / 8 * reached
+        nvlink_Bps = self.hardware.nvlink_GBps * 1e9 * reached
         local_s = local_bytes / nvlink_Bps if local_bytes else 0.0
         latency_s = self.hardware.nic_latency_us * 1e-6 * math.ceil(math.log2(num_ranks))
         return max(local_s, (slowest_bytes - local_bytes) / nic_Bps) + latency_s
@@ -94,7 +95,8 @@ class CostModel:
         """Per step: forward and twice that backward, the all-reduce, and Adam in device memory."""
         compute_s = 3 * self.model.dense_flops_per_token * self.tokens_per_rank / self._flops_per_s
         adam_s = self.model.dense_params * _ADAM_BYTES / self._hbm_Bps
-        return compute_s + self.network_s(self.dense_bytes(self.hardware.num_ranks)) + adam_s
+        num_bytes = self.dense_bytes(self.hardware.num_ranks)
+        return compute_s + self.network_s(num_bytes, self.efficiency.all_reduce) + adam_s
 
     def experts_s(self, rank_load: NDArray, residency: Residency) -> float:
         """Forward of one layer on the slowest rank: FLOPs, or reading each resident's weights if that takes longer."""

@@ -119,7 +119,8 @@ class Efficiency:
     """Which part of the data sheet a training program sees. Measure your own and pass them for absolute times."""
 
     compute: Coefficient = _COMPUTE
-    network: Coefficient = _NETWORK
+    network: Coefficient = _NETWORK  # exchanges, in which every rank has something for every other
+    all_reduce: Coefficient = _NETWORK  # dense gradients; a ring has one partner in each direction
     pcie: Coefficient = _PCIE
     memory: Coefficient = _MEMORY
     host_adam_params_per_s: Coefficient = _HOST_ADAM
@@ -136,7 +137,7 @@ class Efficiency:
     def ideal(cls) -> Efficiency:
         """Everything at its data-sheet rate: for comparisons with published formulas, which assume it."""
         one = Coefficient(1.0, "data sheet")
-        return cls(compute=one, network=one, pcie=one, memory=one)
+        return cls(compute=one, network=one, all_reduce=one, pcie=one, memory=one)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, float], source: str = "given by the user") -> Efficiency:
