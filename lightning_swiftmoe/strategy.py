@@ -29,6 +29,7 @@ from lightning_swiftmoe.exchange import Exchange
 from lightning_swiftmoe.layers.load import loads_to_host
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
+    HostedExperts,
     ShardedExperts,
     canonical_state,
     check_optimizers,
@@ -77,9 +78,9 @@ class SwiftMoEStrategy(DDPStrategy):
         super().__init__(timeout=timeout, **kwargs)
         self.slots_per_rank, self.offload_optimizer = slots_per_rank, offload_optimizer
         self.capacity_scope = capacity_scope
-        self.layers: list[ShardedExperts] = []
+        self.layers: list[HostedExperts] = []
         self.exchange = Exchange()
-        self._owners: dict[nn.Parameter, tuple[ShardedExperts, str]] = {}
+        self._owners: dict[nn.Parameter, tuple[HostedExperts, str]] = {}
         self._masters: dict[str, Tensor] = {}
         self._failed = False
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_swiftmoe.optim.elementwise import check_elementwise
-from lightning_swiftmoe.optim.shards import ShardedExperts
+from lightning_swiftmoe.optim.hosted import HostedExperts, is_sharded
 
-Owner = tuple[ShardedExperts, str]
+Owner = tuple[HostedExperts, str]
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], layers: Sequence[ShardedExperts]) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], layers: Sequence[HostedExperts]) -> None:
     """Every trainable expert Parameter is in some optimizer, and that optimizer can be sharded.
 
     Raises:
@@ -35,7 +35,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], layers: Sequence[ShardedEx
             check_elementwise(optimizer)
 
 
-def insert_shards(optimizer: Optimizer, layers: Iterable[ShardedExperts]) -> dict[nn.Parameter, Owner]:
+def insert_shards(optimizer: Optimizer, layers: Iterable[HostedExperts]) -> dict[nn.Parameter, Owner]:
     """Replace expert Parameters by this rank's shards, in place; groups, options and schedulers stay as they are.
 
     Returns:
@@ -86,7 +86,7 @@ def canonical_state(optimizer: Optimizer, owners: dict[nn.Parameter, Owner], to:
         layer, key = owners[param]
         state = dict(state_dict["state"][index])
         for name in sorted(state):
-            if _is_sharded(state[name], param):
+            if is_sharded(state[name], param):
                 full = layer.gather(key, state[name], "checkpoint", to)
                 state[name] = state[name] if full is None else full.cpu()
         state_dict["state"][index] = state
@@ -113,7 +113,3 @@ def load_canonical_state(optimizer: Optimizer, owners: dict[nn.Parameter, Owner]
 def _indexed(optimizer: Optimizer) -> Iterator[tuple[int, nn.Parameter]]:
     """Parameters by the number ``state_dict`` gives them: their order over all groups."""
     return enumerate(param for group in optimizer.param_groups for param in group["params"])
-
-
-def _is_sharded(value: Any, shard: nn.Parameter) -> bool:
-    return isinstance(value, Tensor) and value.shape == shard.shape
