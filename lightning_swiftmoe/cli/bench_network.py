@@ -3,9 +3,9 @@
 Every rank trains in a network namespace of its own; the namespaces are joined by a bridge, each link limited in both
 directions. The trace of the very run is replayed by the simulator, with the rate as the cluster's NIC.
 
-What the model is told beforehand, none of it from the steps it predicts: how fast one balanced exchange and one
-all-reduce are on the link (timed before the first step), and what a step spends outside the exchanges when links are
-not limited.
+What the model is told beforehand, none of it from the steps it predicts: which part of the link's rate one balanced
+exchange and one all-reduce reach (timed before the first step), and what a step spends outside the exchanges when links
+are not limited.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Setting:
         num_ranks, slots_per_rank, num_experts, num_layers, hidden_size, ffn_size: sizes.
         seq_len, batch_size: tokens of a sequence; sequences of one step over all ranks.
         warmup, steps: steps left out, and steps measured.
-        full_duplex: exchange with all receives posted before the sends, as NCCL does; False: gloo's own
+        full_duplex: exchange with all receives posted before the sends; False: as ``Exchange`` does, with gloo's
             ``all_to_all_single``, in which the two directions between a pair of ranks mostly take turns.
         output: JSON file for all numbers.
     """
@@ -89,7 +89,7 @@ class Setting:
     batch_size: int = 8
     warmup: int = 2
     steps: int = 10
-    full_duplex: bool = True
+    full_duplex: bool = False
     output: str | None = None
 
     @property
@@ -111,14 +111,12 @@ class Link:
     """What one rank gets of its link, timed before the first step.
 
     Args:
-        exchange_Bps: bytes sent per second in a balanced exchange, what its latency takes left out.
+        exchange_Bps: bytes sent per second in a balanced exchange.
         all_reduce_Bps: bytes sent per second in a ring all-reduce.
-        latency_s: what an exchange takes however little it sends.
     """
 
     exchange_Bps: float
     all_reduce_Bps: float
-    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row: a policy at a rate, measured and modelled."""
+    """One row: a policy at a rate, measured and modelled; bytes as in ``Measured``, without headers."""
 
     policy: str
     rate_mbit: float
     measured: Measured
     modelled_s: dict[str, float]
     modelled_bytes: float
+    modelled_wire_bytes: float
 
     @property
     def modelled_step_s(self) -> float:
@@ -233,42 +232,35 @@ def receives_first(
         work.wait()
 
 
-def time_link(exchange: Exchange, kilobytes: tuple[int, int] = (16, 512), repeats: int = 9) -> Link:
-    """Medians of ``repeats`` exchanges of either size for each partner, and of all-reduces of the larger total.
+def time_link(exchange: Exchange, partner_bytes: int = 512 * 1024, repeats: int = 15) -> Link:
+    """Medians of ``repeats`` exchanges of so many bytes with each partner, and of all-reduces that send twice as much.
 
-    Latency and rate are those of the line through both sizes (the alpha-beta model: Hockney, 1994). Every rank calls
-    it.
+    Every rank calls it, and all get the slowest rank's, which is what the model asks for.
     """
     num_ranks = exchange.num_ranks
-    ones = [1] * num_ranks
+    rows, ones = torch.zeros(num_ranks, partner_bytes // 4), [1] * num_ranks
 
     def seconds(work: Callable[[], Any]) -> float:
-        work()
         times = []
         for _ in range(repeats):
             dist.barrier()
             start = time.perf_counter()
             work()
             times.append(time.perf_counter() - start)
-        # The slowest rank's: the model asks for it, and so every rank learns the same.
         slowest = torch.tensor(statistics.median(times))
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return slowest.item()
 
-    few, many = (torch.zeros(num_ranks, 1024 * size // 4) for size in kilobytes)
-    few_s, many_s = (
-        seconds(lambda rows=rows: exchange.all_to_all(rows, ones, ones, "setup", "calibration"))  # type: ignore[misc]
-        for rows in (few, many)
-    )
-    all_reduce_s = seconds(lambda: dist.all_reduce(many))
+    exchange_s = seconds(lambda: exchange.all_to_all(rows, ones, ones, "setup", "calibration"))
+    all_reduce_s = seconds(lambda: dist.all_reduce(rows))
     exchange.pop_traffic()
-    sent_few, sent_many = (rows.nbytes * (num_ranks - 1) / num_ranks for rows in (few, many))
-    exchange_Bps = (sent_many - sent_few) / max(many_s - few_s, 1e-9)
-    return Link(exchange_Bps, 2 * sent_many / all_reduce_s, max(0.0, few_s - sent_few / exchange_Bps))
+    sent_bytes = (num_ranks - 1) * partner_bytes
+    return Link(sent_bytes / exchange_s, 2 * sent_bytes / all_reduce_s)
 
 
-def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path) -> _Watch:
+def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path) -> dict[str, Any]:
     """One rank, in its own namespace: the port is nobody else's."""
+    torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": address(0), "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": _DEVICE}
     os.environ |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0"}
     watch = _Watch(policy, trace, setting.warmup)
@@ -284,19 +276,17 @@ def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with _all_to_all(setting.full_duplex):
+    patch = mock.patch.object(dist, "all_to_all_single", receives_first) if setting.full_duplex else nullcontext()
+    with patch:
         trainer.fit(GPTModule(setting.model), data)
-    return watch
-
-
-def _all_to_all(full_duplex: bool) -> AbstractContextManager[Any]:
-    return mock.patch.object(dist, "all_to_all_single", receives_first) if full_duplex else nullcontext()
+    names = ("step_s", "phase_s", "link", "counted_bytes", "wire_bytes")
+    return {name: getattr(watch, name) for name in names}
 
 
 def measure(setting: Setting, policy: str, rate_mbit: float | None, data: TextData, folder: Path) -> Measured:
     """Train on links of this rate; None: not limited."""
     trace = folder / f"{policy}-{rate_mbit}.npz"
-    ranks = run_on_links(setting.num_ranks, rate_mbit, _measure_rank, setting, policy, data, trace)
+    ranks = run_on_links(setting.num_ranks, rate_mbit, _train, setting, policy, data, trace)
     used = slice(setting.warmup, None)
     steps = np.array([rank["step_s"] for rank in ranks])[:, used].mean(axis=0)
     phases = {
@@ -313,13 +303,6 @@ def measure(setting: Setting, policy: str, rate_mbit: float | None, data: TextDa
     )
 
 
-def _measure_rank(rank: int, setting: Setting, policy: str, data: TextData, trace: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    watch = _train(rank, setting, policy, data, trace)
-    names = ("step_s", "phase_s", "link", "counted_bytes", "wire_bytes")
-    return {name: getattr(watch, name) for name in names}
-
-
 def hardware_of(setting: Setting, rate_mbit: float, link: Link, rest_s: float) -> tuple[Hardware, Efficiency]:
     """The namespaces as a cluster: one rank per node.
 
@@ -332,7 +315,6 @@ def hardware_of(setting: Setting, rate_mbit: float, link: Link, rest_s: float) -
     model = model_of(setting)
     tokens = setting.batch_size * setting.seq_len / setting.num_ranks
     flops = 3 * tokens * (model.dense_flops_per_token + model.num_moe_layers * model.expert_flops_per_token)
-    levels = int(np.ceil(np.log2(setting.num_ranks)))
     out_of_the_way = 1e6
     hardware = Hardware(
         device_name="a forked rank in a network namespace",
@@ -341,7 +323,7 @@ def hardware_of(setting: Setting, rate_mbit: float, link: Link, rest_s: float) -
         hbm_gb=1.0,
         pcie_GBps=out_of_the_way,
         nic_Gbps=rate_mbit / 1e3,
-        nic_latency_us=link.latency_s / levels * 1e6,
+        nic_latency_us=0.0,  # below a millisecond, and in the rate of the exchange timed
         gpus_per_node=1,
         num_nodes=setting.num_ranks,
         sources="calibrated: steps with links that are not limited, and exchanges before the first step",
@@ -369,13 +351,14 @@ def compare(setting: Setting, policy: str, rate_mbit: float, measured: Measured,
     result = simulate(load_trace(measured.trace), scenario, [system]).results[policy]
     used = slice(setting.warmup, None)
     modelled_s = {phase: float(np.median(values[used])) for phase, values in modelled_phases(result).items()}
-    counted = ("load", "dispatch", "combine", "backward", "gradient", "weight")
+    sent = {phase: float(values[used].sum()) for phase, values in result.phase_bytes.items()}
     return Comparison(
         policy=policy,
         rate_mbit=rate_mbit,
         measured=measured,
         modelled_s=modelled_s,
-        modelled_bytes=float(sum(result.phase_bytes[phase][used].sum() for phase in counted)),
+        modelled_bytes=sum(sent.values()) - sent["dense"],
+        modelled_wire_bytes=sum(sent.values()),
     )
 
 
@@ -453,19 +436,17 @@ def step_table(rows: Sequence[Comparison]) -> Table:
 
 def link_table(rows: Sequence[Comparison]) -> Table:
     """What exchanges get of the link, and bytes."""
-    table = Table(title="share of the link's rate; MB of all measured steps", box=None)
-    for column in ("policy", "Mbit/s", "exchange", "all-reduce", "latency ms", "modelled", "counted", "on the wire"):
+    table = Table(title="share of the link's rate; MB of all measured steps: counted / modelled", box=None)
+    for column in ("policy", "Mbit/s", "exchange", "all-reduce", "in exchanges", "on the wire"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in rows:
         link, line_Bps = row.measured.link, row.rate_mbit * 1e6 / 8
-        table.add_row(
-            row.policy,
-            f"{row.rate_mbit:g}",
-            f"{link.exchange_Bps / line_Bps:.0%}",
-            f"{link.all_reduce_Bps / line_Bps:.0%}",
-            f"{1e3 * link.latency_s:.1f}",
-            *(f"{x / 1e6:.2f}" for x in (row.modelled_bytes, row.measured.counted_bytes, row.measured.wire_bytes)),
-        )
+        shares = [f"{Bps / line_Bps:.0%}" for Bps in (link.exchange_Bps, link.all_reduce_Bps)]
+        pairs = [
+            (row.measured.counted_bytes, row.modelled_bytes),
+            (row.measured.wire_bytes, row.modelled_wire_bytes),
+        ]
+        table.add_row(row.policy, f"{row.rate_mbit:g}", *shares, *(f"{a / 1e6:.2f} / {b / 1e6:.2f}" for a, b in pairs))
     return table
 
 

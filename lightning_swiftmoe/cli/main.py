@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("lightning_swiftmoe.cli.report", "one HTML page from the folders of one or more runs"),
     "bench kernels": ("lightning_swiftmoe.cli.bench_kernels", "time the expert layer against its peers"),
     "bench step": ("lightning_swiftmoe.cli.bench_step", "time training steps against other systems"),
+    "bench network": ("lightning_swiftmoe.cli.bench_network", "measured against modelled steps on links of a rate"),
 }
 
 
