@@ -21,7 +21,7 @@ from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.step import LayerStep, Step
 from lightning_swiftmoe.trace import TraceWriter
 
-LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "weight")
+LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight")
 
 
 class ExpertRebalancer(Callback):

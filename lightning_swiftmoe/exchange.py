@@ -21,7 +21,7 @@ from torch import Tensor
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-PHASES = ("load", "dispatch", "combine", "gradient", "weight", "setup", "checkpoint")
+PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight", "setup", "checkpoint")
 
 
 @dataclass

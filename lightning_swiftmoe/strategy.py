@@ -29,6 +29,7 @@ from lightning_swiftmoe.exchange import Exchange
 from lightning_swiftmoe.layers.load import loads_to_host
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
+    BoundExperts,
     HostedExperts,
     ShardedExperts,
     canonical_state,
@@ -40,6 +41,7 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 from lightning_swiftmoe.step import Step
 
+_EXPERTS: dict[str, type[HostedExperts]] = {"decoupled": ShardedExperts, "bound": BoundExperts}
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
@@ -48,7 +50,7 @@ class SwiftMoEStrategy(DDPStrategy):
 
     The optimizer state of each expert is cut evenly over all ranks and never moves; expert weights live in slots and
     are placed anew after every step by the weight update itself (SwiftMoE, arXiv 2504.19925). Which expert goes
-    where is the business of ``ExpertRebalancer``.
+    where is the business of ``ExpertRebalancer``. For comparison, state can be bound to the hosts instead.
 
     Args:
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``
@@ -56,6 +58,8 @@ class SwiftMoEStrategy(DDPStrategy):
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
         capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
             (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
+        optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
+            expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
@@ -69,15 +73,18 @@ class SwiftMoEStrategy(DDPStrategy):
         slots_per_rank: int | str = "auto",
         offload_optimizer: bool = False,
         capacity_scope: CapacityScope = "cluster",
+        optimizer_state: str = "decoupled",
         timeout: timedelta | float = timedelta(minutes=10),
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
         check_scope(capacity_scope)
+        if optimizer_state not in _EXPERTS:
+            raise ValueError(f"optimizer_state must be one of {', '.join(_EXPERTS)}, got {optimizer_state!r}")
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
         self.slots_per_rank, self.offload_optimizer = slots_per_rank, offload_optimizer
-        self.capacity_scope = capacity_scope
+        self.capacity_scope, self._state_is = capacity_scope, optimizer_state
         self.layers: list[HostedExperts] = []
         self.exchange = Exchange()
         self._owners: dict[nn.Parameter, tuple[HostedExperts, str]] = {}
@@ -121,7 +128,13 @@ class SwiftMoEStrategy(DDPStrategy):
         check_optimizers(self.optimizers, self.layers)
         self._owners = {}
         for optimizer in self.optimizers:
-            self._owners |= insert_shards(optimizer, self.layers)
+            owners = insert_shards(optimizer, self.layers)
+            if owners and self._owners and self._state_is == "bound":
+                raise ValueError(
+                    "optimizer_state='bound' moves state when its optimizer's step ends, but several optimizers hold "
+                    "experts: give all experts to one of them, or use optimizer_state='decoupled'"
+                )
+            self._owners |= owners
         # The plugin keeps its class: checkpoints find its state by the qualified name.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
@@ -140,7 +153,7 @@ class SwiftMoEStrategy(DDPStrategy):
                 if (k := f"{name}.experts.{key}") in self._masters
             }
             self.layers.append(
-                ShardedExperts(
+                _EXPERTS[self._state_is](
                     moe,
                     name,
                     self.exchange,
@@ -192,7 +205,7 @@ class SwiftMoEStrategy(DDPStrategy):
 
         output = super().optimizer_step(optimizer, closure_and_gradient_phase, model, **kwargs)
         if any(param in self._owners for group in optimizer.param_groups for param in group["params"]):
-            self._end_step()
+            self._end_step(optimizer)
         return output
 
     def reduce_gradients(self) -> None:
@@ -200,13 +213,14 @@ class SwiftMoEStrategy(DDPStrategy):
         for layer in self.layers:
             layer.reduce_gradients()
 
-    def _end_step(self) -> None:
-        """Choose the next placements and let the weight phase carry them out."""
+    def _end_step(self, optimizer: Optimizer) -> None:
+        """Choose the next placements; bound state follows them, and the weight phase carries them out."""
         steps = []
         loads = loads_to_host([layer.moe.pop_load(layer.placement.num_ranks) for layer in self.layers])
         for layer, load in zip(self.layers, loads, strict=True):
             cluster = self._cluster_of(layer.name, layer.moe)
             step = self._rebalancer.decide(layer.name, layer.moe, load, cluster)
+            layer.move_state(step.next_placement, optimizer.state)
             layer.send_weights(step.next_placement)
             steps.append(step)
         self._rebalancer.end_step(Step(tuple(steps), self.exchange.pop_traffic()))

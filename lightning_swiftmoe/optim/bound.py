@@ -1,0 +1,207 @@
+"""Optimizer state bound to the hosts of an expert, as DeepSpeed and FlexMoE keep it: the baselines, for real.
+
+An expert's state is cut evenly over the ranks that host it (``BoundShards``). Gradients and weights travel among those
+hosts only; but when the placement gives an expert other hosts, its masters and moments must follow, and that is what
+makes moving an expert expensive. This rank's shard of a parameter is flat, ``[n]``: its pieces by expert, one after the
+other. Contents and length change with the owners; the Parameter in the user's optimizer stays the same object.
+
+Shape suffixes: N ranks, E experts, R residents of this rank, P elements of one expert's parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.optim.hosted import HostedExperts, is_sharded
+from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.placement.bound_shards import BoundShards, Piece
+from lightning_swiftmoe.placement.transfer import Transfer, changed_experts, transfer_plan
+
+KeyedPieces = list[tuple[str, Piece]]
+
+
+class BoundExperts(HostedExperts):
+    """Bound state: shards are ``[n]``, with other elements and another ``n`` whenever experts change hosts."""
+
+    cuts: dict[str, BoundShards]
+
+    @torch.no_grad()
+    def move_state(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Masters, and state with a number for each of their elements, go to the hosts under ``placement``.
+
+        Scalar state stays as it is; gradients are dropped, their step is over. Where no expert changes hosts nothing is
+        sent, which every rank knows from the placements.
+        """
+        if not changed_experts(self.placement, placement):
+            return
+        # Checked for all before anything changes.
+        names = {key: self._elementwise(key, states.get(shard, {})) for key, shard in self.shards.items()}
+        moves = []
+        for key, shard in self.shards.items():
+            here = self.cuts[key]
+            there = self.cuts[key] = BoundShards(here.num_elements, placement)
+            plan = transfer_plan(here, there, range(here.num_experts))
+            state = states.get(shard, {})
+            held = [shard.data, *(state[name] for name in names[key])]
+            moved = [self._pinned(old.new_empty(there.size(self.exchange.rank))) for old in held]
+            moves += [_Move(old, new, here, there, plan) for old, new in zip(held, moved, strict=True)]
+            shard.grad = None
+            shard.data, *moments = moved
+            state.update(zip(names[key], moments, strict=True))
+        self._migrate(moves)
+
+    def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
+        """The canonical ``[E, ...]`` tensor that has ``shard [n]`` on this rank; None where not received."""
+        cut = self.cuts[key]
+        longest = max(cut.size(rank) for rank in self._ranks)
+        padded = torch.nn.functional.pad(shard.detach(), (0, longest - shard.numel()))
+        gathered = self.exchange.gather_shards(padded, phase, self.name, to)
+        if gathered is None:
+            return None
+        full = gathered.new_empty(cut.num_experts, cut.num_elements)
+        for rank in self._ranks:
+            for piece in cut.pieces(rank).values():
+                full[piece.expert, piece.start : piece.stop] = gathered[rank, piece.here]
+        return full.view(self.shapes[key])
+
+    def interval(self, key: str, canonical: Tensor) -> Tensor:
+        """``[n]`` of a canonical tensor."""
+        rows = canonical.reshape(self.moe.num_experts, -1)
+        pieces = self.cuts[key].pieces(self.exchange.rank).values()
+        return torch.cat([rows[0, :0], *(rows[piece.expert, piece.start : piece.stop] for piece in pieces)])
+
+    # -- gradients to the owners, weights back: the same pieces both ways -------------------------------------------
+
+    def _make_cut(self, num_elements: int) -> BoundShards:
+        return BoundShards(num_elements, self.placement)
+
+    def _reduce_gradients(self, keys: list[str]) -> None:
+        grads = {key: self._by_expert(self._gradient(key)) for key in keys}
+        sent = [[grads[key][p.expert][p.start : p.stop] for key, p in pieces] for pieces in self._pieces_here(keys)]
+        mine = self._pieces_of_mine(keys)
+        dtype = _widest(self._gradient_dtype(self.params[key]) for key in keys)
+        blocks = self._swap(sent, [_num_elements(pieces) for pieces in mine], "gradient", dtype)
+        # Rank by rank: a fixed order of adding, in the shards' precision.
+        totals = {key: torch.zeros_like(self.shards[key], device=self.exchange.device) for key in keys}
+        for pieces, block in zip(mine, blocks, strict=True):
+            targets = [totals[key][p.here] for key, p in pieces]
+            if targets:
+                torch._foreach_add_(targets, list(block.split([p.num_elements for _, p in pieces])))
+        for key in keys:
+            shard = self.shards[key]
+            shard.grad = (totals[key] / self.exchange.num_ranks).to(shard.device)
+
+    @torch.no_grad()
+    def _send_weights(self) -> None:
+        keys = list(self.params)
+        weights = {key: self.shards[key].detach().to(self.params[key].dtype) for key in keys}
+        sent = [[weights[key][p.here] for key, p in pieces] for pieces in self._pieces_of_mine(keys)]
+        here = self._pieces_here(keys)
+        dtype = _widest(param.dtype for param in self.params.values())
+        blocks = self._swap(sent, [_num_elements(pieces) for pieces in here], "weight", dtype)
+        residents = {key: self._by_expert(param.data) for key, param in self.params.items()}
+        for pieces, block in zip(here, blocks, strict=True):
+            targets = [residents[key][p.expert][p.start : p.stop] for key, p in pieces]
+            if targets:
+                torch._foreach_copy_(targets, list(block.split([p.num_elements for _, p in pieces])))
+
+    def _pieces_here(self, keys: Iterable[str]) -> list[KeyedPieces]:
+        """By owner: what other ranks, and this one, own of the experts that live here."""
+        return [self._shared(keys, owner, self.exchange.rank) for owner in self._ranks]
+
+    def _pieces_of_mine(self, keys: Iterable[str]) -> list[KeyedPieces]:
+        """By host: what this rank owns of the experts that live there."""
+        return [self._shared(keys, self.exchange.rank, host) for host in self._ranks]
+
+    def _shared(self, keys: Iterable[str], owner: int, host: int) -> KeyedPieces:
+        lives_there = self.placement.multiplicity[host] > 0
+        return [(key, p) for key in keys for p in self.cuts[key].pieces(owner).values() if lives_there[p.expert]]
+
+    def _by_expert(self, rows: Tensor) -> dict[int, Tensor]:
+        """Flat views ``[P]`` of ``rows [>= R, ...]`` by the expert they stand for."""
+        residents = self.placement.residents(self.exchange.rank).tolist()
+        return dict(zip(residents, rows.flatten(1), strict=False))
+
+    # -- migration -------------------------------------------------------------------------------------------------
+
+    def _elementwise(self, key: str, state: Mapping[str, Any]) -> list[str]:
+        """Names of the state that moves along with a shard.
+
+        Raises:
+            ValueError: state that is neither one number for each element nor a scalar: nobody knows where it belongs.
+        """
+        shard = self.shards[key]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and not is_sharded(value, shard):
+                raise ValueError(
+                    f"the optimizer keeps state {name!r} of shape {tuple(value.shape)} for {self.name}.experts.{key}, "
+                    f"of which this rank owns {shard.numel()} elements. Only element-wise and scalar state can move: "
+                    "use optimizer_state='decoupled'"
+                )
+        return sorted(name for name, value in state.items() if is_sharded(value, shard))
+
+    def _migrate(self, moves: Sequence[_Move]) -> None:
+        """Carry out all moves in one exchange of bytes: an optimizer may keep state in several precisions."""
+        rank = self.exchange.rank
+        sent = [[part for m in moves if other != rank for part in m.sources(rank, other)] for other in self._ranks]
+        places = [[part for m in moves if other != rank for part in m.targets(other, rank)] for other in self._ranks]
+        blocks = self._swap(sent, [sum(p.numel() for p in parts) for parts in places], "migration", torch.uint8)
+        for parts, block in zip(places, blocks, strict=True):
+            for place, part in zip(parts, block.split([p.numel() for p in parts]), strict=True):
+                place.copy_(part)
+        for move in moves:
+            for place, part in zip(move.targets(rank, rank), move.sources(rank, rank), strict=True):
+                place.copy_(part)
+
+    def _swap(self, sent: Sequence[Sequence[Tensor]], recv: list[int], phase: str, dtype: torch.dtype) -> list[Tensor]:
+        """Send ``sent[j]`` to each rank ``j``; return the ``recv[j]`` elements that each sent here."""
+        parts = [part for to_rank in sent for part in to_rank]
+        rows = (torch.cat(parts) if parts else torch.empty(0)).to(self.exchange.device, dtype)
+        send = [sum(part.numel() for part in to_rank) for to_rank in sent]
+        return list(self.exchange.all_to_all(rows, send, recv, phase, self.name).split(recv))
+
+    @property
+    def _ranks(self) -> range:
+        return range(self.exchange.num_ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """One flat tensor on its way from the old owners to the new ones; parts of it are seen as bytes."""
+
+    old: Tensor
+    new: Tensor
+    here: BoundShards
+    there: BoundShards
+    plan: tuple[Transfer, ...]
+
+    def sources(self, src: int, dst: int) -> list[Tensor]:
+        """What ``src``, this rank, has for ``dst``."""
+        return self._parts(self.old, self.here.pieces(src), src, dst)
+
+    def targets(self, src: int, dst: int) -> list[Tensor]:
+        """Where ``dst``, this rank, keeps what ``src`` has for it."""
+        return self._parts(self.new, self.there.pieces(dst), src, dst)
+
+    def _parts(self, tensor: Tensor, pieces: Mapping[int, Piece], src: int, dst: int) -> list[Tensor]:
+        size, raw = tensor.element_size(), tensor.view(torch.uint8)
+        parts = []
+        for t in self.plan:
+            if (t.src, t.dst) == (src, dst):
+                first = pieces[t.expert].offset + t.start - pieces[t.expert].start
+                parts.append(raw[first * size : (first + t.num_elements) * size])
+        return parts
+
+
+def _num_elements(pieces: KeyedPieces) -> int:
+    return sum(piece.num_elements for _, piece in pieces)
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
