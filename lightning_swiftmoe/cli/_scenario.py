@@ -21,11 +21,24 @@ def hardware_of(config: DictConfig) -> Hardware:
         ValueError: no cluster, or one without (valid) hardware.
     """
     cluster = _plain(config.get("cluster"))
-    if not isinstance(cluster, Mapping) or not isinstance(cluster.get("hardware"), Mapping):
-        got = "none" if not cluster else f"one with {', '.join(map(str, cluster))}"
-        raise ValueError(f"a cluster with a 'hardware:' section is needed, got {got}; choose cluster=NAME")
-    hardware = Hardware.from_mapping(cluster["hardware"])
+    values = cluster.get("hardware") if isinstance(cluster, Mapping) else None
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"a cluster with a 'hardware:' section is needed, such as cluster=a100_16x1; {_why_none(cluster)}"
+        )
+    hardware = Hardware.from_mapping(values)
     return hardware if config.num_ranks is None else hardware.with_ranks(int(config.num_ranks))
+
+
+def _why_none(cluster: Any) -> str:
+    if not isinstance(cluster, Mapping):
+        return "got none"
+    if cluster.get("virtual_ranks"):
+        return (
+            f"this one is a single process that drops tokens as {cluster['virtual_ranks']} ranks would and sends "
+            "nothing, so its steps are not those of a cluster"
+        )
+    return "this one does not say what its machines can do; describe them as conf/cluster/h100_8x8.yaml does"
 
 
 def model_of(config: DictConfig, trace: LoadTrace | None = None) -> ModelShape:
