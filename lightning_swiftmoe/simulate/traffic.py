@@ -1,4 +1,7 @@
-"""Bytes that every rank sends and receives, by phase, from a placement and its loads. Exact but where it says so."""
+"""Bytes that every rank sends and receives, by phase, from a placement and its loads. Exact but where it says so.
+
+Shards are taken to be equal: where ``N`` does not divide a parameter, the exchange pads it by less than ``N`` elements.
+"""
 
 from __future__ import annotations
 
