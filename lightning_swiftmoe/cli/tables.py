@@ -14,6 +14,7 @@ from rich.table import Table
 from lightning_swiftmoe.callback import LOGGED_PHASES
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.models import GPTConfig, count_parameters
+from lightning_swiftmoe.report.runs import system_of
 
 _SHOWN = {
     "moe/token_survival": ("token survival", ".1%"),
@@ -52,12 +53,12 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
     table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}, {slots} slots each")
-    policy = config.policy.name
-    name = policy if isinstance(policy, str) else str(policy.get("_target_")).rpartition(".")[2]
-    table.add_row("policy", f"{name}, every {config.policy.every_n_steps} step(s)")
+    table.add_row("policy", f"{system_of(config)}, every {config.policy.every_n_steps} step(s)")
     table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
     table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
     place = "on the host" if config.strategy.offload_optimizer else "on the device"
+    if config.strategy.optimizer_state == "bound":
+        place += ", of the experts it hosts"
     table.add_row("expert shards per rank", f"{size(count.experts * master_bytes / num_ranks)} {place}")
     if "Adam" in config.optimizer._target_:
         table.add_row("expert moments per rank", f"{size(2 * count.experts * master_bytes / num_ranks)} {place}")

@@ -106,18 +106,17 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """The Trainer, with our strategy, or alone as a virtual cluster."""
     callbacks: dict[str, Any] = {name: instantiate(c) for name, c in config.callbacks.items() if c is not None}
     loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
-    if config.cluster.virtual_ranks is None:
-        strategy = instantiate(config.strategy)
-    else:
-        strategy = "auto"
+    strategy = instantiate(config.strategy)
+    if config.cluster.virtual_ranks is not None:
         callbacks["rebalancer"] = VirtualCluster(
             config.cluster.virtual_ranks,
-            config.strategy.slots_per_rank,
-            config.strategy.capacity_scope,
+            strategy.slots_per_rank,
+            strategy.capacity_scope,
             policy=policy if isinstance(policy := config.policy.name, str) else instantiate(policy),
             every_n_steps=config.policy.every_n_steps,
             trace=config.callbacks.rebalancer.trace,
         )
+        strategy = "auto"
     if config.trainer.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in callbacks.values()):
         callbacks["progress"] = ShortProgressBar()
     return instantiate(config.trainer, strategy=strategy, callbacks=list(callbacks.values()), logger=loggers or False)

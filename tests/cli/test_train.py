@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lightning_swiftmoe.models import GPTModule
+from lightning_swiftmoe.report.runs import system_of
 from lightning_swiftmoe.simulate import load_trace
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=100000", "trainer.enable_progress_bar=false"]
@@ -40,7 +41,7 @@ def check_run_folder(folder, steps, policy):
     assert {path.name for path in folder.iterdir()} == complete
     assert "Load of every rank" in (folder / "report.html").read_text()
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["policy"]["name"] == policy
+    assert system_of(config) == policy
     assert config["run_dir"] == str(folder)
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
