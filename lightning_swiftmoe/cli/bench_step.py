@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import sys
+import tempfile
 import time
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +21,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.cli._hydra import run_task
-from lightning_swiftmoe.cli.train import build_trainer
+from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload, talks_through_tcp
+from lightning_swiftmoe.cli.train import build_trainer, forget_ranks, name_this_job_to_children
 from lightning_swiftmoe.models import GPTConfig, count_parameters
+
+PROFILED = 5  # steps under the profiler, after the timed ones
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # What a kernel's name tells, first match wins.
 CATEGORIES = {
-    "attention": ("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
+    "attention": (
+        *("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
+        *("cudnn::fusion", "compute_dot_do_o", "convert_dq"),  # cuDNN's helpers around its own
+    ),
     "optimizer": ("multi_tensor", "adam", "foreach"),
     # cunn_SoftMax is the loss's: a router's few experts take softmax_warp.
     "embedding and loss": ("embedding", "compute_grad_weight", "sum_and_scatter", "cunn_softmax", "nll_loss"),
@@ -34,19 +47,24 @@ CATEGORIES = {
 
 
 class StepTimer(pl.Callback):
-    """Times ``steps`` training steps after ``warmup``, then profiles ``profiled`` more on the GPU."""
+    """Times ``steps`` training steps after ``warmup``, then profiles ``profiled`` more on the GPU.
 
-    def __init__(self, warmup: int, steps: int, profiled: int) -> None:
-        self.warmup, self.steps, self.profiled = warmup, steps, profiled
-        self.seconds: list[float] = []
-        self.kernels: dict[str, float] = {}
+    Rank 0 may be another process than the one that asks for its results: it writes them to ``output``.
+    """
+
+    def __init__(self, warmup: int, steps: int, profiled: int, output: Path) -> None:
+        self.warmup, self.steps, self.profiled, self.output = warmup, steps, profiled, output
+        self.measured = Measured()
         self._start = 0.0
+        self._received = 0
         self._profiler: Any = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock of a step."""
+        if batch_idx == self.warmup and talks_through_tcp():
+            self._received = received_payload()
         if batch_idx == self.warmup + self.steps and torch.cuda.is_available():
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self._profiler.start()
@@ -59,52 +77,124 @@ class StepTimer(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if self.warmup <= batch_idx < self.warmup + self.steps:
-            self.seconds.append(time.perf_counter() - self._start)
+            self.measured.seconds.append(time.perf_counter() - self._start)
+            metrics = trainer.callback_metrics
+            self.measured.losses.append(float(metrics["train/loss"]))
+            if "moe/token_survival" in metrics:
+                self.measured.survival.append(float(metrics["moe/token_survival"]))
+        if batch_idx == self.warmup + self.steps - 1 and talks_through_tcp():
+            self._received = received_payload() - self._received
         if self._profiler is not None and batch_idx == self.warmup + self.steps + self.profiled - 1:
             self._profiler.stop()
             for event in self._profiler.key_averages():
-                self.kernels[event.key] = event.device_time_total / 1e3 / self.profiled
+                self.measured.kernels[event.key] = event.device_time_total / 1e3 / self.profiled
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rank 0 writes; all take part, for the bytes of each."""
+        if talks_through_tcp():
+            self.measured.received_bytes = of_all_ranks(self._received / self.steps)
+        if trainer.is_global_zero:
+            self.measured.write(self.output)
+
+
+@dataclass(frozen=True)
+class Options:
+    """``conf/bench/step.yaml``.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+
+    peers: list[str]
+    warmup: int
+    steps: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for key, least in {"warmup": 0, "steps": 1, "rounds": 1}.items():
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
 
 
 def main(argv: list[str]) -> int:
-    """Overrides as for ``swiftmoe train``."""
-    return run_task("train", bench, argv)
+    """Overrides as for ``swiftmoe train``, and those of ``conf/bench/step.yaml``."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text("bench/step"))
+        return 0
+    names = {field.name for field in fields(Options)}
+    own = [word for word in argv if word.split("=")[0] in names]
+    return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
 
 
-def bench(config: DictConfig) -> None:
-    """Train a few steps of ``config`` and print the table; results as ``step.json`` in the run folder."""
-    timer = StepTimer(warmup=10, steps=20, profiled=5)
+def bench(config: DictConfig, own: list[str]) -> None:
+    """Train a few steps of ``config`` and print the table; results as ``step.json`` in the run folder.
+
+    Args:
+        config: of ``swiftmoe train``.
+        own: overrides of ``conf/bench/step.yaml``.
+    """
+    defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / "bench/step.yaml").read_text())
+    options = Options(**OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(own))))  # type: ignore[arg-type]
     with open_dict(config):
-        config.trainer.max_steps = timer.warmup + timer.steps + timer.profiled
+        config.trainer.max_steps = options.warmup + options.steps + PROFILED
         config.callbacks = {"rebalancer": config.callbacks.rebalancer}
         config.logger = {}
         config.trainer.enable_checkpointing = False
         config.trainer.enable_progress_bar = False
+    name_this_job_to_children()
+    sys.argv[1:1] = ["bench", "step", *own]
+    if config.cluster.start_method == "fork":
+        torch.set_num_threads(1)  # a forked pool of threads hangs
     model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
-    trainer = build_trainer(config)
-    trainer.callbacks.append(timer)  # type: ignore[attr-defined]
-    trainer.fit(
-        instantiate(config.module, model=model, optimizer=instantiate(config.optimizer)), instantiate(config.data)
-    )
-    result = summarize(timer, model, config.data.batch_size, config.data.seq_len)
+    measured = train_steps(config, model, options)
+    if measured is None:
+        return  # a rank that Lightning started: rank 0 reports
+    result = summarize(measured, model, config.data.batch_size, config.data.seq_len)
     Path(config.run_dir, "step.json").write_text(json.dumps(result, indent=1))
     Console().print(step_table(result))
 
 
-def summarize(timer: StepTimer, model: GPTConfig, batch_size: int, seq_len: int) -> dict[str, Any]:
-    """Median step, tokens/s, model FLOPs (active parameters, forward and backward) and kernel time by category."""
-    seconds, tokens = statistics.median(timer.seconds), batch_size * seq_len
+def train_steps(config: DictConfig, model: GPTConfig, options: Options) -> Measured | None:
+    """Train with Lightning and our strategy; what rank 0 measured, and None in the other ranks' processes."""
+    environment = {key: os.environ.get(key) for key in RANK_VARIABLES}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            timer = StepTimer(options.warmup, options.steps, PROFILED, Path(folder, "measured.json"))
+            trainer = build_trainer(config)
+            trainer.callbacks.append(timer)  # type: ignore[attr-defined]
+            module = instantiate(config.module, model=model, optimizer=instantiate(config.optimizer))
+            trainer.fit(module, instantiate(config.data))
+            return Measured.read(timer.output) if trainer.is_global_zero else None
+    finally:
+        forget_ranks(environment)
+
+
+def summarize(measured: Measured, model: GPTConfig, batch_size: int, seq_len: int) -> dict[str, Any]:
+    """Medians and means of the measured steps, and kernel time by category.
+
+    Model FLOPs are those of active parameters, forward and backward; ``received_bytes`` are of one step and rank.
+    """
+    seconds, tokens = statistics.median(measured.seconds), batch_size * seq_len
     by_category: dict[str, float] = {}
-    for name, ms in timer.kernels.items():
+    for name, ms in measured.kernels.items():
         by_category[category(name)] = by_category.get(category(name), 0.0) + ms
-    others = sorted(((ms, n) for n, ms in timer.kernels.items() if category(n) == "other"), reverse=True)
+    others = sorted(((ms, n) for n, ms in measured.kernels.items() if category(n) == "other"), reverse=True)
     return {
         "step_ms": seconds * 1e3,
         "tokens_per_s": tokens / seconds,
         "tflops": step_flops(model, tokens, seq_len) / seconds / 1e12,
+        "last_loss": measured.losses[-1],
+        "survival": mean(measured.survival),
+        "received_bytes": mean(measured.received_bytes),
         "kernel_ms": by_category,
         "largest_others_ms": [(round(ms, 3), name[:90]) for ms, name in others[:15]],
     }
+
+
+def mean(values: list[float]) -> float | None:
+    """None where nothing was measured."""
+    return statistics.fmean(values) if values else None
 
 
 def step_flops(model: GPTConfig, tokens: int, seq_len: int) -> float:
@@ -130,6 +220,10 @@ def step_table(result: dict[str, Any]) -> Table:
     table.add_row("median", f"{result['step_ms']:.2f} ms")
     table.add_row("tokens per second", f"{result['tokens_per_s']:,.0f}")
     table.add_row("model TFLOP/s", f"{result['tflops']:.1f}")
+    if result["survival"] is not None:
+        table.add_row("token survival", f"{result['survival']:.1%}")
+    if result["received_bytes"] is not None:
+        table.add_row("received through TCP", f"{result['received_bytes'] / 1e6:.2f} MB a rank")
     total = sum(result["kernel_ms"].values())
     for name, ms in result["kernel_ms"].items():
         table.add_row(f"  {name}", f"{ms:.2f} ms, {ms / total:.1%} of kernel time")

@@ -1,0 +1,73 @@
+"""``swiftmoe bench step`` from the outside."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lightning_swiftmoe.cli.bench_step import category
+
+SMALL = ["data.seq_len=32", "data.batch_size=8", "data.limit_bytes=50000", "warmup=2", "steps=3"]
+
+
+def bench(cwd, *args):
+    with (cwd / "log.txt").open("w+") as log:  # not a pipe: a rank that outlived its parent would keep it open
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_swiftmoe", "bench", "step", *args, f"hydra.run.dir={cwd}/run"],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=200,
+        )
+        log.seek(0)
+        return done.returncode, log.read()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("start_method", ["fork", "popen"])
+def test_what_rank_0_measured_arrives(tmp_path, start_method):
+    method = f"cluster.start_method={start_method}"
+    status, text = bench(tmp_path, *SMALL, "model.capacity_factor=1.0", "policy=static", method)
+    assert status == 0, text
+    result = json.loads((tmp_path / "run/step.json").read_text())
+    assert result["tokens_per_s"] * result["step_ms"] / 1e3 == pytest.approx(32 * 8)
+    trace = np.load(tmp_path / "run/trace.npz")
+    routed, processed = trace["counts"].sum(axis=(1, 2, 3)), trace["rank_load"].sum(axis=(1, 2))
+    assert len(routed) == 2 + 3 + 5
+    assert result["survival"] == pytest.approx((processed / routed)[2:5].mean(), rel=1e-6)
+    assert result["survival"] < 1
+    # Both ranks host all 8 experts of both layers: each receives the other's halves of fp32 gradients and of weights,
+    # and in a ring all-reduce of two ranks the dense gradients once.
+    experts, dense = 2 * 8 * 2 * 64 * 256, 256 * 64 + 512 * 64 + 2 * (4 * 64 * 64 + 64 * 8)
+    least = 4 * (experts + dense)
+    assert least < result["received_bytes"] < 1.05 * least
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("steps=0", "steps must be an integer of at least 1, got 0"), ("warmup=x", "warmup must be an integer")],
+)
+def test_a_mistake_is_one_line(tmp_path, argument, words):
+    status, text = bench(tmp_path, argument)
+    assert status == 2
+    (line,) = text.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x128x64", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 256, 64>", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true, __nv_bfloat16>", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
+        ("void (anonymous namespace)::softmax_warp_forward", "other"),
+    ],
+)
+def test_kernels_by_category(kernel, expected):
+    assert category(kernel) == expected
