@@ -1,16 +1,12 @@
 """Bytes counted by the exchange equal the closed formulas and what the operating system saw."""
 
-import os
-import socket
-import struct
-from pathlib import Path
-
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_swiftmoe.cli._measured import received_payload
 from lightning_swiftmoe.exchange import Exchange
 from tests.jobs import Job, Net, data, our_trainer, sgd
 from tests.ranks import run_ranks
@@ -74,22 +70,6 @@ def test_never_above_the_published_volume(num_ranks):
             total = sum(steps[index].traffic[phase].sent_bytes for _, steps in results)
             layers = results[0][1][index].layers
             assert total <= len(layers) * 2 * num_ranks * expert_bytes * (num_ranks - 1) / num_ranks
-
-
-def received_payload():
-    """Bytes that the kernel handed to this process through TCP: no headers, nothing sent twice."""
-    total = 0
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            is_socket = entry.readlink().name.startswith("socket:")
-        except FileNotFoundError:  # the one with which the folder is read
-            continue
-        if is_socket:
-            with socket.socket(fileno=os.dup(int(entry.name))) as tcp:
-                if tcp.family in (socket.AF_INET, socket.AF_INET6) and tcp.type == socket.SOCK_STREAM:
-                    info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-                    total += struct.unpack_from("Q", info, 128)[0]  # tcpi_bytes_received
-    return total
 
 
 def exchange_much(num_bytes):
