@@ -32,6 +32,16 @@ class Measured:
     received_bytes: list[float] = field(default_factory=list)
     kernels: dict[str, float] = field(default_factory=dict)
 
+    def __add__(self, later: Measured) -> Measured:
+        """Both runs' steps; of bytes and kernels, which are means already, those of the later run."""
+        return Measured(
+            self.seconds + later.seconds,
+            self.losses + later.losses,
+            self.survival + later.survival,
+            later.received_bytes,
+            later.kernels,
+        )
+
     def write(self, path: Path) -> None:
         """As JSON, for ``read`` in another process."""
         path.write_text(json.dumps(asdict(self)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
@@ -21,9 +25,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
+from lightning_swiftmoe.cli import _deepspeed_peer
 from lightning_swiftmoe.cli._hydra import help_text, run_task
 from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload, talks_through_tcp
-from lightning_swiftmoe.cli.train import build_trainer, forget_ranks, name_this_job_to_children
+from lightning_swiftmoe.cli.train import build_trainer, check_fit, forget_ranks, name_this_job_to_children
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 
 PROFILED = 5  # steps under the profiler, after the timed ones
@@ -115,6 +120,8 @@ class Options:
             value = getattr(self, key)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
+        if self.peers not in ([], ["deepspeed"]):
+            raise ValueError(f"peers must be [deepspeed] or [], got {self.peers!r}")
 
 
 def main(argv: list[str]) -> int:
@@ -142,17 +149,57 @@ def bench(config: DictConfig, own: list[str]) -> None:
         config.logger = {}
         config.trainer.enable_checkpointing = False
         config.trainer.enable_progress_bar = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     name_this_job_to_children()
     sys.argv[1:1] = ["bench", "step", *own]
     if config.cluster.start_method == "fork":
         torch.set_num_threads(1)  # a forked pool of threads hangs
     model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
-    measured = train_steps(config, model, options)
-    if measured is None:
-        return  # a rank that Lightning started: rank 0 reports
-    result = summarize(measured, model, config.data.batch_size, config.data.seq_len)
+    if options.peers:
+        result = compare(config, model, options)
+        table = peers_table(result)
+    else:
+        measured = train_steps(config, model, options)
+        if measured is None:
+            return  # a rank that Lightning started: rank 0 reports
+        result = summarize(measured, model, config.data.batch_size, config.data.seq_len)
+        table = step_table(result)
     Path(config.run_dir, "step.json").write_text(json.dumps(result, indent=1))
-    Console().print(step_table(result))
+    Console().print(table)
+
+
+def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str, Any]:
+    """The summary of each system by name, first the peers; they take turns.
+
+    ``static`` is our strategy with DeepSpeed's rules (uniform replicas, every rank drops on its own); ``swiftmoe`` is
+    ours with the policy of ``config``.
+
+    Raises:
+        ImportError: a peer's package is not installed.
+        ValueError: something a peer cannot do.
+    """
+    _deepspeed_peer.check(config, model)
+    check_fit(config, model, instantiate(config.data), instantiate(config.optimizer), build_trainer(config))
+    config.callbacks.rebalancer.trace = None
+    swiftmoe, static = copy.deepcopy(config), copy.deepcopy(config)
+    swiftmoe.strategy.capacity_scope = "cluster"
+    static.strategy.capacity_scope = "rank"
+    static.policy.name, static.policy.every_n_steps = "static", 1
+    deepspeed = partial(_deepspeed_peer.train_steps, config, model, options.warmup, options.steps, PROFILED)
+    systems: dict[str, Callable[[], Measured | None]] = {
+        "deepspeed": deepspeed,
+        "static": partial(train_steps, static, model, options),
+        "swiftmoe": partial(train_steps, swiftmoe, model, options),
+    }
+    results: dict[str, Measured] = {}
+    for _ in range(options.rounds):
+        for name, run in systems.items():
+            measured = run()
+            assert measured is not None, "forked ranks return to this process alone"
+            results[name] = results[name] + measured if name in results else measured
+    return {n: summarize(m, model, config.data.batch_size, config.data.seq_len) for n, m in results.items()}
 
 
 def train_steps(config: DictConfig, model: GPTConfig, options: Options) -> Measured | None:
@@ -182,9 +229,10 @@ def summarize(measured: Measured, model: GPTConfig, batch_size: int, seq_len: in
     others = sorted(((ms, n) for n, ms in measured.kernels.items() if category(n) == "other"), reverse=True)
     return {
         "step_ms": seconds * 1e3,
+        "steps_ms": [round(value * 1e3, 3) for value in measured.seconds],
         "tokens_per_s": tokens / seconds,
         "tflops": step_flops(model, tokens, seq_len) / seconds / 1e12,
-        "last_loss": measured.losses[-1],
+        "losses": measured.losses,
         "survival": mean(measured.survival),
         "received_bytes": mean(measured.received_bytes),
         "kernel_ms": by_category,
@@ -229,4 +277,26 @@ def step_table(result: dict[str, Any]) -> Table:
         table.add_row(f"  {name}", f"{ms:.2f} ms, {ms / total:.1%} of kernel time")
     for ms, name in result["largest_others_ms"]:
         table.add_row("    other", f"{ms:.2f} ms {name}")
+    return table
+
+
+def peers_table(results: dict[str, dict[str, Any]]) -> Table:
+    """For people: systems side by side, times beside the first's."""
+    table = Table("system", box=None)
+    for heading in ("step", "quartiles", "of first", "tokens/s", "survival", "received/rank", "last loss"):
+        table.add_column(heading, justify="right")
+    first = next(iter(results.values()))["step_ms"]
+    for name, result in results.items():
+        times = result["steps_ms"]
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        table.add_row(
+            name,
+            f"{result['step_ms']:.1f} ms",
+            f"{low:.1f} .. {high:.1f}",
+            f"{result['step_ms'] / first:.2f}",
+            f"{result['tokens_per_s']:,.0f}",
+            "" if result["survival"] is None else f"{result['survival']:.1%}",
+            "" if result["received_bytes"] is None else f"{result['received_bytes'] / 1e6:.2f} MB",
+            f"{result['losses'][-1]:.3f}",
+        )
     return table
