@@ -3,9 +3,9 @@
 Every rank trains in a network namespace of its own; the namespaces are joined by a bridge, each link limited in both
 directions. The trace of the very run is replayed by the simulator, with the rate as the cluster's NIC.
 
-What the model is told beforehand, none of it from the steps it predicts: which part of the link's rate one balanced
-exchange and one all-reduce reach (timed before the first step), and what a step spends outside the exchanges when links
-are not limited.
+What the model is told beforehand, none of it from the steps it predicts: the rates of an exchange in which one rank
+sends, of one in which all do, and of an all-reduce (timed before the first step), and what a step spends outside the
+exchanges when links are not limited.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -72,7 +71,7 @@ class Setting:
         num_ranks, slots_per_rank, num_experts, num_layers, hidden_size, ffn_size: sizes.
         seq_len, batch_size: tokens of a sequence; sequences of one step over all ranks.
         warmup, steps: steps left out, and steps measured.
-        full_duplex: exchange with all receives posted before the sends; False: as ``Exchange`` does, with gloo's
+        receives_first: exchange with all receives posted before the sends; False: as ``Exchange`` does, with gloo's
             ``all_to_all_single``, in which the two directions between a pair of ranks mostly take turns.
         output: JSON file for all numbers.
     """
@@ -89,7 +88,7 @@ class Setting:
     batch_size: int = 8
     warmup: int = 2
     steps: int = 10
-    full_duplex: bool = False
+    receives_first: bool = False
     output: str | None = None
 
     @property
@@ -111,12 +110,19 @@ class Link:
     """What one rank gets of its link, timed before the first step.
 
     Args:
-        exchange_Bps: bytes sent per second in a balanced exchange.
+        one_way_Bps: bytes sent per second where one rank sends to all others, and nobody else sends.
+        exchange_Bps: bytes sent per second where all do.
         all_reduce_Bps: bytes sent per second in a ring all-reduce.
     """
 
+    one_way_Bps: float
     exchange_Bps: float
     all_reduce_Bps: float
+
+    @property
+    def duplex(self) -> float:
+        """Part of one direction that moves during the other: ``2 - duplex`` times one direction's time is both's."""
+        return min(1.0, max(0.01, 2 - self.one_way_Bps / self.exchange_Bps))
 
 
 @dataclass(frozen=True)
@@ -232,30 +238,34 @@ def receives_first(
         work.wait()
 
 
-def time_link(exchange: Exchange, partner_bytes: int = 512 * 1024, repeats: int = 15) -> Link:
-    """Medians of ``repeats`` exchanges of so many bytes with each partner, and of all-reduces that send twice as much.
+def time_link(exchange: Exchange, partner_bytes: int = 256 * 1024, repeats: int = 12) -> Link:
+    """Exchanges and all-reduces back to back, as layers follow each other in a step; so many bytes for each partner.
 
-    Every rank calls it, and all get the slowest rank's, which is what the model asks for.
+    Every rank calls it, and all get the slowest rank's times, which are what the model asks for.
     """
-    num_ranks = exchange.num_ranks
-    rows, ones = torch.zeros(num_ranks, partner_bytes // 4), [1] * num_ranks
+    rank, num_ranks = exchange.rank, exchange.num_ranks
+    row = torch.zeros(1, partner_bytes // 4)
+
+    def all_to_all(send: list[int], recv: list[int]) -> None:
+        exchange.all_to_all(row.expand(sum(send), -1), send, recv, "setup", "calibration")
 
     def seconds(work: Callable[[], Any]) -> float:
-        times = []
+        dist.barrier()
+        start = time.perf_counter()
         for _ in range(repeats):
-            dist.barrier()
-            start = time.perf_counter()
             work()
-            times.append(time.perf_counter() - start)
-        slowest = torch.tensor(statistics.median(times))
+        dist.barrier()
+        slowest = torch.tensor((time.perf_counter() - start) / repeats)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return slowest.item()
 
-    exchange_s = seconds(lambda: exchange.all_to_all(rows, ones, ones, "setup", "calibration"))
-    all_reduce_s = seconds(lambda: dist.all_reduce(rows))
+    ones, zeros = [1] * num_ranks, [0] * num_ranks
+    one_way_s = seconds(lambda: all_to_all(ones if rank == 0 else zeros, [1, *zeros[1:]]))
+    exchange_s = seconds(lambda: all_to_all(ones, ones))
+    all_reduce_s = seconds(lambda: dist.all_reduce(row.repeat(num_ranks, 1)))
     exchange.pop_traffic()
     sent_bytes = (num_ranks - 1) * partner_bytes
-    return Link(sent_bytes / exchange_s, 2 * sent_bytes / all_reduce_s)
+    return Link(sent_bytes / one_way_s, sent_bytes / exchange_s, 2 * sent_bytes / all_reduce_s)
 
 
 def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path) -> dict[str, Any]:
@@ -276,7 +286,7 @@ def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    patch = mock.patch.object(dist, "all_to_all_single", receives_first) if setting.full_duplex else nullcontext()
+    patch = mock.patch.object(dist, "all_to_all_single", receives_first) if setting.receives_first else nullcontext()
     with patch:
         trainer.fit(GPTModule(setting.model), data)
     names = ("step_s", "phase_s", "link", "counted_bytes", "wire_bytes")
@@ -332,7 +342,8 @@ def hardware_of(setting: Setting, rate_mbit: float, link: Link, rest_s: float) -
     efficiency = dataclasses.replace(
         Efficiency.ideal(),
         compute=Coefficient(1.0, "the rate above is measured"),
-        network=Coefficient(link.exchange_Bps / line_Bps, "measured: a balanced exchange"),
+        network=Coefficient(link.one_way_Bps / line_Bps, "measured: an exchange in which one rank sends"),
+        duplex=Coefficient(link.duplex, "measured: against an exchange in which all do"),
         all_reduce=Coefficient(link.all_reduce_Bps / line_Bps, "measured: a ring all-reduce"),
     )
     return hardware, efficiency
@@ -437,11 +448,11 @@ def step_table(rows: Sequence[Comparison]) -> Table:
 def link_table(rows: Sequence[Comparison]) -> Table:
     """What exchanges get of the link, and bytes."""
     table = Table(title="share of the link's rate; MB of all measured steps: counted / modelled", box=None)
-    for column in ("policy", "Mbit/s", "exchange", "all-reduce", "in exchanges", "on the wire"):
+    for column in ("policy", "Mbit/s", "one rank sends", "all send", "all-reduce", "in exchanges", "on the wire"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in rows:
         link, line_Bps = row.measured.link, row.rate_mbit * 1e6 / 8
-        shares = [f"{Bps / line_Bps:.0%}" for Bps in (link.exchange_Bps, link.all_reduce_Bps)]
+        shares = [f"{Bps / line_Bps:.0%}" for Bps in (link.one_way_Bps, link.exchange_Bps, link.all_reduce_Bps)]
         pairs = [
             (row.measured.counted_bytes, row.modelled_bytes),
             (row.measured.wire_bytes, row.modelled_wire_bytes),

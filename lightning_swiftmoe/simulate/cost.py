@@ -62,8 +62,8 @@ class CostModel:
     def _hbm_Bps(self) -> float:
         return self.hardware.hbm_GBps * 1e9 * self.efficiency.memory.value
 
-    def network_s(self, slowest_bytes: float, efficiency: Coefficient | None = None) -> float:
-        """One exchange in which the busiest rank moves this many bytes in its larger direction.
+    def network_s(self, busiest_bytes: float, efficiency: Coefficient | None = None) -> float:
+        """One exchange in which the busiest rank moves this many bytes, one after the other.
 
         Partners are taken to be spread evenly: ``(g-1)/(N-1)`` of the bytes stay in a node of ``g`` devices and use
         NVLink, the rest the NIC, both at once. Latency: one message per level of a binary tree.
@@ -71,13 +71,17 @@ class CostModel:
         num_ranks, inside = self.hardware.num_ranks, self.hardware.gpus_per_node - 1
         if num_ranks == 1:
             return 0.0
-        local_bytes = slowest_bytes * inside / (num_ranks - 1)
+        local_bytes = busiest_bytes * inside / (num_ranks - 1)
         reached = (efficiency or self.efficiency.network).value
         nic_Bps = self.hardware.nic_Gbps * 1e9 / 8 * reached
         nvlink_Bps = self.hardware.nvlink_GBps * 1e9 * reached
         local_s = local_bytes / nvlink_Bps if local_bytes else 0.0
         latency_s = self.hardware.nic_latency_us * 1e-6 * math.ceil(math.log2(num_ranks))
-        return max(local_s, (slowest_bytes - local_bytes) / nic_Bps) + latency_s
+        return max(local_s, (busiest_bytes - local_bytes) / nic_Bps) + latency_s
+
+    def flow_s(self, flow: Flow) -> float:
+        """One exchange, as far as its two directions overlap."""
+        return self.network_s(flow.busiest_bytes(self.efficiency.duplex.value))
 
     def host_link_s(self, num_bytes: float) -> float:
         """Between host and device memory, one direction."""
@@ -107,7 +111,7 @@ class CostModel:
     def routing_s(self, routed: Routed, residency: Residency) -> dict[str, float]:
         """Dispatch, experts, combine and backward of one layer."""
         size = self.model.token_bytes
-        exchange_s = self.network_s(Flow(routed.sent * size, routed.received * size).slowest_bytes)
+        exchange_s = self.flow_s(Flow(routed.sent * size, routed.received * size))
         experts_s = self.experts_s(routed.rank_load, residency)
         return {
             "dispatch": exchange_s,
@@ -126,9 +130,9 @@ class CostModel:
         else:
             adam_s = owned * _ADAM_BYTES / self._hbm_Bps
         return {
-            "gradient": self.network_s(gradient.slowest_bytes) + down_s,
+            "gradient": self.flow_s(gradient) + down_s,
             "optimizer": adam_s,
-            "weight": self.network_s(weight.slowest_bytes) + up_s,
+            "weight": self.flow_s(weight) + up_s,
         }
 
     def placement_s(self, num_slots: int) -> float:
@@ -137,7 +141,7 @@ class CostModel:
 
     def migration_s(self, migration: Migration) -> float:
         """Optimizer state and weights to their new hosts; offloaded state crosses PCIe on both sides."""
-        total_s = self.network_s((migration.state + migration.weights).slowest_bytes)
+        total_s = self.flow_s(migration.state + migration.weights)
         if self.offload:
             total_s += self.host_link_s(float(migration.state.sent_bytes.max()))
             total_s += self.host_link_s(float(migration.state.received_bytes.max()))

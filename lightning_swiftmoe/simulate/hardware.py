@@ -107,6 +107,7 @@ class Hardware:
 
 _COMPUTE = Coefficient(0.4, "assumption: 40 % of peak, the lower end of published dense GPT training on A100 and H100")
 _NETWORK = Coefficient(0.8, "assumption: large messages reach about 80 % of the line rate after protocol overhead")
+_DUPLEX = Coefficient(1.0, "assumption: exchanges send and receive at once, as NCCL's do; gloo's do so in part")
 _PCIE = Coefficient(0.8, "assumption: pinned host copies reach about 80 % of the link")
 _MEMORY = Coefficient(0.8, "assumption: streaming kernels reach about 80 % of the memory bandwidth")
 _HOST_ADAM = Coefficient(4e9, "assumption: vectorised Adam in host memory, 30 B a parameter at 120 GB/s")
@@ -120,6 +121,7 @@ class Efficiency:
 
     compute: Coefficient = _COMPUTE
     network: Coefficient = _NETWORK  # exchanges, in which every rank has something for every other
+    duplex: Coefficient = _DUPLEX  # part of an exchange's smaller direction that moves during the larger one, 0 to 1
     all_reduce: Coefficient = _NETWORK  # dense gradients; a ring has one partner in each direction
     pcie: Coefficient = _PCIE
     memory: Coefficient = _MEMORY
@@ -132,6 +134,8 @@ class Efficiency:
             coefficient = getattr(self, spec.name)
             if not isinstance(coefficient, Coefficient) or not coefficient.value > 0:
                 raise ValueError(f"efficiency.{spec.name} must be a Coefficient above zero, got {coefficient!r}")
+        if self.duplex.value > 1:
+            raise ValueError(f"efficiency.duplex is 1 at most, both directions at once; got {self.duplex.value!r}")
 
     @classmethod
     def ideal(cls) -> Efficiency:

@@ -44,10 +44,15 @@ class Flow:
         """Sent by all ranks together."""
         return float(self.sent_bytes.sum())
 
-    @property
-    def slowest_bytes(self) -> float:
-        """The larger direction of the busiest rank: links are full duplex."""
-        return float(max(self.sent_bytes.max(), self.received_bytes.max()))
+    def busiest_bytes(self, duplex: float = 1.0) -> float:
+        """What the busiest rank moves, one direction after the other as far as the two do not overlap.
+
+        Args:
+            duplex: part of the smaller direction that moves during the larger one: 1 on a full duplex link (the larger
+                direction counts), 0 where directions take turns (their sum counts).
+        """
+        smaller, larger = np.sort([self.sent_bytes, self.received_bytes], axis=0)
+        return float((larger + (1 - duplex) * smaller).max())
 
     def __add__(self, other: Flow) -> Flow:
         return Flow(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)

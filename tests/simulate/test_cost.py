@@ -1,5 +1,6 @@
 """The cost model against hand-worked seconds, the paper's formulas, and its worked example."""
 
+import dataclasses
 import math
 import time
 
@@ -29,7 +30,7 @@ from lightning_swiftmoe.simulate.published import (
     worked_example,
 )
 from lightning_swiftmoe.simulate.systems import BOUND, PUBLISHED
-from lightning_swiftmoe.simulate.traffic import Routed, gradient_flow, weight_flow
+from lightning_swiftmoe.simulate.traffic import Flow, Routed, gradient_flow, weight_flow
 
 # Round numbers: 1 TFLOP/s, 100 GB/s memory, 10 GB/s PCIe, 1 GB/s network, no latency.
 PLAIN = Hardware("plain", 1.0, 100.0, 16.0, 10.0, 8.0, 0.0, gpus_per_node=1, num_nodes=4)
@@ -118,6 +119,19 @@ def test_network():
     nodes = Hardware("n", 1, 100, 16, 10, 8, 100.0, 2, 2, nvlink_GBps=10)
     assert cost(nodes).network_s(3e9) == pytest.approx(2.0 + 2 * 100e-6)
     assert cost(Hardware("n", 1, 100, 16, 10, 8, 5, 1, 1)).network_s(1e9) == 0
+
+
+@pytest.mark.parametrize(("duplex", "seconds"), [(1.0, 5.0), (0.5, 6.0), (0.25, 7.0)])
+def test_directions_that_take_turns(duplex, seconds):
+    # The rank that sends most is the slowest only while both directions move at once: 5 + 1 GB against 4 + 4.
+    flow = Flow(np.array([5e9, 4e9, 1e9, 0]), np.array([1e9, 4e9, 2e9, 3e9]))
+    efficiency = dataclasses.replace(Efficiency.ideal(), duplex=Coefficient(duplex, "here"))
+    assert CostModel(MODEL, PLAIN, 1000, efficiency=efficiency).flow_s(flow) == pytest.approx(seconds)
+
+
+def test_no_more_than_both_directions_at_once():
+    with pytest.raises(ValueError, match="efficiency.duplex is 1 at most"):
+        Efficiency.from_mapping({"duplex": 1.5})
 
 
 @pytest.mark.parametrize(

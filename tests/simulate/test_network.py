@@ -30,7 +30,7 @@ def links():
 def test_the_hardware_takes_the_time_it_was_calibrated_with():
     # Balanced loads, so that every rank computes what the mean rank did.
     setting = Setting(num_ranks=4, num_experts=4, slots_per_rank=1, num_layers=3)
-    link = Link(exchange_Bps=2e6, all_reduce_Bps=3e6)
+    link = Link(one_way_Bps=3e6, exchange_Bps=2e6, all_reduce_Bps=3e6)
     hardware, efficiency = hardware_of(setting, rate_mbit=25.0, link=link, rest_s=0.2)
     counts = np.full((1, 3, 4, 4), setting.batch_size * setting.seq_len // 16)
     scenario = Scenario(model_of(setting), hardware, 1, capacity_factor=None, efficiency=efficiency)
