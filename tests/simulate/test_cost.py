@@ -130,7 +130,7 @@ def test_directions_that_take_turns(duplex, seconds):
 
 
 def test_no_more_than_both_directions_at_once():
-    with pytest.raises(ValueError, match="efficiency.duplex is 1 at most"):
+    with pytest.raises(ValueError, match="duplex is 1 at most"):
         Efficiency.from_mapping({"duplex": 1.5})
 
 
