@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -50,7 +51,16 @@ def test_what_rank_0_measured_arrives(tmp_path, start_method):
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("steps=0", "steps must be an integer of at least 1, got 0"), ("warmup=x", "warmup must be an integer")],
+    [
+        ("steps=0", "steps must be an integer of at least 1, got 0"),
+        ("warmup=x", "warmup must be an integer"),
+        ("peers=[megatron]", "peers must be [deepspeed] or [], got ['megatron']"),
+        pytest.param(
+            "peers=[deepspeed]",
+            "lightning-swiftmoe[deepspeed]",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed"),
+        ),
+    ],
 )
 def test_a_mistake_is_one_line(tmp_path, argument, words):
     status, text = bench(tmp_path, argument)
