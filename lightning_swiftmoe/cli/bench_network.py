@@ -425,7 +425,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if setting.output:
         content = [dataclasses.asdict(row) for row in rows]
-        Path(setting.output).write_text(json.dumps(content, indent=1, default=str) + "\n")
+        for row in content:
+            del row["measured"]["trace"]  # gone with its folder
+        Path(setting.output).write_text(json.dumps(content, indent=1) + "\n")
     console = Console(width=120, highlight=False)
     console.print(step_table(rows))
     console.print(link_table(rows))
