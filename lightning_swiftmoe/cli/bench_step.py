@@ -143,12 +143,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
     """
     defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / "bench/step.yaml").read_text())
     options = Options(**OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(own))))  # type: ignore[arg-type]
-    with open_dict(config):
-        config.trainer.max_steps = options.warmup + options.steps + PROFILED
-        config.callbacks = {"rebalancer": config.callbacks.rebalancer}
-        config.logger = {}
-        config.trainer.enable_checkpointing = False
-        config.trainer.enable_progress_bar = False
+    train_and_nothing_else(config, options.warmup + options.steps + PROFILED)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
@@ -168,6 +163,16 @@ def bench(config: DictConfig, own: list[str]) -> None:
         table = step_table(result)
     Path(config.run_dir, "step.json").write_text(json.dumps(result, indent=1))
     Console().print(table)
+
+
+def train_and_nothing_else(config: DictConfig, max_steps: int) -> None:
+    """Change ``config``: so many steps, without loggers, checkpoints and a progress bar."""
+    with open_dict(config):
+        config.trainer.max_steps = max_steps
+        config.callbacks = {"rebalancer": config.callbacks.rebalancer}
+        config.logger = {}
+        config.trainer.enable_checkpointing = False
+        config.trainer.enable_progress_bar = False
 
 
 def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str, Any]:

@@ -3,7 +3,13 @@
 import json
 
 import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
+from lightning_swiftmoe.cli import _deepspeed_peer, bench_step
+from lightning_swiftmoe.cli.compose import prepare_hydra
+from lightning_swiftmoe.models import GPTConfig
 from tests.cli.test_bench_step import SMALL, bench
 
 pytest.importorskip("deepspeed", reason="needs lightning-swiftmoe[deepspeed]")
@@ -57,3 +63,30 @@ def test_what_deepspeed_cannot_do_alike_is_said_before_any_rank_starts(tmp_path,
     assert status == 2
     (line,) = text.splitlines()
     assert words in line
+
+
+def topk_by_position(values, k, dim):
+    """``torch.topk`` with equal values in the order they stand, which torch leaves open."""
+    found = values.sort(dim=dim, descending=True, stable=True)
+    return found.values.narrow(dim, 0, int(k)), found.indices.narrow(dim, 0, int(k))
+
+
+def test_with_drops_too_they_train_alike_once_ties_go_by_position(monkeypatch):
+    overrides = [
+        *("cluster.devices=2", "strategy.slots_per_rank=4", "strategy.capacity_scope=rank", "policy=static"),
+        *("model.capacity_factor=1.0", "model.aux_loss_coef=0", "optimizer=sgd", "module.warmup_steps=0"),
+        "callbacks.rebalancer.trace=null",
+        *(word for word in SMALL if word.startswith("data.")),
+        "run_dir=unused",
+    ]
+    prepare_hydra()
+    with initialize_config_module("lightning_swiftmoe.conf", version_base="1.3"):
+        config = compose("train", overrides)
+    bench_step.train_and_nothing_else(config, 6)
+    model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))
+    monkeypatch.setattr(torch, "topk", topk_by_position)  # ranks are forked and inherit it
+    theirs = _deepspeed_peer.train_steps(config, model, 0, 6, 0)
+    ours = bench_step.train_steps(config, model, bench_step.Options([], 0, 6, 1))
+    assert theirs.survival == pytest.approx(ours.survival, abs=1e-3)
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-4)
+    assert max(ours.survival) < 1
