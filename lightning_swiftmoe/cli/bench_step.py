@@ -178,8 +178,8 @@ def train_and_nothing_else(config: DictConfig, max_steps: int) -> None:
 def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str, Any]:
     """The summary of each system by name, first the peers; they take turns.
 
-    ``static`` is our strategy with DeepSpeed's rules (uniform replicas, every rank drops on its own); ``swiftmoe`` is
-    ours with the policy of ``config``.
+    ``static`` is our strategy with DeepSpeed's rules, as ``strategy=static``: uniform replicas, optimizer state on the
+    hosts, every rank drops on its own. ``swiftmoe`` is SwiftMoE with the policy of ``config``.
 
     Raises:
         ImportError: a peer's package is not installed.
@@ -189,8 +189,8 @@ def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str,
     check_fit(config, model, instantiate(config.data), instantiate(config.optimizer), build_trainer(config))
     config.callbacks.rebalancer.trace = None
     swiftmoe, static = copy.deepcopy(config), copy.deepcopy(config)
-    swiftmoe.strategy.capacity_scope = "cluster"
-    static.strategy.capacity_scope = "rank"
+    swiftmoe.strategy.capacity_scope, swiftmoe.strategy.optimizer_state = "cluster", "decoupled"
+    static.strategy.capacity_scope, static.strategy.optimizer_state = "rank", "bound"
     static.policy.name, static.policy.every_n_steps = "static", 1
     deepspeed = partial(_deepspeed_peer.train_steps, config, model, options.warmup, options.steps, PROFILED)
     systems: dict[str, Callable[[], Measured | None]] = {
