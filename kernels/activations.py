@@ -4,11 +4,12 @@ A gated activation takes `pre[R, 2h]`, gate columns first, and gives `act(gate) 
 The Triton twins live in `activations_triton.py` and are selected by the same `ACTIVATION_CODES`.
 """
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 _PLAIN = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
@@ -16,9 +17,6 @@ _PLAIN = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
 # Codes of the element-wise functions, shared with the Triton kernels.
 ELEMENTWISE_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 NARROW_GELU_CODE = 5  # gelu with a polynomial for erf, close enough for 16-bit results
-
-_TANH_SCALE = math.sqrt(2.0 / math.pi)
-_TANH_CUBIC = 0.044715
 
 
 def activation_names() -> tuple[str, ...]:
@@ -54,39 +52,22 @@ def kernel_code(activation: str, dtype: torch.dtype) -> int:
     return NARROW_GELU_CODE if narrow and code == ELEMENTWISE_CODES["gelu"] else code
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
-    sig = torch.sigmoid(z)
-    return z * sig, sig * (1 + z * (1 - sig))
+# Each is one fused pass: on a CPU, a chain of element-wise passes takes longer than the matrix products around it.
+_VALUE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # Hendrycks & Gimpel, arXiv 1606.08415, section 2
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),  # So et al., Primer, arXiv 2109.08668, section 4
+}
 
-
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
-    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-    return z * cdf, cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
-    # Hendrycks & Gimpel, arXiv 1606.08415, section 2.
-    tanh = torch.tanh(_TANH_SCALE * (z + _TANH_CUBIC * z * z * z))
-    slope = _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
-    return 0.5 * z * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * slope
-
-
-def _relu(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.relu(z), (z > 0).to(z.dtype)
-
-
-def _relu2(z: Tensor) -> tuple[Tensor, Tensor]:
-    # So et al., Primer, arXiv 2109.08668, section 4.
-    positive = torch.relu(z)
-    return positive * positive, 2 * positive
-
-
-_VALUE_AND_SLOPE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": _relu,
-    "relu2": _relu2,
+# Gradient of the input from that of the value, and the input.
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
+    "relu2": lambda grad, z: 2 * grad * F.relu(z),
 }
 
 
@@ -101,11 +82,11 @@ def activation_forward(pre: Tensor, activation: str) -> Tensor:
         `[R, h]` in `pre.dtype`.
     """
     wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
-    function = _VALUE_AND_SLOPE[elementwise_name(activation)]
+    value = _VALUE[elementwise_name(activation)]
     if not is_gated(activation):
-        return function(wide)[0].to(pre.dtype)
+        return value(wide).to(pre.dtype)
     gate, up = wide.chunk(2, dim=-1)
-    return (function(gate)[0] * up).to(pre.dtype)
+    return (value(gate) * up).to(pre.dtype)
 
 
 def activation_backward(
@@ -126,14 +107,15 @@ def activation_backward(
     wide_dtype = torch.promote_types(pre.dtype, torch.float32)
     wide, grad = pre.to(wide_dtype), grad_hidden.to(wide_dtype)
     scale = scale.to(wide_dtype).unsqueeze(-1)
-    function = _VALUE_AND_SLOPE[elementwise_name(activation)]
+    value, backward = (table[elementwise_name(activation)] for table in (_VALUE, _BACKWARD))
+    scaled_grad = scale * grad
     if is_gated(activation):
         gate, up = wide.chunk(2, dim=-1)
-        value, slope = function(gate)
-        hidden = value * up
-        grad_pre = torch.cat((scale * grad * up * slope, scale * grad * value), dim=-1)
+        gate_value = value(gate)
+        hidden = gate_value * up
+        grad_pre = torch.cat((backward(scaled_grad * up, gate), scaled_grad * gate_value), dim=-1)
     else:
-        hidden, slope = function(wide)
-        grad_pre = scale * grad * slope
+        hidden = value(wide)
+        grad_pre = backward(scaled_grad, wide)
     grad_scale = (grad * hidden).sum(dim=-1)
     return grad_pre.to(pre.dtype), (scale * hidden).to(pre.dtype), grad_scale
