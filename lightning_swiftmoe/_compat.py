@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch.optim import Optimizer
 
 __all__ = [
     "Callback",
@@ -19,6 +22,7 @@ __all__ = [
     "is_weight_averaging",
     "refuse_other_namespace",
     "register_strategy",
+    "run_closure",
     "trainer_callbacks",
 ]
 
@@ -32,6 +36,11 @@ def register_strategy(name: str, cls: type, description: str, **init: Any) -> No
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, as the list that may be added to."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def run_closure(precision: Precision, module: Any, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+    """Forward, backward and clipping of a step, with all hooks up to the optimizer's own step."""
+    return precision._wrap_closure(module, optimizer, closure)
 
 
 def is_weight_averaging(callback: Callback) -> bool:

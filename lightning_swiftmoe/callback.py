@@ -1,31 +1,28 @@
-"""``ExpertRebalancer``: the placement policy, its cadence, the metrics and the trace."""
+"""``ExpertRebalancer``: the placement policy, its cadence, what is logged and the trace."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback
-from lightning_swiftmoe.cluster import ClusterShape
-from lightning_swiftmoe.layers.load import LayerLoad
-from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
 from lightning_swiftmoe.metrics import load_metrics
-from lightning_swiftmoe.placement import Placement, PlacementPolicy, get_policy, next_placement, uniform
-from lightning_swiftmoe.placement.placement import IntArray
-from lightning_swiftmoe.step import LayerStep, Step
+from lightning_swiftmoe.placement import PlacementPolicy, get_policy
+from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 
 LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight")
 
 
 class ExpertRebalancer(Callback):
-    """Decides where experts go after every step; the strategy's weight update carries it out.
+    """Says how experts are placed after every step; the strategy's engine decides and its weight update carries it out.
 
     ``SwiftMoEStrategy`` adds one with defaults when the Trainer has none.
 
@@ -47,50 +44,31 @@ class ExpertRebalancer(Callback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        self.policy, self.every_n_steps = get_policy(policy), every_n_steps
+        self.rebalancing = Rebalancing(get_policy(policy), every_n_steps)
         self._trace = TraceWriter(trace) if trace is not None else None
         self._metrics = load_metrics()
-        self._steps = 0
-        self._loads: dict[str, IntArray] = {}
-        self._placements: dict[str, Placement] = {}
-        self._hint: dict[str, Any] = {}
-        self._step: Step | None = None
+        self._engine: ExpertEngine | None = None
+        self._state = EngineState()
+        self._finished: list[Step] = []
         self._last_time: float | None = None
 
-    # -- called by the strategy --------------------------------------------------------------------------------------
+    # -- called by whoever makes the engine --------------------------------------------------------------------------
 
-    def first_placement(self, layer: str, cluster: ClusterShape) -> Placement:
-        """The placement to start with: the checkpoint's where it fits this cluster, else a uniform one."""
-        table = self._hint.get("placements", {}).get(layer)
-        placement = uniform(cluster)
-        if table is not None and np.shape(table) == placement.table.shape:
-            placement = Placement(np.array(table), cluster.num_experts)
-        self._placements[layer] = placement
-        return placement
+    @property
+    def state(self) -> EngineState:
+        """Of the engine; before there is one, what a checkpoint said."""
+        return self._state if self._engine is None else self._engine.state()
 
-    def decide(self, name: str, moe: MoE, load: LayerLoad, cluster: ClusterShape) -> LayerStep:
-        """End the step of one layer: move its routing biases and choose its next placement.
+    def follow(self, engine: ExpertEngine) -> None:
+        """Hear of every step of ``engine``, and keep its state in checkpoints."""
+        self._engine = engine
+        engine.observers.append(self._finished.append)
 
-        Args:
-            name: the layer's name.
-            moe: the layer.
-            load: of the step that just ended, on the host.
-            cluster: the shape it runs on.
-        """
-        moe.router.update_bias(load.counts.sum(dim=0))
-        counts, before = load.counts.numpy(), self._placements[name]
-        total = self._loads.pop(name, 0) + counts.sum(axis=0)
-        if (self._steps + 1) % self.every_n_steps:
-            self._loads[name] = total
-        else:
-            self._placements[name] = next_placement(self.policy, total, cluster, before)
-        aux_loss = float(load.aux_loss) / load.num_forwards
-        return LayerStep(name, counts, load.rank_load.numpy(), aux_loss, before, self._placements[name], moe.top_k)
-
-    def end_step(self, step: Step) -> None:
-        """Take note of a finished optimizer step."""
-        self._steps += 1
-        self._step = step
+    def leave(self) -> None:
+        """The engine ends; its last state stays."""
+        if self._engine is not None:
+            self._state = self._engine.state()
+        self._engine = None
 
     # -- Lightning hooks ---------------------------------------------------------------------------------------------
 
@@ -103,12 +81,15 @@ class ExpertRebalancer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, self._step = self._step, None
-        if step is None or not step.layers:
-            return
-        if self._trace is not None and trainer.is_global_zero:
-            self._trace.add(trainer.global_step, step)
-        self._log(pl_module, step)
+        if self._engine is not None:
+            self._engine.end_step()
+        finished, self._finished[:] = list(self._finished), []
+        for step in finished:
+            if not step.layers:
+                continue
+            if self._trace is not None and trainer.is_global_zero:
+                self._trace.add(trainer.global_step, step)
+            self._log(pl_module, step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,15 +101,11 @@ class ExpertRebalancer(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        tables = {layer: placement.table.tolist() for layer, placement in self._placements.items()}
-        loads = {layer: counts.tolist() for layer, counts in self._loads.items()}
-        return {"placements": tables, "loads": loads, "steps": self._steps}
+        return asdict(self.state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._hint = state_dict
-        self._steps = state_dict["steps"]
-        self._loads = {layer: np.array(counts, dtype=np.int64) for layer, counts in state_dict["loads"].items()}
+        self._state = EngineState(**state_dict)
 
     def _write_trace(self, trainer: Trainer) -> None:
         if self._trace is not None and trainer.is_global_zero:

@@ -4,15 +4,16 @@ Shape legend: T tokens, k choices per token, E experts, d model width, h hidden 
 (gate rows first), else h.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import ops, router, shards
+from lightning_swiftmoe.kernels import expert_shards, ops, router
 from lightning_swiftmoe.kernels.activations import activation_names, is_gated
+from lightning_swiftmoe.kernels.expert_shards import Bounds
 from lightning_swiftmoe.kernels.router import SCORES, RoutedTokens
-from lightning_swiftmoe.kernels.shards import shard_size
 
 __all__ = [
     "SCORES",
@@ -20,11 +21,11 @@ __all__ = [
     "RoutedTokens",
     "activation_names",
     "expert_mlp",
+    "gather_shards",
     "is_gated",
     "pack_shards",
     "place_shards",
     "route_tokens",
-    "shard_size",
     "sum_shards",
 ]
 
@@ -138,52 +139,76 @@ def route_tokens(
     return router.route_tokens(logits, bias, top_k, score, normalize)
 
 
-def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Cut residents' gradients into shards in send order, with the cast.
+def pack_shards(grads: Sequence[Tensor], bounds: Bounds) -> Tensor:
+    """Cut residents' gradients into shards in send order.
 
     Args:
-        grads: `[R, P]`, one flattened gradient per resident.
-        num_ranks: N, at least 1.
-        out_dtype: dtype on the wire; that of grads by default.
+        grads: `[R, P_k]` each, flattened gradients of one parameter by resident.
+        bounds: for each parameter `N + 1` numbers: rank j owns elements `bounds[k][j]` to `bounds[k][j + 1]`.
 
     Returns:
-        `[N, R, c]` with `c = ceil(P / N)`: `out[j, i] = grads[i, j * c : (j + 1) * c]`, zero padded at the tail.
+        `[R * sum P_k]`: for each rank, its part of every resident, the parameters side by side.
     """
-    if grads.ndim != 2 or num_ranks < 1:
-        raise ValueError(f"want grads[R, P] and num_ranks >= 1; got {tuple(grads.shape)} and {num_ranks}")
-    return shards.pack_shards(grads, num_ranks, out_dtype or grads.dtype)
+    _check_bounds(grads, bounds)
+    return expert_shards.pack_shards(grads, bounds)
+
+
+def place_shards(arrived: Tensor, residents: Sequence[Tensor], bounds: Bounds) -> None:
+    """Fill residents from weight shards as they arrive: the inverse of `pack_shards`, with the cast.
+
+    Args:
+        arrived: `[R * sum P_k]`.
+        residents: `[R, P_k]` each, contiguous, overwritten.
+        bounds: as for `pack_shards`.
+    """
+    _check_bounds(residents, bounds)
+    expert_shards.place_shards(arrived, residents, bounds)
+
+
+def gather_shards(shards: Sequence[Tensor], expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights to send: the shards of each expert that is named, the parameters side by side.
+
+    Args:
+        shards: `[E, c_k]` each, this rank's part of one parameter.
+        expert_ids: `[B]` int64, for each resident of every rank its expert.
+        dtype: dtype on the wire.
+
+    Returns:
+        `[B, sum c_k]`.
+    """
+    return expert_shards.gather_shards(shards, expert_ids, dtype)
 
 
 def sum_shards(
-    blocks: Tensor, expert_ids: Tensor, num_experts: int, out_dtype: torch.dtype | None = torch.float32
-) -> Tensor:
-    """Sum received shards by expert in fp32 (fp64 for fp64), each expert's blocks in the order they stand.
+    blocks: Tensor,
+    sizes: Sequence[int],
+    expert_ids: Tensor,
+    num_experts: int,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Sum received gradients by expert in fp32 (fp64 for fp64), each expert's blocks in the order they stand.
 
     Args:
-        blocks: `[B, c]`, the blocks of source rank 0 first.
+        blocks: `[B, sum c_k]`, the blocks of source rank 0 first.
+        sizes: `c_k`, this rank's elements of each parameter.
         expert_ids: `[B]` int64, the expert of each block.
         num_experts: E; an expert without a block gets zeros.
-        out_dtype: dtype of the result.
+        scale: multiplies the sums.
+        dtype: dtype of the results.
 
     Returns:
-        `[E, c]`.
+        `[E, c_k]` for each parameter.
     """
-    if blocks.ndim != 2 or expert_ids.shape != (blocks.shape[0],):
-        raise ValueError(f"want blocks[B, c] and expert_ids[B]; got {tuple(blocks.shape)}, {tuple(expert_ids.shape)}")
-    return shards.sum_shards(blocks, expert_ids, num_experts, out_dtype or torch.float32)
+    if blocks.ndim != 2 or expert_ids.shape != (blocks.shape[0],) or sum(sizes) != blocks.shape[1]:
+        raise ValueError(
+            f"want blocks[B, sum of sizes] and expert_ids[B]; got {tuple(blocks.shape)}, sizes {list(sizes)} and "
+            f"{tuple(expert_ids.shape)}"
+        )
+    return expert_shards.sum_shards(blocks, sizes, expert_ids, num_experts, scale, dtype)
 
 
-def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Join received weight shards into residents, trimming the padding, with the cast.
-
-    Args:
-        blocks: `[N, R, c]`, shard j of resident i at `[j, i]`.
-        num_elements: P, with `(N - 1) * c < P <= N * c`, or any P up to `N * c`.
-        out_dtype: dtype of the weights; that of blocks by default.
-
-    Returns:
-        `[R, P]`, contiguous.
-    """
-    if blocks.ndim != 3 or not 0 <= num_elements <= blocks.shape[0] * blocks.shape[2]:
-        raise ValueError(f"want blocks[N, R, c] and num_elements <= N * c; got {tuple(blocks.shape)}, {num_elements}")
-    return shards.place_shards(blocks, num_elements, out_dtype or blocks.dtype)
+def _check_bounds(rows: Sequence[Tensor], bounds: Bounds) -> None:
+    elements = [(part.shape[1], bound[-1]) for part, bound in zip(rows, bounds, strict=True)]
+    if any(have != want for have, want in elements):
+        raise ValueError(f"bounds must end at the elements of an expert, got (elements, end) = {elements}")

@@ -1,4 +1,4 @@
-"""What happened in one optimizer step: values handed from the strategy to the callback."""
+"""What happened in one optimizer step: values handed from the engine to its observers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_swiftmoe.exchange import Traffic
+from lightning_swiftmoe.parallel.traffic import Traffic
 from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.placement import IntArray
 
@@ -63,8 +63,15 @@ class LayerStep:
 
 @dataclass(frozen=True)
 class Step:
-    """All layers of one step, and what this rank moved since the last one."""
+    """All layers of one step, and what this rank moved since the last one.
 
+    Args:
+        number: of the step, counted from 1 over all fits that a checkpoint continues.
+        layers: each set of experts.
+        traffic: by phase.
+    """
+
+    number: int
     layers: tuple[LayerStep, ...]
     traffic: Mapping[str, Traffic]
 

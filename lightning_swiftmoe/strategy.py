@@ -1,17 +1,16 @@
-"""``SwiftMoEStrategy``: the seams between Lightning and the sharded experts."""
+"""``SwiftMoEStrategy``: the seams between Lightning and the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,27 +20,26 @@ from lightning_swiftmoe._compat import (
     TrainerFn,
     TrainerStatus,
     is_weight_averaging,
+    run_closure,
     trainer_callbacks,
 )
 from lightning_swiftmoe.callback import ExpertRebalancer
-from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
-from lightning_swiftmoe.exchange import Exchange
-from lightning_swiftmoe.layers.load import loads_to_host
-from lightning_swiftmoe.layers.moe import MoE, moe_layers
-from lightning_swiftmoe.optim import (
-    BoundExperts,
-    HostedExperts,
-    ShardedExperts,
-    canonical_state,
-    check_optimizers,
-    clip_grad_norm,
-    insert_shards,
-    load_canonical_state,
+from lightning_swiftmoe.checkpoint.full import (
+    full_optimizer_state,
+    full_weights,
+    load_full_optimizer_state,
+    load_full_weights,
+    owners,
 )
+from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
+from lightning_swiftmoe.engine import ExpertEngine
+from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.optim import check_optimizers, on_local_tensors, use_installed_parameters
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
-from lightning_swiftmoe.step import Step
 
-_EXPERTS: dict[str, type[HostedExperts]] = {"decoupled": ShardedExperts, "bound": BoundExperts}
+_STATES = ("decoupled", "bound")
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
@@ -51,6 +49,9 @@ class SwiftMoEStrategy(DDPStrategy):
     The optimizer state of each expert is cut evenly over all ranks and never moves; expert weights live in slots and
     are placed anew after every step by the weight update itself (SwiftMoE, arXiv 2504.19925). Which expert goes
     where is the business of ``ExpertRebalancer``. For comparison, state can be bound to the hosts instead.
+
+    Inside ``fit`` on several ranks, expert Parameters, their gradients and their optimizer state are canonical
+    ``[E, rows, cols]`` tensors of which every rank holds a part (``ExpertTensor``, a ``DTensor``).
 
     Args:
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``
@@ -79,15 +80,18 @@ class SwiftMoEStrategy(DDPStrategy):
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
         check_scope(capacity_scope)
-        if optimizer_state not in _EXPERTS:
-            raise ValueError(f"optimizer_state must be one of {', '.join(_EXPERTS)}, got {optimizer_state!r}")
+        if optimizer_state not in _STATES:
+            raise ValueError(f"optimizer_state must be one of {', '.join(_STATES)}, got {optimizer_state!r}")
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
-        self.slots_per_rank, self.offload_optimizer = slots_per_rank, offload_optimizer
-        self.capacity_scope, self._state_is = capacity_scope, optimizer_state
-        self.layers: list[HostedExperts] = []
-        self.exchange = Exchange()
-        self._owners: dict[nn.Parameter, tuple[HostedExperts, str]] = {}
+        self.slots_per_rank = slots_per_rank
+        self.offload_optimizer = offload_optimizer
+        self.capacity_scope = capacity_scope
+        self.state_place = optimizer_state
+        self.engine: ExpertEngine | None = None
+        self.parallelism: Parallelism | None = None
+        self._experts: dict[str, HostedExperts] = {}
+        self._rebalancer = ExpertRebalancer()
         self._masters: dict[str, Tensor] = {}
         self._failed = False
 
@@ -113,66 +117,68 @@ class SwiftMoEStrategy(DDPStrategy):
                 )
         for name, moe in moe_layers(model).items():
             self._cluster_of(name, moe)
+        if self.num_nodes * self.num_processes > 1:
+            check_references(model)
         if not any(isinstance(callback, ExpertRebalancer) for callback in callbacks):
             callbacks.append(ExpertRebalancer())
+        self._rebalancer = next(callback for callback in callbacks if isinstance(callback, ExpertRebalancer))
 
     @override
     def model_to_device(self) -> None:
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self._shard_experts()
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            super().model_to_device()
+            return
+        self._make_engine()
+        for hosted in self._experts.values():
+            hosted.withdraw()
         super().model_to_device()
+        for hosted in self._experts.values():
+            hosted.install()
+
+    @override
+    def configure_ddp(self) -> None:
+        # With nothing dense to train there is nothing to reduce, and DDP would refuse.
+        experts = owners(self._experts)
+        if any(param.requires_grad and param not in experts for param in self._module.parameters()):
+            super().configure_ddp()
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        check_optimizers(self.optimizers, self.layers)
-        self._owners = {}
         for optimizer in self.optimizers:
-            owners = insert_shards(optimizer, self.layers)
-            if owners and self._owners and self._state_is == "bound":
-                raise ValueError(
-                    "optimizer_state='bound' moves state when its optimizer's step ends, but several optimizers hold "
-                    "experts: give all experts to one of them, or use optimizer_state='decoupled'"
-                )
-            self._owners |= owners
-        # The plugin keeps its class: checkpoints find its state by the qualified name.
-        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            use_installed_parameters(optimizer, self._experts.values())
+        check_optimizers(self.optimizers, self._experts)
+        if self.state_place == "bound":
+            self._check_one_optimizer()
 
-    def _shard_experts(self) -> None:
-        self.exchange = self._make_exchange()
+    def _make_engine(self) -> None:
+        self.parallelism = Parallelism.on(self.root_device, self._timeout)
         module = self._module
-        ignored = []
-        self.layers = []
-        for name, moe in moe_layers(module).items():
-            for key, param in moe.experts.named_parameters():
-                self.exchange.broadcast(param.data, "setup", name)
-                ignored.append(f"{name}.experts.{key}" if name else f"experts.{key}")
-            masters = {
-                key: self._masters[k]
-                for key in dict(moe.experts.named_parameters())
-                if (k := f"{name}.experts.{key}") in self._masters
-            }
-            self.layers.append(
-                _EXPERTS[self._state_is](
-                    moe,
-                    name,
-                    self.exchange,
-                    self._rebalancer.first_placement(name, self._cluster_of(name, moe)),
-                    compute_dtype=torch.bfloat16 if self._trainer.precision == "bf16-mixed" else None,
-                    accumulates=self._accumulates,
-                    offload=self.offload_optimizer,
-                    capacity_scope=self.capacity_scope,
-                    masters=masters,
-                )
-            )
+        layers = build_layers(
+            module,
+            self.parallelism,
+            self._cluster_of,
+            self._rebalancer.state,
+            compute_dtype=self._trainer.precision,
+            accumulates=self._accumulates,
+            offload=self.offload_optimizer,
+            capacity_scope=self.capacity_scope,
+            state_place=self.state_place,
+            masters=self._masters,
+        )
         self._masters = {}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
-
-    def _make_exchange(self) -> Exchange:
-        if self.exchange.group is not None:
-            return self.exchange
-        # A group of its own: DDP's buckets and our exchanges then never wait for each other's order.
-        return Exchange(dist.new_group(timeout=self._timeout), self.root_device)
+        self._experts = {f"{name}.experts" if name else "experts": x.hosted for x in layers for name in x.moes}
+        ignored = [f"{name}.{key}" for name, hosted in self._experts.items() for key in hosted.parameters]
+        if self.parallelism.num_ranks > 1:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        self.engine = ExpertEngine(
+            layers,
+            self._rebalancer.rebalancing,
+            self._rebalancer.state,
+            self.parallelism.meter,
+            self.parallelism.control,
+        )
+        self._rebalancer.follow(self.engine)
 
     def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
         num_ranks = self.num_nodes * self.num_processes
@@ -182,52 +188,68 @@ class SwiftMoEStrategy(DDPStrategy):
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
 
+    def _check_one_optimizer(self) -> None:
+        experts = owners(self._experts)
+        holders = [opt for opt in self.optimizers if any(p in experts for g in opt.param_groups for p in g["params"])]
+        if len(holders) > 1:
+            raise ValueError(
+                "optimizer_state='bound' moves state when its optimizer's step ends, but several optimizers hold "
+                "experts: give all experts to one of them, or use optimizer_state='decoupled'"
+            )
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        for layer in self.layers:
-            layer.moe.aux_loss_scale = 1 / self._micro_batches
+        if self.engine is not None:
+            self.engine.begin_forward(training=True)
+            for moe in moe_layers(self._module).values():
+                moe.aux_loss_scale = 1 / self._micro_batches
         return super().training_step(*args, **kwargs)
 
     @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        for layer in self.layers:
-            layer.dirty = True
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.engine is not None:
+            self.engine.begin_forward(training=False)
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self.engine is not None:
+            self.engine.begin_backward(closure_loss)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients add up where they are; the next backward outside exchanges them."""
+        with super().block_backward_sync():
+            if self.engine is None:
+                yield
+                return
+            self.engine.gradients.syncing = False
+            try:
+                yield
+            finally:
+                self.engine.gradients.syncing = True
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        def closure_and_gradient_phase() -> Any:
+        if self.engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        engine = self.engine
+
+        def closure_and_flush() -> Any:
             result = closure()
-            self.reduce_gradients()
+            engine.gradients.flush()
             return result
 
-        output = super().optimizer_step(optimizer, closure_and_gradient_phase, model, **kwargs)
-        if any(param in self._owners for group in optimizer.param_groups for param in group["params"]):
-            self._end_step(optimizer)
+        # Lightning runs the closure inside of the optimizer's step; ours must be over before tensors change places.
+        result = run_closure(self.precision_plugin, model or self._module, optimizer, closure_and_flush)
+        with on_local_tensors(optimizer):
+            output = optimizer.step(closure=lambda: result, **kwargs)
+        engine.stepped([other.state for other in self.optimizers])
         return output
-
-    def reduce_gradients(self) -> None:
-        """Gradient phase of all layers; does nothing where no backward ran since the last one."""
-        for layer in self.layers:
-            layer.reduce_gradients()
-
-    def _end_step(self, optimizer: Optimizer) -> None:
-        """Choose the next placements; bound state follows them, and the weight phase carries them out."""
-        steps = []
-        loads = loads_to_host([layer.moe.pop_load(layer.placement.num_ranks) for layer in self.layers])
-        for layer, load in zip(self.layers, loads, strict=True):
-            cluster = self._cluster_of(layer.name, layer.moe)
-            step = self._rebalancer.decide(layer.name, layer.moe, load, cluster)
-            layer.move_state(step.next_placement, optimizer.state)
-            layer.send_weights(step.next_placement)
-            steps.append(step)
-        self._rebalancer.end_step(Step(tuple(steps), self.exchange.pop_traffic()))
-
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        self.reduce_gradients()
-        clip_grad_norm(self.precision_plugin.main_params(optimizer), self._owners.keys(), clip_val, self.exchange)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -236,57 +258,40 @@ class SwiftMoEStrategy(DDPStrategy):
         """Canonical weights. While fitting this is collective, and only rank 0 receives the experts."""
         state = super().lightning_module_state_dict()
         self._refuse_after_failure()
-        for layer in self.layers:
-            for key, shard in layer.shards.items():
-                full = layer.gather(key, shard, "checkpoint", to=0)
-                name = f"{layer.name}.experts.{key}"
-                if full is None:
-                    del state[name]
-                else:
-                    state[name] = full.cpu()
-        return state
+        return full_weights(state, self._experts)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        state = dict(checkpoint["state_dict"])
-        if not self.layers:
-            # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
-            self.precision_plugin.convert_module(self._module)
-            # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
-            self._masters = {
-                f"{name}.experts.{key}": state[k]
-                for name, moe in moe_layers(self._module).items()
-                for key in dict(moe.experts.named_parameters())
-                if (k := f"{name}.experts.{key}") in state
-            }
-            super().load_model_state_dict(checkpoint, strict)
+        if self.engine is not None:
+            load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
+            self.engine.weights_changed()
             return
-        names = {f"{layer.name}.experts.{key}": (layer, key) for layer in self.layers for key in layer.shards}
-        experts = {name: state.pop(name) for name in names if name in state}
-        missing, unexpected = self._module.load_state_dict(state, strict=False)
-        missing = [name for name in missing if name not in experts]
-        if strict and (missing or unexpected):
-            raise RuntimeError(f"the checkpoint lacks {missing} and has unknown {unexpected}")
-        for name, canonical in experts.items():
-            layer, key = names[name]
-            layer.load(key, canonical)
-        for layer in self.layers:
-            layer.send_weights(layer.placement)
+        # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
+        self.precision_plugin.convert_module(self._module)
+        # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
+        state = checkpoint["state_dict"]
+        self._masters = {
+            f"{name}.experts.{key}": state[k]
+            for name, moe in moe_layers(self._module).items()
+            for key in dict(moe.experts.named_parameters())
+            if (k := f"{name}.experts.{key}") in state
+        }
+        super().load_model_state_dict(checkpoint, strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Canonical state: what one process without a strategy would have saved. Collective; complete on rank 0."""
         self._refuse_after_failure()
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return canonical_state(optimizer, self._owners, to=0)
+        return full_optimizer_state(optimizer, owners(self._experts))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_canonical_state(optimizer, self._owners, state)
+            load_full_optimizer_state(optimizer, owners(self._experts), state)
 
     def _refuse_after_failure(self) -> None:
-        if self.layers and self._trainer.state.status == TrainerStatus.INTERRUPTED:
+        if self._experts and self._trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(
                 "experts are spread over all ranks and cannot be gathered after an exception on one of them; resume "
                 "from the last checkpoint"
@@ -301,12 +306,18 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.layers and not (self._failed and self.exchange.num_ranks > 1):
-            for layer in self.layers:
-                layer.restore()
+        parallelism = self.parallelism
+        if parallelism is not None and not (self._failed and parallelism.num_ranks > 1):
+            self._rebalancer.leave()
+            for hosted in dict.fromkeys(self._experts.values()):
+                hosted.restore()
+            for moe in moe_layers(self._module).values():
+                moe.detach()
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
-        self.layers = []
-        self.__dict__.get("_precision_plugin").__dict__.pop("clip_grad_by_norm", None)
+            parallelism.close()
+        self.engine = None
+        self.parallelism = None
+        self._experts = {}
         super().teardown()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -321,16 +332,12 @@ class SwiftMoEStrategy(DDPStrategy):
         return self._module.trainer
 
     @property
-    def _rebalancer(self) -> ExpertRebalancer:
-        return next(callback for callback in trainer_callbacks(self._trainer) if isinstance(callback, ExpertRebalancer))
-
-    @property
     def _micro_batches(self) -> int:
         """Lightning divides the loss by this; manual optimization leaves the loss to the user."""
         return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
 
     @property
     def _accumulates(self) -> bool:
-        """Whether a step may add up gradients of several backwards."""
+        """Whether gradients of several backwards may add up before they are exchanged."""
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in trainer_callbacks(self._trainer))
-        return self._micro_batches > 1 or schedules or not self._module.automatic_optimization
+        return self._micro_batches > 1 or schedules

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
-from lightning_swiftmoe.exchange import PHASES, Traffic
-from lightning_swiftmoe.layers.dispatchers import LocalDispatcher, VirtualDispatcher
-from lightning_swiftmoe.layers.load import loads_to_host
-from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.engine import ExpertEngine
+from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
+from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
-from lightning_swiftmoe.step import Step
 
 
 class VirtualCluster(ExpertRebalancer):
@@ -45,23 +46,28 @@ class VirtualCluster(ExpertRebalancer):
             raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
         check_scope(capacity_scope)
         self.num_ranks, self.slots_per_rank, self.capacity_scope = num_ranks, slots_per_rank, capacity_scope
-        self._clusters: dict[str, ClusterShape] = {}
+        self._virtual: ExpertEngine | None = None
         self._last_step = 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"a virtual cluster runs in one process, but the Trainer has {trainer.world_size}")
+        layers = []
         for name, moe in moe_layers(pl_module).items():
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
             cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
-            self._clusters[name] = cluster
-            moe.dispatcher = VirtualDispatcher(self.first_placement(name, cluster), self.capacity_scope)
-            moe.managed = True
+            layers.append(
+                VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.capacity_scope)
+            )
+        self._virtual = ExpertEngine(layers, self.rebalancing, self.state)
+        self.follow(self._virtual)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._virtual is not None
         self._last_step = trainer.global_step
+        self._virtual.begin_forward(training=True)
         for moe in moe_layers(pl_module).values():
             moe.aux_loss_scale = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
 
@@ -69,22 +75,44 @@ class VirtualCluster(ExpertRebalancer):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert self._virtual is not None
         if trainer.global_step > self._last_step:
-            self._end_virtual_step(pl_module)
+            self._virtual.stepped()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.leave()
+        self._virtual = None
         for moe in moe_layers(pl_module).values():
-            moe.dispatcher = LocalDispatcher(moe.num_experts)
-            moe.managed, moe.aux_loss_scale = False, 1.0
+            moe.detach()
 
-    def _end_virtual_step(self, pl_module: LightningModule) -> None:
-        layers = moe_layers(pl_module)
-        loads = loads_to_host([moe.pop_load(self.num_ranks) for moe in layers.values()])
-        steps = []
-        for (name, moe), load in zip(layers.items(), loads, strict=True):
-            step = self.decide(name, moe, load, self._clusters[name])
-            moe.dispatcher.placement = step.next_placement
-            steps.append(step)
-        self.end_step(Step(tuple(steps), {phase: Traffic() for phase in PHASES}))
+
+class VirtualLayer:
+    """One ``MoE`` layer that drops as a cluster would.
+
+    Args:
+        name: in the user's module.
+        moe: the layer.
+        cluster: the shape it acts as.
+        placement: the first one.
+        capacity_scope: whose assignments an expert's capacity counts.
+    """
+
+    def __init__(
+        self, name: str, moe: MoE, cluster: ClusterShape, placement: Placement, capacity_scope: CapacityScope
+    ) -> None:
+        self.name = name
+        self.moes = {name: moe}
+        self.cluster = cluster
+        self.placement = placement
+        self._dispatcher = VirtualDispatcher(placement, capacity_scope)
+        moe.attach(self._dispatcher)
+
+    def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Take the placement of the next step."""
+        self.placement = placement
+
+    def start_weights(self) -> None:
+        """Every expert is here: only the drops change."""
+        self._dispatcher.placement = self.placement

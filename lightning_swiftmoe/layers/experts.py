@@ -1,12 +1,13 @@
 """The expert weights of one MoE layer.
 
-Outside a strategy they are canonical, ``[E, ...]``. Inside, the same Parameters hold only the residents of this
-rank, ``[R, ...]``, and rows are addressed by resident instead of expert.
+The Parameters are canonical, ``[E, ...]``, inside a strategy too, where each rank may hold a part of them only and computes
+with residents instead: working copies ``[R, ...]`` of some experts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,22 @@ class Experts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """``y[t] = sum_k weights[t, k] * mlp_{idx[t, k]}(x[t])``, ``[T, D]``; ``idx == -1`` contributes nothing."""
-        return expert_mlp(x_TD, idx_TK, weights_TK, getattr(self, self.up_name), self.down_proj, self.activation)
+    def forward(
+        self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """``y[t] = sum_k weights[t, k] * mlp_{idx[t, k]}(x[t])``, ``[T, D]``; ``idx == -1`` contributes nothing.
+
+        Args:
+            x_TD: tokens.
+            idx_TK: experts; with ``residents``, resident numbers.
+            weights_TK: gate weights.
+            residents: weights to use in place of the Parameters, under their names.
+        """
+        up, down = self.matrices(residents)
+        return expert_mlp(x_TD, idx_TK, weights_TK, up, down, self.activation)
+
+    def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Up and down projection, the Parameters or ``residents``."""
+        if residents is not None:
+            return residents[self.up_name], residents["down_proj"]
+        return getattr(self, self.up_name), self.down_proj

@@ -33,19 +33,58 @@ class LayerLoad:
         )
 
 
-def loads_to_host(loads: list[LayerLoad]) -> list[LayerLoad]:
-    """The same loads on the host, copied in one piece: one wait for the device however many layers."""
-    if not loads:
-        return []
-    # Counts are exact in fp64 up to 2^53.
-    flat = [torch.cat([x.counts.flatten(), x.rank_load, x.aux_loss.double()[None]]).double() for x in loads]
-    host = torch.cat(flat).cpu().split([part.numel() for part in flat])
-    result = []
-    for load, values in zip(loads, host, strict=True):
-        counts, rank_load, aux = values.split([load.counts.numel(), load.rank_load.numel(), 1])
-        counts = counts.long().view(load.counts.shape)
-        result.append(LayerLoad(counts, rank_load.long(), aux.squeeze(), load.num_forwards))
-    return result
+def no_load(num_ranks: int, num_experts: int, device: torch.device) -> LayerLoad:
+    """Of a step without a forward."""
+    counts = torch.zeros(num_ranks, num_experts, dtype=torch.int64, device=device)
+    return LayerLoad(counts, counts.sum(dim=1), counts.sum().double(), num_forwards=0)
+
+
+def in_backward() -> bool:
+    """Activation checkpointing replays the forward inside the backward pass; what it counts was counted before.
+
+    Compiled code does not: its backward repeats tensor operations, never Python.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class HostLoads:
+    """Loads on their way to the host, in one copy that nobody waits for until they are needed.
+
+    Args:
+        loads: of one step; their values may not change afterwards.
+    """
+
+    def __init__(self, loads: list[LayerLoad]) -> None:
+        self._loads = loads
+        self._event: torch.cuda.Event | None = None
+        if not loads:
+            return
+        # Counts are exact in fp64 up to 2^53.
+        parts = [torch.cat([x.counts.flatten(), x.rank_load, x.aux_loss.double()[None]]).double() for x in loads]
+        flat = torch.cat(parts)
+        if flat.device.type == "cuda":
+            self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._flat.copy_(flat, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._flat = flat
+
+    def wait(self) -> list[LayerLoad]:
+        """The same loads on the host."""
+        if not self._loads:
+            return []
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        sizes = [load.counts.numel() + load.rank_load.numel() + 1 for load in self._loads]
+        parts = zip(self._loads, self._flat.split(sizes), strict=True)
+        return [_unpacked(load, values) for load, values in parts]
+
+
+def _unpacked(load: LayerLoad, values: Tensor) -> LayerLoad:
+    counts, rank_load, aux_loss = values.split([load.counts.numel(), load.rank_load.numel(), 1])
+    counts = counts.long().view(load.counts.shape)
+    return LayerLoad(counts, rank_load.long(), aux_loss.squeeze(), load.num_forwards)
 
 
 def count_by_expert(idx: Tensor, num_experts: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_swiftmoe.functional import activation_names
 from lightning_swiftmoe.layers.dispatchers import Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
-from lightning_swiftmoe.layers.load import LayerLoad
+from lightning_swiftmoe.layers.load import LayerLoad, in_backward
 from lightning_swiftmoe.layers.losses import attach_loss, load_balance_loss, router_z_loss
 from lightning_swiftmoe.layers.router import SCORES, Router, Routing
 
@@ -89,7 +89,7 @@ class MoE(nn.Module):
         self.shared_expert = Experts(hidden_size, shared_ffn_size, 1, activation) if shared_ffn_size else None
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
         self.aux_loss_scale = 1.0
-        self.managed = False  # a strategy reports the end of each step
+        self._attached = False
         self.aux_loss: Tensor | None = None
         self.z_loss: Tensor | None = None
         self._load: LayerLoad | None = None
@@ -98,7 +98,7 @@ class MoE(nn.Module):
         """``[..., d] -> [..., d]``, same dtype."""
         _check(x.shape[-1] == self.hidden_size, "the last dim of x", x.shape[-1], f"hidden_size = {self.hidden_size}")
         x_TD = x.reshape(-1, self.hidden_size)
-        if self.training and not _in_backward():
+        if self.training and not in_backward():
             self._update_bias_alone()
         routing = self.router(x_TD)
         y_TD, counts, rank_load = self.dispatcher(x_TD, routing, self.experts, self.capacity_factor)
@@ -108,23 +108,27 @@ class MoE(nn.Module):
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)
 
-    def pop_load(self, num_ranks: int) -> LayerLoad:
-        """Loads of the training forwards since the last call; starts the next step's count.
+    def attach(self, dispatcher: Dispatcher) -> None:
+        """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps."""
+        self.dispatcher = dispatcher
+        self._attached = True
 
-        Args:
-            num_ranks: of the cluster, for a load of zeros where there was no forward.
-        """
+    def detach(self) -> None:
+        """Compute with the layer's own experts again."""
+        self.dispatcher = LocalDispatcher(self.num_experts)
+        self._attached = False
+        self.aux_loss_scale = 1.0
+
+    def pop_load(self) -> LayerLoad | None:
+        """Loads of the training forwards since the last call; None where there was no forward."""
         load, self._load = self._load, None
-        if load is not None:
-            return load
-        counts = torch.zeros(num_ranks, self.num_experts, dtype=torch.int64, device=self.router.weight.device)
-        return LayerLoad(counts, counts.sum(dim=1), counts.sum().double())
+        return load
 
     def _with_losses(self, y_TD: Tensor, routing: Routing, counts: Tensor, rank_load: Tensor) -> Tensor:
         num_processes = self.dispatcher.num_processes
         aux = load_balance_loss(routing.prob_sum, counts, self.top_k, num_processes)
         z = router_z_loss(routing.z_sum, counts, self.top_k, num_processes)
-        if not _in_backward():
+        if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
             load = LayerLoad(counts, rank_load, self.aux_loss)
             self._load = load if self._load is None else self._load + load
@@ -134,7 +138,7 @@ class MoE(nn.Module):
 
     def _update_bias_alone(self) -> None:
         """Without a strategy nobody reports the end of a step: the loads so far are the last step's."""
-        if self.router.bias_update_rate > 0 and self._load is not None and not self.managed:
+        if self.router.bias_update_rate > 0 and self._load is not None and not self._attached:
             self.router.update_bias(self._load.counts.sum(dim=0))
             self._load = None
 
@@ -152,14 +156,6 @@ class MoE(nn.Module):
 def moe_layers(module: nn.Module) -> dict[str, MoE]:
     """All ``MoE`` layers of ``module`` by name, in registration order, which is the same on every rank."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
-
-
-def _in_backward() -> bool:
-    """Activation checkpointing replays the forward inside the backward pass; what it counts was counted before.
-
-    Compiled code does not: its backward repeats tensor operations, never Python.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:

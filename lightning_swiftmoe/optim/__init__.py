@@ -1,18 +1,6 @@
-"""Sharded experts: reduce gradients to shards, step, send weights."""
+"""Optimizers on sharded expert Parameters."""
 
-from lightning_swiftmoe.optim.bound import BoundExperts
-from lightning_swiftmoe.optim.clip import clip_grad_norm
-from lightning_swiftmoe.optim.groups import canonical_state, check_optimizers, insert_shards, load_canonical_state
-from lightning_swiftmoe.optim.hosted import HostedExperts
-from lightning_swiftmoe.optim.shards import ShardedExperts
+from lightning_swiftmoe.optim.checks import check_optimizers, use_installed_parameters
+from lightning_swiftmoe.optim.local_step import on_local_tensors
 
-__all__ = [
-    "BoundExperts",
-    "HostedExperts",
-    "ShardedExperts",
-    "canonical_state",
-    "check_optimizers",
-    "clip_grad_norm",
-    "insert_shards",
-    "load_canonical_state",
-]
+__all__ = ["check_optimizers", "on_local_tensors", "use_installed_parameters"]

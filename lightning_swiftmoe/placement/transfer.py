@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lightning_swiftmoe.placement.bound_shards import cut_evenly
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 from lightning_swiftmoe.placement.shards import EvenShards
 
@@ -40,8 +39,9 @@ class EvenMap:
         return self.shards.num_elements
 
     def intervals(self, expert: int) -> Intervals:
-        """``(rank, start, stop)`` of every rank."""
-        return cut_evenly(self.num_elements, list(range(self.shards.num_ranks)))
+        """``(rank, start, stop)`` of every rank that owns something."""
+        ranks = range(self.shards.num_ranks)
+        return [(rank, *self.shards.interval(rank)) for rank in ranks if self.shards.size(rank)]
 
 
 @dataclass(frozen=True)

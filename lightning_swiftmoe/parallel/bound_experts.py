@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.optim.hosted import HostedExperts, is_sharded
+from lightning_swiftmoe.parallel.communicator import Pending
+from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.bound_shards import BoundShards, Piece
 from lightning_swiftmoe.placement.transfer import Transfer, changed_experts, transfer_plan
@@ -27,7 +29,7 @@ KeyedPieces = list[tuple[str, Piece]]
 
 
 class BoundExperts(HostedExperts):
-    """Bound state: shards are ``[n]``, with other elements and another ``n`` whenever experts change hosts."""
+    """Bound state: shards have other elements and another length ``n`` whenever experts change hosts."""
 
     cuts: dict[str, BoundShards]
 
@@ -38,30 +40,34 @@ class BoundExperts(HostedExperts):
         Scalar state stays as it is; gradients are dropped, their step is over. Where no expert changes hosts nothing is
         sent, which every rank knows from the placements.
         """
-        if not changed_experts(self.placement, placement):
+        if self.mesh is None or not changed_experts(self.placement, placement):
             return
         # Checked for all before anything changes.
-        names = {key: self._elementwise(key, states.get(shard, {})) for key, shard in self.shards.items()}
+        names = {key: self._elementwise(key, states.get(param, {})) for key, param in self.parameters.items()}
         moves = []
-        for key, shard in self.shards.items():
+        for key, param in self.parameters.items():
             here = self.cuts[key]
             there = self.cuts[key] = BoundShards(here.num_elements, placement)
             plan = transfer_plan(here, there, range(here.num_experts))
-            state = states.get(shard, {})
-            held = [shard.data, *(state[name] for name in names[key])]
-            moved = [self._pinned(old.new_empty(there.size(self.exchange.rank))) for old in held]
+            state = states.get(param, {})
+            held = [self.local(key).flatten(), *(local_part(state[name]).flatten() for name in names[key])]
+            moved = [self.pinned(old.new_empty(there.size(self.communicator.rank))) for old in held]
             moves += [_Move(old, new, here, there, plan) for old, new in zip(held, moved, strict=True)]
-            shard.grad = None
-            shard.data, *moments = moved
+            param.grad = None
+            weights, *moments = (self.wrapped(key, new.view(1, -1, 1)) for new in moved)
+            param.data = weights
             state.update(zip(names[key], moments, strict=True))
         self._migrate(moves)
 
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, ...]`` tensor that has ``shard [n]`` on this rank; None where not received."""
+        """The canonical ``[E, rows, cols]`` tensor that has ``shard`` on this rank; None where not received."""
+        if self.mesh is None:
+            return shard.detach().clone()
         cut = self.cuts[key]
+        flat = shard.detach().flatten()
         longest = max(cut.size(rank) for rank in self._ranks)
-        padded = torch.nn.functional.pad(shard.detach(), (0, longest - shard.numel()))
-        gathered = self.exchange.gather_shards(padded, phase, self.name, to)
+        padded = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
+        gathered = self.communicator.gather_shards(padded, phase, self.name, to)
         if gathered is None:
             return None
         full = gathered.new_empty(cut.num_experts, cut.num_elements)
@@ -70,42 +76,53 @@ class BoundExperts(HostedExperts):
                 full[piece.expert, piece.start : piece.stop] = gathered[rank, piece.here]
         return full.view(self.shapes[key])
 
-    def interval(self, key: str, canonical: Tensor) -> Tensor:
-        """``[n]`` of a canonical tensor."""
-        rows = canonical.reshape(self.moe.num_experts, -1)
-        pieces = self.cuts[key].pieces(self.exchange.rank).values()
-        return torch.cat([rows[0, :0], *(rows[piece.expert, piece.start : piece.stop] for piece in pieces)])
+    def part(self, key: str, canonical: Tensor) -> Tensor:
+        """``[1, n, 1]`` of a canonical tensor; with one rank all of it."""
+        if self.mesh is None:
+            return canonical
+        rows = canonical.reshape(self.placement.num_experts, -1)
+        pieces = self.cuts[key].pieces(self.communicator.rank).values()
+        flat = torch.cat([rows[0, :0], *(rows[piece.expert, piece.start : piece.stop] for piece in pieces)])
+        return flat.view(1, -1, 1)
 
     # -- gradients to the owners, weights back: the same pieces both ways -------------------------------------------
 
-    def _make_cut(self, num_elements: int) -> BoundShards:
-        return BoundShards(num_elements, self.placement)
+    def _make_cut(self, shape: torch.Size) -> BoundShards:
+        return BoundShards(shape[1:].numel(), self.placement)
 
-    def _reduce_gradients(self, keys: list[str]) -> None:
-        grads = {key: self._by_expert(self._gradient(key)) for key in keys}
-        sent = [[grads[key][p.expert][p.start : p.stop] for key, p in pieces] for pieces in self._pieces_here(keys)]
+    def _start_gradients(self, grads: Locals) -> Pending[Locals]:
+        totals = self._reduced_gradients(grads)
+        return Pending(lambda: totals)
+
+    def _reduced_gradients(self, grads: Locals) -> Locals:
+        keys = list(grads)
+        rows = {key: self._by_expert(grad) for key, grad in grads.items()}
+        sent = [[rows[key][p.expert][p.start : p.stop] for key, p in pieces] for pieces in self._pieces_here(keys)]
         mine = self._pieces_of_mine(keys)
-        dtype = _widest(self._gradient_dtype(self.params[key]) for key in keys)
+        dtype = _widest(grad.dtype for grad in grads.values())
         blocks = self._swap(sent, [_num_elements(pieces) for pieces in mine], "gradient", dtype)
         # Rank by rank: a fixed order of adding, in the shards' precision.
-        totals = {key: torch.zeros_like(self.shards[key], device=self.exchange.device) for key in keys}
+        device = self.communicator.device
+        totals = {key: torch.zeros_like(self.local(key), device=device).flatten() for key in keys}
         for pieces, block in zip(mine, blocks, strict=True):
             targets = [totals[key][p.here] for key, p in pieces]
             if targets:
                 torch._foreach_add_(targets, list(block.split([p.num_elements for _, p in pieces])))
-        for key in keys:
-            shard = self.shards[key]
-            shard.grad = (totals[key] / self.exchange.num_ranks).to(shard.device)
+        return {key: (total / self.num_sharers).to(self.state_device).view(1, -1, 1) for key, total in totals.items()}
+
+    def _start_weights(self) -> Pending[None]:
+        self._send_weights()
+        return Pending(lambda: None)
 
     @torch.no_grad()
     def _send_weights(self) -> None:
-        keys = list(self.params)
-        weights = {key: self.shards[key].detach().to(self.params[key].dtype) for key in keys}
+        keys = list(self.parameters)
+        dtype = _widest(resident.dtype for resident in self._residents.values())
+        weights = {key: self.local(key).flatten().to(dtype) for key in keys}
         sent = [[weights[key][p.here] for key, p in pieces] for pieces in self._pieces_of_mine(keys)]
         here = self._pieces_here(keys)
-        dtype = _widest(param.dtype for param in self.params.values())
         blocks = self._swap(sent, [_num_elements(pieces) for pieces in here], "weight", dtype)
-        residents = {key: self._by_expert(param.data) for key, param in self.params.items()}
+        residents = {key: self._by_expert(resident.detach()) for key, resident in self._residents.items()}
         for pieces, block in zip(here, blocks, strict=True):
             targets = [residents[key][p.expert][p.start : p.stop] for key, p in pieces]
             if targets:
@@ -113,11 +130,11 @@ class BoundExperts(HostedExperts):
 
     def _pieces_here(self, keys: Iterable[str]) -> list[KeyedPieces]:
         """By owner: what other ranks, and this one, own of the experts that live here."""
-        return [self._shared(keys, owner, self.exchange.rank) for owner in self._ranks]
+        return [self._shared(keys, owner, self.communicator.rank) for owner in self._ranks]
 
     def _pieces_of_mine(self, keys: Iterable[str]) -> list[KeyedPieces]:
         """By host: what this rank owns of the experts that live there."""
-        return [self._shared(keys, self.exchange.rank, host) for host in self._ranks]
+        return [self._shared(keys, self.communicator.rank, host) for host in self._ranks]
 
     def _shared(self, keys: Iterable[str], owner: int, host: int) -> KeyedPieces:
         lives_there = self.placement.multiplicity[host] > 0
@@ -125,7 +142,7 @@ class BoundExperts(HostedExperts):
 
     def _by_expert(self, rows: Tensor) -> dict[int, Tensor]:
         """Flat views ``[P]`` of ``rows [>= R, ...]`` by the expert they stand for."""
-        residents = self.placement.residents(self.exchange.rank).tolist()
+        residents = self.placement.residents(self.communicator.rank).tolist()
         return dict(zip(residents, rows.flatten(1), strict=False))
 
     # -- migration -------------------------------------------------------------------------------------------------
@@ -136,19 +153,20 @@ class BoundExperts(HostedExperts):
         Raises:
             ValueError: state that is neither one number for each element nor a scalar: nobody knows where it belongs.
         """
-        shard = self.shards[key]
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.numel() > 1 and not is_sharded(value, shard):
+        local = self.local(key)
+        tensors = {name: local_part(value) for name, value in state.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if value.numel() > 1 and value.shape != local.shape:
                 raise ValueError(
-                    f"the optimizer keeps state {name!r} of shape {tuple(value.shape)} for {self.name}.experts.{key}, "
-                    f"of which this rank owns {shard.numel()} elements. Only element-wise and scalar state can move: "
-                    "use optimizer_state='decoupled'"
+                    f"the optimizer keeps state {name!r} of shape {tuple(value.shape)} for {self.name}.{key}, of which "
+                    f"this rank owns {local.numel()} elements. Only element-wise and scalar state can move: use "
+                    "optimizer_state='decoupled'"
                 )
-        return sorted(name for name, value in state.items() if is_sharded(value, shard))
+        return sorted(name for name, value in tensors.items() if value.shape == local.shape)
 
     def _migrate(self, moves: Sequence[_Move]) -> None:
         """Carry out all moves in one exchange of bytes: an optimizer may keep state in several precisions."""
-        rank = self.exchange.rank
+        rank = self.communicator.rank
         sent = [[part for m in moves if other != rank for part in m.sources(rank, other)] for other in self._ranks]
         places = [[part for m in moves if other != rank for part in m.targets(other, rank)] for other in self._ranks]
         blocks = self._swap(sent, [sum(p.numel() for p in parts) for parts in places], "migration", torch.uint8)
@@ -162,13 +180,13 @@ class BoundExperts(HostedExperts):
     def _swap(self, sent: Sequence[Sequence[Tensor]], recv: list[int], phase: str, dtype: torch.dtype) -> list[Tensor]:
         """Send ``sent[j]`` to each rank ``j``; return the ``recv[j]`` elements that each sent here."""
         parts = [part for to_rank in sent for part in to_rank]
-        rows = (torch.cat(parts) if parts else torch.empty(0)).to(self.exchange.device, dtype)
+        rows = (torch.cat(parts) if parts else torch.empty(0)).to(self.communicator.device, dtype)
         send = [sum(part.numel() for part in to_rank) for to_rank in sent]
-        return list(self.exchange.all_to_all(rows, send, recv, phase, self.name).split(recv))
+        return list(self.communicator.all_to_all(rows, send, recv, phase, self.name).split(recv))
 
     @property
     def _ranks(self) -> range:
-        return range(self.exchange.num_ranks)
+        return range(self.communicator.num_ranks)
 
 
 @dataclass(frozen=True, eq=False)

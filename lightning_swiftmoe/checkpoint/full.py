@@ -1,0 +1,105 @@
+"""Full checkpoints: canonical weights and optimizer state, complete on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+
+Owner = tuple[HostedExperts, str]
+
+
+def owners(experts: Mapping[str, HostedExperts]) -> dict[nn.Parameter, Owner]:
+    """Whose every expert Parameter is."""
+    return {param: (hosted, key) for hosted in experts.values() for key, param in hosted.parameters.items()}
+
+
+def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts]) -> dict[str, Any]:
+    """``state_dict`` with expert weights gathered to rank 0; the other ranks' lacks them. Collective.
+
+    Args:
+        state_dict: of the user's module.
+        experts: by name in it; tied experts once for each name.
+    """
+    gathered: dict[Owner, Tensor | None] = {}
+    for name, hosted in experts.items():
+        for key in hosted.parameters:
+            if (hosted, key) not in gathered:
+                full = hosted.gather(key, hosted.local(key), "checkpoint", to=0)
+                gathered[hosted, key] = None if full is None else full.cpu()
+            whole = gathered[hosted, key]
+            if whole is None:
+                del state_dict[f"{name}.{key}"]
+            else:
+                state_dict[f"{name}.{key}"] = whole
+    return state_dict
+
+
+def load_full_weights(
+    module: nn.Module, state_dict: Mapping[str, Any], experts: Mapping[str, HostedExperts], strict: bool
+) -> None:
+    """Overwrite the weights of ``module``, whose experts are sharded, with canonical ones.
+
+    Raises:
+        RuntimeError: weights are missing or unknown, and ``strict``.
+    """
+    dense = dict(state_dict)
+    names = {f"{name}.{key}": (hosted, key) for name, hosted in experts.items() for key in hosted.parameters}
+    canonical = {name: dense.pop(name) for name in names if name in dense}
+    missing, unexpected = module.load_state_dict(dense, strict=False)
+    missing = [name for name in missing if name not in canonical]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"the checkpoint lacks {missing} and has unknown {unexpected}")
+    with torch.no_grad():
+        for name, full in canonical.items():
+            hosted, key = names[name]
+            hosted.local(key).copy_(hosted.part(key, full))
+
+
+def full_optimizer_state(optimizer: Optimizer, of: Mapping[nn.Parameter, Owner]) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with sharded state gathered to rank 0, on the host; elsewhere None. Collective."""
+    state_dict = optimizer.state_dict()
+    for index, param in enumerate(_params(optimizer)):
+        if param not in of or index not in state_dict["state"]:
+            continue
+        hosted, key = of[param]
+        state = dict(state_dict["state"][index])
+        for name in sorted(state):
+            if isinstance(state[name], ExpertTensor):
+                full = hosted.gather(key, local_part(state[name]), "checkpoint", to=0)
+                state[name] = None if full is None else full.cpu()
+        state_dict["state"][index] = state
+    return state_dict
+
+
+def load_full_optimizer_state(
+    optimizer: Optimizer, of: Mapping[nn.Parameter, Owner], state_dict: Mapping[str, Any]
+) -> None:
+    """``optimizer.load_state_dict`` for a canonical state: each rank keeps its part."""
+    params = dict(enumerate(_params(optimizer)))
+    states = {}
+    for index, state in state_dict["state"].items():
+        param = params.get(int(index))
+        states[index] = _part(*of[param], state) if param in of else state
+    optimizer.load_state_dict({**state_dict, "state": states})
+
+
+def _part(hosted: HostedExperts, key: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    shape = hosted.shapes[key]
+    return {
+        name: hosted.wrapped(key, hosted.part(key, value).contiguous())
+        if isinstance(value, Tensor) and value.shape == shape
+        else value
+        for name, value in state.items()
+    }
+
+
+def _params(optimizer: Optimizer) -> list[nn.Parameter]:
+    """In the order in which ``state_dict`` numbers them."""
+    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,0 +1,345 @@
+"""``ExpertEngine``: the one owner of placements and of the order of a training step.
+
+A step, as the engine sees it:
+
+1. ``begin_forward``: weights start on their way to the slots, in the order of the layers; a layer waits for its own.
+2. the backward: a layer's gradients start on their way to the shards as soon as autograd has them, in one fixed order.
+3. ``end_backward``: all of them have arrived and joined ``.grad`` of the Parameters.
+4. ``stepped``: an optimizer changed the Parameters.
+5. ``end_step``: loads, on the host since the forward, decide the next placement; observers hear of the step.
+
+Lightning's hooks call these; so does the virtual cluster, whose layers exchange nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.layers.load import HostLoads, LayerLoad, no_load
+from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.parallel.communicator import Communicator, Pending
+from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.parallel.hosted_experts import Locals
+from lightning_swiftmoe.parallel.traffic import TrafficMeter
+from lightning_swiftmoe.placement import Placement, PlacementPolicy, next_placement, uniform
+from lightning_swiftmoe.step import LayerStep, Step
+
+Observer = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Rebalancing:
+    """How placements are decided.
+
+    Args:
+        policy: from loads to the next placement.
+        every_n_steps: decide on every n-th step, from the loads added up since the last decision.
+    """
+
+    policy: PlacementPolicy
+    every_n_steps: int = 1
+
+
+@dataclass
+class EngineState:
+    """What a checkpoint keeps of an engine.
+
+    Args:
+        steps: taken so far.
+        placements: the table of each layer.
+        loads: of each layer since the last decision, by expert.
+    """
+
+    steps: int = 0
+    placements: dict[str, Any] = field(default_factory=dict)
+    loads: dict[str, Any] = field(default_factory=dict)
+
+    def first_placement(self, layer: str, cluster: ClusterShape) -> Placement:
+        """The placement to start with: the checkpoint's where it fits this cluster, else a uniform one."""
+        table = self.placements.get(layer)
+        placement = uniform(cluster)
+        if table is None or np.shape(table) != placement.table.shape:
+            return placement
+        return Placement(np.array(table), cluster.num_experts)
+
+
+class EngineLayer(Protocol):
+    """A layer that the engine decides for."""
+
+    name: str
+    moes: Mapping[str, MoE]
+    cluster: ClusterShape
+    placement: Placement
+
+    def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Take the placement of the next weight phase."""
+        ...
+
+    def start_weights(self) -> None:
+        """Weight phase."""
+        ...
+
+
+class ExpertEngine:
+    """Drives ``layers`` through training.
+
+    Args:
+        layers: in the order of their forwards.
+        rebalancing: the policy and its cadence.
+        state: of a checkpoint; None starts anew.
+        meter: counts what the layers' communicators send.
+        control: a communicator on the host, through which ranks make sure that they decided alike; None with one rank.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[EngineLayer],
+        rebalancing: Rebalancing,
+        state: EngineState | None = None,
+        meter: TrafficMeter | None = None,
+        control: Communicator | None = None,
+    ) -> None:
+        self.layers = list(layers)
+        self.rebalancing = rebalancing
+        self.meter = meter or TrafficMeter()
+        self.observers: list[Observer] = []
+        self._control = control
+        self._gradients = GradientPhase([layer for layer in layers if isinstance(layer, ExpertLayer)])
+        state = state or EngineState()
+        self._steps = state.steps
+        self._loads = {name: np.array(counts, dtype=np.int64) for name, counts in state.loads.items()}
+        self._moe_loads: dict[str, LayerLoad] = {}
+        self._host_loads: HostLoads | None = None
+        self._stepped = False
+        self._stale = True
+        self._was_training: bool | None = None
+        self._optimizer_states: Mapping[Tensor, dict[str, Any]] = {}
+        for layer in self.layers:
+            if isinstance(layer, ExpertLayer):
+                layer.before_forward = self._before_layer
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def begin_forward(self, *, training: bool) -> None:
+        """A batch is about to run: after a step, and between training and evaluation, weights are sent anew.
+
+        What users did to Parameters in between counts, whatever way they did it.
+        """
+        self.end_step()
+        if self._stale or training != self._was_training:
+            self._start_weights()
+        self._was_training = training
+
+    def weights_changed(self) -> None:
+        """Parameters were overwritten: the next forward needs them."""
+        self._stale = True
+
+    def _before_layer(self) -> None:
+        """A forward that nobody announced, such as one between two optimizers' steps in a manual training step."""
+        if self._stale:
+            self._start_weights()
+
+    def _start_weights(self) -> None:
+        self._stale = False
+        for layer in self.layers:
+            layer.start_weights()
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    @property
+    def gradients(self) -> GradientPhase:
+        """The gradient phase: what a backward does."""
+        return self._gradients
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Loads start on their way to the host, and gradients will be complete when the backward of ``loss`` ends."""
+        self._take_loads()
+        self._gradients.begin(loss)
+
+    # -- the step's end ----------------------------------------------------------------------------------------------
+
+    def stepped(self, states: Iterable[MutableMapping[Tensor, dict[str, Any]]] = ()) -> None:
+        """An optimizer changed Parameters.
+
+        Args:
+            states: ``optimizer.state`` of every optimizer.
+        """
+        self._stepped = True
+        self._stale = True
+        self._optimizer_states = ChainMap(*states)
+        self._gradients.reset()
+
+    def end_step(self) -> None:
+        """Decide the next placements and tell the observers; does nothing where no optimizer stepped since the last one.
+
+        Raises:
+            RuntimeError: ranks decided differently.
+        """
+        if not self._stepped:
+            return
+        self._stepped = False
+        self._take_loads()
+        assert self._host_loads is not None
+        names = list(self._moe_loads)
+        on_host = dict(zip(names, self._host_loads.wait(), strict=True))
+        self._move_biases()
+        self._moe_loads = {}
+        self._host_loads = None
+        self._steps += 1
+        steps = [self._decide(layer, [on_host[name] for name in layer.moes]) for layer in self.layers]
+        self._agree(steps)
+        for layer, step in zip(self.layers, steps, strict=True):
+            layer.adopt(step.next_placement, self._optimizer_states)
+        finished = Step(self._steps, tuple(steps), self.meter.pop())
+        for observe in self.observers:
+            observe(finished)
+
+    @property
+    def _decides_now(self) -> bool:
+        return self._steps % self.rebalancing.every_n_steps == 0
+
+    def _take_loads(self) -> None:
+        """Add up what the layers were asked to do, and start the sums on their way to the host."""
+        new = {name: moe.pop_load() for name, moe in self._moes()}
+        if self._host_loads is not None and all(load is None for load in new.values()):
+            return
+        for layer in self.layers:
+            for name, moe in layer.moes.items():
+                load = new[name] or no_load(layer.cluster.num_ranks, moe.num_experts, moe.router.weight.device)
+                earlier = self._moe_loads.get(name)
+                self._moe_loads[name] = load if earlier is None else earlier + load
+        self._host_loads = HostLoads(list(self._moe_loads.values()))
+
+    def _moes(self) -> Iterator[tuple[str, MoE]]:
+        for layer in self.layers:
+            yield from layer.moes.items()
+
+    def _move_biases(self) -> None:
+        for name, moe in self._moes():
+            moe.router.update_bias(self._moe_loads[name].counts.sum(dim=0))
+
+    def _decide(self, layer: EngineLayer, loads: list[LayerLoad]) -> LayerStep:
+        load = loads[0]
+        for other in loads[1:]:
+            load = load + other
+        counts = load.counts.numpy()
+        total = self._loads.pop(layer.name, 0) + counts.sum(axis=0)
+        chosen = layer.placement
+        if self._decides_now:
+            chosen = next_placement(self.rebalancing.policy, total, layer.cluster, layer.placement)
+        else:
+            self._loads[layer.name] = total
+        aux_loss = float(load.aux_loss) / max(load.num_forwards, 1)
+        top_k = next(iter(layer.moes.values())).top_k
+        return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
+
+    def _agree(self, steps: Sequence[LayerStep]) -> None:
+        """Before anything is sent: every rank must have chosen the same placements."""
+        if self._control is None or not self._decides_now:
+            return
+        tables = b"".join(step.next_placement.table.tobytes() for step in steps)
+        digest = int.from_bytes(hashlib.blake2b(tables, digest_size=7).digest(), "little")
+        digests = self._control.gather_counts(torch.tensor([digest]), "placement").flatten().tolist()
+        if len(set(digests)) > 1:
+            policy = self.rebalancing.policy
+            name = getattr(policy, "__name__", type(policy).__name__)
+            odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+            raise RuntimeError(
+                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step {self._steps}, "
+                "from the same loads. A policy must be deterministic: no clock, no global random state, no set order"
+            )
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> EngineState:
+        """For a checkpoint."""
+        self.end_step()
+        tables = {layer.name: layer.placement.table.tolist() for layer in self.layers}
+        loads = {name: np.asarray(counts).tolist() for name, counts in self._loads.items()}
+        return EngineState(self._steps, tables, loads)
+
+
+class GradientPhase:
+    """Brings gradients of residents to the shards while the backward still runs.
+
+    Layers start in one fixed order, the reverse of their forwards, whatever the order in which autograd reaches them: all
+    ranks then issue the same collectives, also where a rank's loss does not reach a layer.
+
+    Args:
+        layers: in the order of their forwards.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer]) -> None:
+        self._order = [layer for layer in reversed(layers) if not layer.hosted.computes_with_parameters]
+        self._pending: dict[ExpertLayer, Pending[Locals]] = {}
+        self._running = False
+        self._unsynced = 0
+        self.syncing = True
+        for layer in self._order:
+            layer.hosted.on_gradient = self._on_gradient
+
+    def begin(self, loss: Tensor) -> None:
+        """``end`` will run when the backward of ``loss`` is over, before anybody else sees gradients."""
+        if self._order and loss.requires_grad:
+            loss.register_hook(self._on_backward)
+
+    def flush(self) -> None:
+        """Exchange what backwards without ``syncing`` left: the last one of an accumulation may never have come."""
+        if self._unsynced:
+            self._exchange()
+
+    def reset(self) -> None:
+        """A step is over: gradients that were not exchanged are dropped."""
+        self._unsynced = 0
+        for layer in self._order:
+            layer.hosted.drop_gradients()
+            layer.hosted.forwards_since_step = 0
+
+    def _on_backward(self, _: Tensor) -> None:
+        if not self._running:
+            self._running = True
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _on_gradient(self) -> None:
+        self._on_backward(torch.empty(0))
+        if self.syncing:
+            self._start_ready()
+
+    def _start_ready(self) -> None:
+        """Start the layers whose turn it is and whose gradients are complete."""
+        for layer in self._order:
+            if layer in self._pending or not layer.hosted.wants_exchange:
+                continue
+            if not (layer.hosted.forwards_since_backward == 1 and layer.hosted.has_all_gradients):
+                return
+            self._pending[layer] = layer.start_gradients()
+
+    def _end(self) -> None:
+        self._running = False
+        if self.syncing:
+            self._exchange()
+            return
+        self._unsynced += 1
+        for layer in self._order:
+            layer.hosted.hold_place()
+
+    def _exchange(self) -> None:
+        self._unsynced = 0
+        for layer in self._order:
+            if layer not in self._pending and layer.hosted.wants_exchange:
+                self._pending[layer] = layer.start_gradients()
+        for layer, pending in self._pending.items():
+            layer.hosted.add_gradients(pending.wait())
+        self._pending = {}
+        for layer in self._order:
+            layer.hosted.forwards_since_backward = 0

@@ -1,0 +1,78 @@
+"""Whether the user's optimizers can train sharded experts, and hold all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_swiftmoe.optim.elementwise import check_elementwise
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], experts: Mapping[str, HostedExperts]) -> None:
+    """Every trainable expert Parameter is in some optimizer, and that optimizer can be sharded.
+
+    Args:
+        optimizers: the user's.
+        experts: by name in the user's module.
+
+    Raises:
+        ValueError: a Parameter is missing (its experts would stay frozen while the loss still falls), or the optimizer
+            needs whole matrices.
+    """
+    params = {param: f"{name}.{key}" for name, hosted in experts.items() for key, param in hosted.parameters.items()}
+    held = [{param for group in opt.param_groups for param in group["params"]} for opt in optimizers]
+    for param, name in params.items():
+        if param.requires_grad and not any(param in others for others in held):
+            raise ValueError(
+                f"{name} is trainable but in no optimizer: pass it to one in configure_optimizers, or freeze it with "
+                "requires_grad_(False)"
+            )
+    for optimizer, others in zip(optimizers, held, strict=True):
+        if not others.isdisjoint(params):
+            check_elementwise(optimizer)
+
+
+def use_installed_parameters(optimizer: Optimizer, experts: Iterable[HostedExperts]) -> None:
+    """An optimizer that was made before ``fit`` holds the canonical Parameters: give it the sharded ones, in place."""
+    installed = {
+        original: (hosted, key)
+        for hosted in experts
+        for key, original in hosted.originals.items()
+        if hosted.parameters[key] is not original
+    }
+    for group in optimizer.param_groups:
+        for index, param in enumerate(group["params"]):
+            if param not in installed:
+                continue
+            hosted, key = installed[param]
+            group["params"][index] = hosted.parameters[key]
+            if param in optimizer.state:
+                state = optimizer.state.pop(param)
+                optimizer.state[hosted.parameters[key]] = _sharded_state(optimizer, state, hosted, key)
+
+
+def _sharded_state(optimizer: Optimizer, state: dict[str, Any], hosted: HostedExperts, key: str) -> dict[str, Any]:
+    shape = hosted.shapes[key]
+    result = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            local = hosted.part(key, value).to(hosted.state_device, copy=True).contiguous()
+            result[name] = hosted.wrapped(key, local)
+        else:
+            result[name] = value
+    return result
+
+
+def initial_parameters(experts: Iterable[HostedExperts]) -> list[nn.Parameter]:
+    """The canonical Parameters that the sharded ones stand for."""
+    return [param for hosted in experts for param in hosted.originals.values()]
+
+
+def has_hooks(param: torch.Tensor) -> bool:
+    """Whether somebody waits for the gradient of ``param`` by a hook."""
+    return bool(param._backward_hooks) or bool(getattr(param, "_post_accumulate_grad_hooks", None))

@@ -1,0 +1,75 @@
+"""An optimizer's step on plain tensors, each rank on its own shards.
+
+Torch can step on sharded tensors themselves, but wraps every plain tensor beside them: on one core 11.5 ms a step for 48
+expert and 144 dense Parameters, against 0.8 ms on plain tensors (docs/decisions/0005-canonical-parameters.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
+
+
+@contextmanager
+def on_local_tensors(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, groups and state hold this rank's shards as plain tensors; afterwards, what they held before.
+
+    State that the step creates belongs to the canonical Parameter afterwards, in its shape.
+    """
+    places = list(_places(optimizer))
+    swaps = {param: _local(param) for _, _, param in places}
+    visible = {param: optimizer.state.pop(param, None) for param in swaps}
+    for param, local in swaps.items():
+        state = visible[param]
+        if state is not None:
+            optimizer.state[local] = {name: _local_value(value) for name, value in state.items()}
+    for params, index, param in places:
+        params[index] = swaps[param]
+    try:
+        yield
+    finally:
+        for params, index, param in places:
+            params[index] = param
+        for param, local in swaps.items():
+            state = optimizer.state.pop(local, None)
+            if state is not None:
+                optimizer.state[param] = _canonical_state(param, local, state, visible[param] or {})
+
+
+def _places(optimizer: Optimizer) -> Iterator[tuple[list[Any], int, ExpertTensor]]:
+    for group in optimizer.param_groups:
+        for index, param in enumerate(group["params"]):
+            if isinstance(param, ExpertTensor):
+                yield group["params"], index, param
+
+
+def _local(param: ExpertTensor) -> nn.Parameter:
+    local = nn.Parameter(local_part(param.detach()), requires_grad=param.requires_grad)
+    if param.grad is not None:
+        local.grad = local_part(param.grad)
+    return local
+
+
+def _local_value(value: Any) -> Any:
+    return local_part(value) if isinstance(value, Tensor) else value
+
+
+def _canonical_state(
+    param: ExpertTensor, local: Tensor, state: dict[str, Any], visible: dict[str, Any]
+) -> dict[str, Any]:
+    result = {}
+    for name, value in state.items():
+        known = visible.get(name)
+        if isinstance(known, ExpertTensor) and local_part(known) is value:
+            result[name] = known
+        elif isinstance(value, Tensor) and value.shape == local.shape:
+            result[name] = ExpertTensor(value, param._spec, requires_grad=False)
+        else:
+            result[name] = value
+    return result

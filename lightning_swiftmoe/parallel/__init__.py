@@ -1,0 +1,1 @@
+"""Experts on several ranks: who holds what, and how it moves."""

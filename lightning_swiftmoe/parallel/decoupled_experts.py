@@ -1,0 +1,114 @@
+"""Decoupled state: the rows of every expert are cut evenly over all ranks and never move (SwiftMoE).
+
+The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the next
+placement wants them. Both are one all-to-all a layer.
+
+Shape suffixes: N ranks, E experts, R residents of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.functional import gather_shards, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.parallel.communicator import Pending, to_device
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
+from lightning_swiftmoe.placement import EvenShards, Placement
+
+
+class DecoupledExperts(HostedExperts):
+    """Shards are ``[E, own rows, cols]``, the same cut on every step: ``Shard(1)``."""
+
+    cuts: dict[str, EvenShards]
+
+    def move_state(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Nothing: decoupled state never moves."""
+
+    def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
+        """The canonical ``[E, rows, cols]`` tensor that has ``shard`` on this rank; None where not received."""
+        cut = self.cuts[key]
+        missing = cut.chunk_rows - shard.shape[1]
+        padded = nn.functional.pad(shard.detach(), (0, 0, 0, missing))
+        gathered = self.communicator.gather_shards(padded, phase, self.name, to)
+        if gathered is None:
+            return None
+        full = gathered.transpose(0, 1).reshape(shard.shape[0], -1, cut.cols)
+        return full[:, : cut.rows].contiguous()
+
+    def part(self, key: str, canonical: Tensor) -> Tensor:
+        """``[E, own rows, cols]`` of a canonical tensor."""
+        start, stop = self.cuts[key].row_interval(self.communicator.rank)
+        return canonical[:, start:stop]
+
+    def _make_cut(self, shape: torch.Size) -> EvenShards:
+        return EvenShards(shape[1], shape[2], self.communicator.num_ranks)
+
+    def _start_gradients(self, grads: Locals) -> Pending[Locals]:
+        residents = self.placement.residents(self.communicator.rank).size
+        cuts = [self.cuts[key] for key in grads]
+        columns = [sum(cut.size(rank) for cut in cuts) for rank in self._ranks]
+        blocks = self._blocks()
+        num_experts = self.placement.num_experts
+
+        def make() -> Tensor:
+            return pack_shards([grad[:residents].flatten(1) for grad in grads.values()], [cut.bounds for cut in cuts])
+
+        def then(arrived: Tensor) -> Locals:
+            sizes = [cut.size(self.communicator.rank) for cut in cuts]
+            rows = arrived.view(blocks.numel(), sum(sizes))
+            like = [self.local(key) for key in grads]
+            totals = sum_shards(rows, sizes, blocks.to(rows.device), num_experts, 1 / self.num_sharers, like[0].dtype)
+            return {
+                key: total.view_as(local).to(local.device)
+                for key, total, local in zip(grads, totals, like, strict=True)
+            }
+
+        return self.communicator.start(
+            make,
+            [residents * c for c in columns],
+            [int(n) * columns[self.communicator.rank] for n in self.placement.num_residents],
+            "gradient",
+            self.name,
+            then,
+        )
+
+    def _start_weights(self) -> Pending[None]:
+        rank = self.communicator.rank
+        mine = self.placement.residents(rank).size
+        cuts = list(self.cuts.values())
+        columns = [sum(cut.size(owner) for cut in cuts) for owner in self._ranks]
+        blocks = self._blocks()
+
+        @torch.no_grad()
+        def make() -> Tensor:
+            shards = [self.local(key).flatten(1) for key in self.cuts]
+            dtype = next(iter(self._residents.values())).dtype
+            return gather_shards(shards, blocks, dtype).to(self.communicator.device).flatten()
+
+        @torch.no_grad()
+        def then(arrived: Tensor) -> None:
+            residents = [resident.detach()[:mine].flatten(1) for resident in self._residents.values()]
+            place_shards(arrived, residents, [cut.bounds for cut in cuts])
+
+        return self.communicator.start(
+            make,
+            [int(n) * columns[rank] for n in self.placement.num_residents],
+            [mine * c for c in columns],
+            "weight",
+            self.name,
+            then,
+        )
+
+    def _blocks(self) -> Tensor:
+        """``[B]`` experts of all residents, rank by rank: what the blocks on the wire are of."""
+        experts = np.concatenate([self.placement.residents(rank) for rank in self._ranks])
+        return to_device(torch.from_numpy(experts), self.state_device)
+
+    @property
+    def _ranks(self) -> range:
+        return range(self.communicator.num_ranks)

@@ -1,0 +1,62 @@
+"""One set of experts inside the strategy, with every MoE layer that uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
+from lightning_swiftmoe.layers.load import in_backward
+from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.parallel.communicator import Pending
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
+from lightning_swiftmoe.placement import Placement
+
+
+class ExpertLayer:
+    """What the engine drives: a placement, residents for computing, and the exchanges that keep them fresh.
+
+    Args:
+        name: of the first MoE layer that uses the experts, in the user's module.
+        moes: those layers by name; several where experts are tied.
+        cluster: the shape they are placed on.
+        hosted: the experts.
+
+    Attributes:
+        before_forward: called before residents are handed out.
+        local_dispatchers: those of a single rank, which hold a placement of their own.
+    """
+
+    def __init__(self, name: str, moes: Mapping[str, MoE], cluster: ClusterShape, hosted: HostedExperts) -> None:
+        self.name = name
+        self.moes = dict(moes)
+        self.cluster = cluster
+        self.hosted = hosted
+        self.placement = hosted.placement
+        self.before_forward: Callable[[], None] = lambda: None
+        self.local_dispatchers: list[LocalDispatcher] = []
+
+    def residents(self) -> Locals:
+        """Weights to compute a forward with; the engine is told, so that it sends them if need be."""
+        if self.hosted.experts.training and not in_backward():
+            self.hosted.count_forward()
+        self.before_forward()
+        return self.hosted.residents()
+
+    def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Choose the placement of the next weight phase; bound state moves there."""
+        self.hosted.move_state(placement, states)
+        self.placement = placement
+
+    def start_weights(self) -> None:
+        """Weight phase, under ``placement``."""
+        for dispatcher in self.local_dispatchers:
+            dispatcher.placement = self.placement
+        self.hosted.start_weights(self.placement)
+
+    def start_gradients(self) -> Pending[Locals]:
+        """Gradient phase."""
+        return self.hosted.start_gradients()

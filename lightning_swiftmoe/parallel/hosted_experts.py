@@ -1,0 +1,301 @@
+"""The experts of one or more MoE layers on several ranks, wherever their optimizer state lives.
+
+*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard. *Residents*
+are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they belong to this
+class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for all;
+``BoundExperts`` keeps them on the hosts of each expert.
+
+Shape suffixes: N ranks, E experts, R residents of this rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.parallel.communicator import Communicator, Pending
+from lightning_swiftmoe.parallel.expert_tensor import local_part, wrap
+from lightning_swiftmoe.parallel.mesh import ExpertMesh
+from lightning_swiftmoe.placement import Placement
+
+Locals = dict[str, Tensor]
+
+
+class HostedExperts(ABC):
+    """Takes over the Parameters of ``experts``; ``restore`` gives them back.
+
+    With one rank whose matrix products run in the Parameters' dtype nothing is taken over: the layer computes with its
+    own Parameters, as without a strategy.
+
+    Args:
+        experts: with canonical weights, the same on every rank.
+        name: of the experts in the user's module.
+        communicator: for expert state.
+        mesh: the same ranks, for what users see; None with one rank.
+        placement: the first placement.
+        num_sharers: ranks that the mean of gradients is over.
+        compute_dtype: dtype of the residents; None keeps that of the Parameters.
+        accumulates: whether gradients of several backwards add up before they are exchanged; they then add up, and
+            travel, in at least fp32. A single one already has the residents' precision and loses nothing.
+        offload: keep Parameters, and with them gradients and optimizer state, on the host.
+        masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        name: str,
+        communicator: Communicator,
+        mesh: ExpertMesh | None,
+        placement: Placement,
+        *,
+        num_sharers: int,
+        compute_dtype: torch.dtype | None = None,
+        accumulates: bool = False,
+        offload: bool = False,
+        masters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.experts = experts
+        self.name = name
+        self.communicator = communicator
+        self.mesh = mesh
+        self.placement = placement
+        self.num_sharers = num_sharers
+        self.accumulates = accumulates
+        self.offload = offload
+        self.originals: dict[str, nn.Parameter] = dict(experts.named_parameters())
+        self.shapes = {key: param.shape for key, param in self.originals.items()}
+        self.dtypes = {key: param.dtype for key, param in self.originals.items()}
+        self.cuts = {key: self._make_cut(shape) for key, shape in self.shapes.items()}
+        self.on_gradient: Callable[[], None] = lambda: None
+        self.parameters = {
+            key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
+            for key, param in self.originals.items()
+        }
+        self._residents = self._make_residents(compute_dtype)
+        self.forwards_since_backward = 0
+        self.forwards_since_step = 0
+        self._gradients: Locals = {}
+        self._held: set[str] = set()
+        self._weights: Pending[None] | None = None
+
+    # -- parameters, as users see them -------------------------------------------------------------------------------
+
+    def withdraw(self) -> None:
+        """Take the Parameters out of the module, so that moving it to a device leaves them where they are."""
+        for key, original in self.originals.items():
+            self.experts.register_parameter(key, None)
+            if self.parameters[key] is not original:
+                original.data = original.data.new_empty(0)
+                original.grad = None
+
+    def install(self) -> None:
+        """Let the module show the Parameters."""
+        for key, param in self.parameters.items():
+            self.experts.register_parameter(key, param)
+
+    def restore(self) -> None:
+        """Give the user's Parameters their full canonical weights back, on every rank. Collective."""
+        for key, original in self.originals.items():
+            param = self.parameters[key]
+            full = self.gather(key, local_part(param.detach()), "setup")
+            assert full is not None
+            original.data = full.to(self.communicator.device, self.dtypes[key])
+            original.grad = None
+            original.requires_grad_(param.requires_grad)
+            self.experts.register_parameter(key, original)
+
+    def local(self, key: str) -> Tensor:
+        """This rank's shard of the weights, without a gradient; shares the Parameter's memory."""
+        return local_part(self.parameters[key].detach())
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the Parameters that want a gradient."""
+        return [key for key, param in self.parameters.items() if param.requires_grad]
+
+    @abstractmethod
+    def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
+        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where not received (``to``)."""
+
+    @abstractmethod
+    def part(self, key: str, canonical: Tensor) -> Tensor:
+        """This rank's shard of a canonical ``[E, rows, cols]`` tensor, in the shape of ``local(key)``."""
+
+    def wrapped(self, key: str, local: Tensor) -> Tensor:
+        """``local``, in the shape of ``local(key)``, as users see it."""
+        return local if self.mesh is None else wrap(local, self.shapes[key], self.mesh)
+
+    # -- residents, for computing ------------------------------------------------------------------------------------
+
+    @property
+    def computes_with_parameters(self) -> bool:
+        """Whether the Parameters are their own residents."""
+        return not self._residents
+
+    def residents(self) -> Locals:
+        """``[>= R, rows, cols]`` weights by resident, experts ascending, once they have arrived."""
+        if self.computes_with_parameters:
+            return dict(self.parameters)
+        if self._weights is not None:
+            self._weights.wait()
+            self._weights = None
+        return self._residents
+
+    def count_forward(self) -> None:
+        """Take note of a training forward with the residents."""
+        self.forwards_since_backward += 1
+        self.forwards_since_step += 1
+
+    def start_weights(self, placement: Placement) -> None:
+        """Weight phase: every shard starts on its way to all hosts of its expert under ``placement``, now in force."""
+        self.placement = placement
+        for key, resident in self._residents.items():
+            resident.requires_grad_(self.parameters[key].requires_grad)
+        if not self._residents:
+            return
+        if self.communicator.num_ranks > 1:
+            self._weights = self._start_weights()
+        else:
+            self._copy_weights()
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_all_gradients(self) -> bool:
+        """Whether autograd has delivered the gradient of every trainable resident."""
+        return all(key in self._gradients for key in self.trainable)
+
+    @property
+    def wants_exchange(self) -> bool:
+        """Whether the gradient phase has work here: a structural fact, the same on every rank whatever its tokens."""
+        return self.forwards_since_step > 0 and bool(self.trainable)
+
+    def start_gradients(self) -> Pending[Locals]:
+        """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
+        grads = {key: self._take_gradient(key) for key in self.trainable}
+        if self.communicator.num_ranks > 1:
+            return self._start_gradients(grads)
+        return Pending(lambda: {key: self._as_local(key, grad) for key, grad in grads.items()})
+
+    def add_gradients(self, totals: Locals) -> None:
+        """What ``start_gradients`` brought joins the gradients of the Parameters: something may be there already."""
+        for key, total in totals.items():
+            param = self.parameters[key]
+            if param.grad is None:
+                param.grad = self.wrapped(key, total)
+            else:
+                local_part(param.grad).add_(total)
+
+    def drop_gradients(self) -> None:
+        """Forget what was not exchanged."""
+        self._gradients.clear()
+        self._held.clear()
+
+    def hold_place(self) -> None:
+        """A zero gradient stands in for those that wait to be exchanged: whoever removes it drops them too."""
+        for key in self._gradients:
+            param = self.parameters[key]
+            self._held.add(key)
+            if param.grad is None:
+                param.grad = self.wrapped(key, torch.zeros_like(self.local(key)))
+
+    # -- what the place of the state decides -------------------------------------------------------------------------
+
+    @abstractmethod
+    def move_state(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Migration phase: bring Parameters and their optimizer state to the owners under ``placement``.
+
+        Args:
+            placement: the next one; ``start_weights`` with it follows.
+            states: ``optimizer.state`` of the optimizer that steps on them.
+        """
+
+    @abstractmethod
+    def _make_cut(self, shape: torch.Size) -> Any:
+        """Who owns what of a parameter ``[E, rows, cols]``."""
+
+    @abstractmethod
+    def _start_gradients(self, grads: Locals) -> Pending[Locals]:
+        """``start_gradients`` with several ranks, of gradients ``[>= R, rows, cols]``."""
+
+    @abstractmethod
+    def _start_weights(self) -> Pending[None]:
+        """``start_weights`` with several ranks, under ``self.placement``."""
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _make_parameter(self, key: str, canonical: Tensor) -> nn.Parameter:
+        """At least fp32: low-precision weights would swallow small updates."""
+        original = self.originals[key]
+        dtype = torch.promote_types(canonical.dtype, torch.float32)
+        local = self.part(key, canonical).to(self.state_device, dtype, copy=True).contiguous()
+        if self.mesh is None:
+            original.data = self.pinned(local)
+            return original
+        return nn.Parameter(self.wrapped(key, self.pinned(local)), requires_grad=original.requires_grad)
+
+    @property
+    def state_device(self) -> torch.device:
+        """Where Parameters and their state are."""
+        return torch.device("cpu") if self.offload else self.communicator.device
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """Host memory that a GPU reads at full speed, where one will."""
+        return tensor.pin_memory() if self.offload and self.communicator.device.type == "cuda" else tensor
+
+    def _make_residents(self, compute_dtype: torch.dtype | None) -> Locals:
+        narrow = any(dtype != self.local(key).dtype for key, dtype in self.dtypes.items())
+        if self.communicator.num_ranks == 1 and not self.offload and not narrow:
+            return {}
+        rows = min(self.placement.slots_per_rank, self.placement.num_experts)
+        residents = {}
+        for key, shape in self.shapes.items():
+            dtype = self.dtypes[key]
+            if compute_dtype is not None and dtype == torch.float32:
+                dtype = compute_dtype
+            resident = torch.zeros(rows, *shape[1:], dtype=dtype, device=self.communicator.device)
+            resident.requires_grad_()
+            resident.register_post_accumulate_grad_hook(partial(self._after_backward, key))
+            residents[key] = resident
+        return residents
+
+    # -- gradients, inside -------------------------------------------------------------------------------------------
+
+    def _after_backward(self, key: str, resident: Tensor) -> None:
+        """Gradients of low-precision residents add up in fp32, not in their own precision."""
+        grad, resident.grad = resident.grad, None
+        assert grad is not None
+        if key in self._held and self.parameters[key].grad is None:
+            self._gradients.pop(key)
+        self._held.discard(key)
+        earlier = self._gradients.get(key)
+        if self.accumulates or earlier is not None:
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        self._gradients[key] = grad if earlier is None else earlier + grad
+        self.on_gradient()
+
+    def _take_gradient(self, key: str) -> Tensor:
+        """This rank's gradient by resident. Where the loss never reached the layer it is zero: others wait for it."""
+        grad = self._gradients.pop(key, None)
+        if grad is not None:
+            return grad
+        resident = self._residents[key]
+        dtype = torch.promote_types(resident.dtype, torch.float32) if self.accumulates else resident.dtype
+        return torch.zeros_like(resident, dtype=dtype, requires_grad=False)
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for key, resident in self._residents.items():
+            resident.copy_(self.local(key), non_blocking=True)
+
+    def _as_local(self, key: str, grad: Tensor) -> Tensor:
+        """One rank: residents are the experts in order and the shard is the whole, so nothing needs to move."""
+        local = self.local(key)
+        return (grad / self.num_sharers if self.num_sharers > 1 else grad).to(local.device, local.dtype)

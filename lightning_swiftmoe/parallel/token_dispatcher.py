@@ -1,0 +1,118 @@
+"""Brings tokens to experts that sit in slots on several ranks, and results back.
+
+``HostDispatcher`` plans on the host, from counts that are read there: for ranks whose tokens are in host memory, and for any
+device and dtype.
+
+Shape suffixes: T tokens, D hidden size, E experts, K top-k, N ranks, R rows received.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.router import Routing
+from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.placement import CapacityScope, kept_counts, plan_dispatch
+from lightning_swiftmoe.placement.placement import IntArray
+
+
+class HostDispatcher:
+    """Plans on the host; rows travel in one all-to-all each way.
+
+    Args:
+        layer: whose experts.
+        communicator: for tokens.
+        name: of the MoE layer, for error messages.
+        capacity_scope: whose assignments an expert's capacity counts.
+    """
+
+    def __init__(
+        self, layer: ExpertLayer, communicator: Communicator, name: str, capacity_scope: CapacityScope = "cluster"
+    ) -> None:
+        self.layer = layer
+        self.communicator = communicator
+        self.name = name
+        self.capacity_scope = capacity_scope
+        self.num_processes = communicator.num_ranks
+
+    @torch.compiler.disable  # decides on the host, and communicates
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        idx, rank = routing.topk_idx, self.communicator.rank
+        counts = self.communicator.gather_counts(routing.counts, self.name)
+        counts_host = counts.cpu().numpy()
+        placement = self.layer.placement
+        kept = kept_counts(counts_host, placement, capacity_factor, self.capacity_scope)
+        plan = plan_dispatch(kept, placement, rank)
+        order = send_order(idx.reshape(-1), counts_host[rank], plan.send)
+
+        rows = x_TD.to(compute_dtype(x_TD))[order // idx.shape[1]]
+        send, recv = plan.send.sum(axis=1).tolist(), plan.recv.sum(axis=1).tolist()
+        arrived_RD = self.communicator.move_rows(rows, send, recv, "dispatch", self.name)
+        resident = resident_of_row(plan.recv, placement.residents(rank), idx.device)
+        ones = torch.ones_like(resident[:, None], dtype=torch.float32)
+        done_RD = experts(arrived_RD, resident[:, None], ones, self.layer.residents())
+        back = self.communicator.move_rows(done_RD, recv, send, "combine", self.name)
+        y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
+        return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
+
+
+def send_order(idx: Tensor, counts: IntArray, send: IntArray) -> Tensor:
+    """Numbers of the kept assignments in the order they are sent: by host, then expert, then position in the batch.
+
+    Example: ``idx = [1, 0, 1]``, one assignment of expert 1 to each of two hosts, expert 0 to host 0, gives
+    ``[1, 0, 2]``.
+
+    Args:
+        idx: ``[n]`` expert of each local assignment.
+        counts: ``[E]`` local assignments of each expert.
+        send: ``[N, E]`` how many go to each host.
+    """
+    by_expert = torch.sort(idx, stable=True).indices
+    first = np.cumsum(counts) - counts + np.cumsum(send, axis=0) - send
+    return by_expert[concatenated_ranges(first.ravel(), send.ravel(), idx.device)]
+
+
+def concatenated_ranges(starts: IntArray, lengths: IntArray, device: torch.device) -> Tensor:
+    """``[start_0, start_0 + 1, ..., start_1, ...]``: ranges of the given starts and lengths, one after the other."""
+    total = int(lengths.sum())
+    shift = torch.from_numpy(starts - (np.cumsum(lengths) - lengths)).to(device)
+    repeats = torch.from_numpy(np.ascontiguousarray(lengths)).to(device)
+    return torch.repeat_interleave(shift, repeats, output_size=total) + torch.arange(total, device=device)
+
+
+def resident_of_row(recv: IntArray, residents: IntArray, device: torch.device) -> Tensor:
+    """``[R]`` resident number of each arriving row, in arrival order: by source, then expert.
+
+    Args:
+        recv: ``[N, E]`` rows of each expert from each source.
+        residents: experts on this rank, ascending.
+    """
+    here = recv[:, residents]
+    numbers = torch.arange(residents.size).repeat(here.shape[0]).to(device)
+    repeats = torch.from_numpy(np.ascontiguousarray(here).ravel()).to(device)
+    return torch.repeat_interleave(numbers, repeats, output_size=int(here.sum()))
+
+
+def combine(rows: Tensor, order: Tensor, weights_TK: Tensor) -> Tensor:
+    """``[T, D]`` weighted sum of each token's results; dropped assignments count as zero.
+
+    Args:
+        rows: ``[n, D]`` results in send order.
+        order: ``[n]`` assignment of each row, all different.
+        weights_TK: gate weights; sums are taken in their dtype.
+    """
+    num_tokens, top_k = weights_TK.shape
+    placed = rows.new_zeros(num_tokens * top_k, rows.shape[1]).index_copy(0, order, rows)
+    return (placed.view(num_tokens, top_k, rows.shape[1]) * weights_TK[..., None]).sum(dim=1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products of ``x`` run in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
