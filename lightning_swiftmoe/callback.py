@@ -55,6 +55,11 @@ class ExpertRebalancer(Callback):
     # -- called by whoever makes the engine --------------------------------------------------------------------------
 
     @property
+    def engine(self) -> ExpertEngine | None:
+        """Whose steps are logged; it exists inside ``fit``."""
+        return self._engine
+
+    @property
     def state(self) -> EngineState:
         """Of the engine; before there is one, what a checkpoint said."""
         return self._state if self._engine is None else self._engine.state()

@@ -34,7 +34,12 @@ from lightning_swiftmoe.checkpoint.full import (
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
-from lightning_swiftmoe.optim import check_optimizers, on_local_tensors, use_installed_parameters
+from lightning_swiftmoe.optim import (
+    check_optimizers,
+    on_local_tensors,
+    use_installed_parameters,
+    use_original_parameters,
+)
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
@@ -101,6 +106,7 @@ class SwiftMoEStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._failed = False
+        self._experts = {}
         trainer = model.trainer
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -258,7 +264,7 @@ class SwiftMoEStrategy(DDPStrategy):
         """Canonical weights. While fitting this is collective, and only rank 0 receives the experts."""
         state = super().lightning_module_state_dict()
         self._refuse_after_failure()
-        return full_weights(state, self._experts)
+        return state if self.engine is None else full_weights(state, self._experts)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -283,7 +289,20 @@ class SwiftMoEStrategy(DDPStrategy):
         """Canonical state: what one process without a strategy would have saved. Collective; complete on rank 0."""
         self._refuse_after_failure()
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return full_optimizer_state(optimizer, owners(self._experts))
+        with self._ranks_after_fit():
+            return full_optimizer_state(optimizer, owners(self._experts))
+
+    @contextmanager
+    def _ranks_after_fit(self) -> Iterator[None]:
+        """Optimizer state is still sharded after ``fit``, but its process groups are gone: make some for the moment."""
+        if self.engine is not None or not self._experts:
+            yield
+            return
+        parallelism = Parallelism.on(self.root_device, self._timeout)
+        for hosted in self._experts.values():
+            hosted.communicator = parallelism.state
+        yield
+        parallelism.close()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -311,13 +330,14 @@ class SwiftMoEStrategy(DDPStrategy):
             self._rebalancer.leave()
             for hosted in dict.fromkeys(self._experts.values()):
                 hosted.restore()
+            for optimizer in self.optimizers:
+                use_original_parameters(optimizer, self._experts.values())
             for moe in moe_layers(self._module).values():
                 moe.detach()
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
             parallelism.close()
         self.engine = None
         self.parallelism = None
-        self._experts = {}
         super().teardown()
 
     # -- helpers -----------------------------------------------------------------------------------------------------

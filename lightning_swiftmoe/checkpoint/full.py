@@ -16,8 +16,13 @@ Owner = tuple[HostedExperts, str]
 
 
 def owners(experts: Mapping[str, HostedExperts]) -> dict[nn.Parameter, Owner]:
-    """Whose every expert Parameter is."""
-    return {param: (hosted, key) for hosted in experts.values() for key, param in hosted.parameters.items()}
+    """Whose every expert Parameter is: the sharded one in ``fit``, the user's own one afterwards."""
+    return {
+        param: (hosted, key)
+        for hosted in experts.values()
+        for params in (hosted.originals, hosted.parameters)
+        for key, param in params.items()
+    }
 
 
 def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_swiftmoe.optim.elementwise import check_elementwise
@@ -68,11 +67,11 @@ def _sharded_state(optimizer: Optimizer, state: dict[str, Any], hosted: HostedEx
     return result
 
 
-def initial_parameters(experts: Iterable[HostedExperts]) -> list[nn.Parameter]:
-    """The canonical Parameters that the sharded ones stand for."""
-    return [param for hosted in experts for param in hosted.originals.values()]
-
-
-def has_hooks(param: torch.Tensor) -> bool:
-    """Whether somebody waits for the gradient of ``param`` by a hook."""
-    return bool(param._backward_hooks) or bool(getattr(param, "_post_accumulate_grad_hooks", None))
+def use_original_parameters(optimizer: Optimizer, experts: Iterable[HostedExperts]) -> None:
+    """After ``fit`` the optimizer holds the user's own Parameters again; its state stays sharded until it is saved."""
+    originals = {param: hosted.originals[key] for hosted in experts for key, param in hosted.parameters.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [originals.get(param, param) for param in group["params"]]
+    for param, original in originals.items():
+        if param is not original and param in optimizer.state:
+            optimizer.state[original] = optimizer.state.pop(param)

@@ -110,6 +110,9 @@ class HostedExperts(ABC):
             original.grad = None
             original.requires_grad_(param.requires_grad)
             self.experts.register_parameter(key, original)
+        self._residents = {}
+        self._weights = None
+        self._gradients = {}
 
     def local(self, key: str) -> Tensor:
         """This rank's shard of the weights, without a gradient; shares the Parameter's memory."""

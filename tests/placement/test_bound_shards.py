@@ -53,7 +53,7 @@ def test_plan_by_hand():
 @pytest.mark.parametrize("shape", [(3, 2, 4), (5, 3, 6), (2, 4, 3)])
 def test_every_element_once_from_its_owner(shape, num_elements):
     maps = [BoundShards(num_elements, p) for p in random_placements(shape)]
-    maps.append(EvenMap(EvenShards(num_elements, shape[0])))
+    maps.append(EvenMap(EvenShards(num_elements, 1, shape[0])))
     for here in maps:
         for there in maps:
             owner, target = (np.full((shape[2], num_elements), -1) for _ in range(2))
@@ -74,7 +74,7 @@ def test_every_element_once_from_its_owner(shape, num_elements):
 
 
 def test_even_shards_never_move():
-    shards = EvenShards(17, 4)
+    shards = EvenShards(17, 1, 4)
     even = EvenMap(shards)
     assert [i[1:] for i in even.intervals(0)] == [shards.interval(r) for r in range(4)]
     assert moved_elements(transfer_plan(even, even, range(3)), 4)[0].sum() == 0

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.cli._measured import received_payload
-from lightning_swiftmoe.exchange import Exchange
+from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.placement import EvenShards
 from tests.jobs import Job, Net, data, our_trainer, sgd
 from tests.ranks import run_ranks
 
@@ -15,20 +17,14 @@ pytestmark = pytest.mark.distributed
 
 
 class Recorder(pl.Callback):
-    """Every step as the rebalancer hears of it."""
+    """Every step as the engine tells of it."""
 
-    def __init__(self, rebalancer="ExpertRebalancer"):
-        self.steps, self.rebalancer = [], rebalancer
+    def __init__(self):
+        self.steps = []
 
-    def setup(self, trainer, pl_module, stage):
-        rebalancer = next(c for c in trainer.callbacks if type(c).__name__ == self.rebalancer)
-        end_step = rebalancer.end_step
-
-        def record(step):
-            self.steps.append(step)
-            end_step(step)
-
-        rebalancer.end_step = record
+    def on_train_start(self, trainer, pl_module):
+        rebalancer = next(c for c in trainer.callbacks if isinstance(c, ExpertRebalancer))
+        rebalancer.engine.observers.append(self.steps.append)
 
 
 def record(job):
@@ -42,13 +38,16 @@ def record(job):
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_closed_formulas(num_ranks):
     job = Job(num_experts=5, slots=3, policy="random", optimizer=sgd)
-    elements = [5 * 6, 6 * 5]  # up and down projection of one expert
-    chunk = sum(-(-p // num_ranks) for p in elements)
+    matrices = [(5, 6), (6, 5)]  # rows and columns of one expert's up and down projection
+    cuts = [EvenShards(*matrix, num_ranks) for matrix in matrices]
     for rank, steps in run_ranks(num_ranks, record, job):
-        for step in steps[1:]:
-            gradient = sum(layer.placement.residents(rank).size * (num_ranks - 1) * chunk * 8 for layer in step.layers)
+        others = sum(cut.num_elements - cut.size(rank) for cut in cuts)
+        mine = sum(cut.size(rank) for cut in cuts)
+        for step in steps[1:-1]:
+            gradient = sum(layer.placement.residents(rank).size * others * 8 for layer in step.layers)
+            # Sent when the step began, to where the one before it put the experts.
             weight = sum(
-                sum(layer.next_placement.residents(j).size for j in range(num_ranks) if j != rank) * chunk * 8
+                sum(layer.placement.residents(j).size for j in range(num_ranks) if j != rank) * mine * 8
                 for layer in step.layers
             )
             load = len(step.layers) * (num_ranks - 1) * 5 * 8
@@ -73,21 +72,21 @@ def test_never_above_the_published_volume(num_ranks):
 
 
 def exchange_much(num_bytes):
-    exchange = Exchange(dist.group.WORLD)
-    rank, n = exchange.rank, exchange.num_ranks
+    communicator = Communicator(dist.group.WORLD)
+    rank, n = communicator.rank, communicator.num_ranks
     rng = np.random.default_rng(5)
     counts = rng.integers(1, 5, size=(n, n))  # rows from i to j, uneven
     rows = torch.randn(int(counts[rank].sum()), num_bytes // 80, dtype=torch.float64)
     send, recv = counts[rank].tolist(), counts[:, rank].tolist()
-    exchange.all_to_all(rows[:, :1].contiguous(), send, recv, "weight", "warm up")
-    exchange.pop_traffic()
+    communicator.all_to_all(rows[:, :1].contiguous(), send, recv, "weight", "warm up")
+    communicator.meter.pop()
     dist.barrier()
     before = received_payload()
     dist.barrier()
-    exchange.all_to_all(rows, send, recv, "weight", "test")
+    communicator.all_to_all(rows, send, recv, "weight", "test")
     dist.barrier()
     arrived = (sum(recv) - recv[rank]) * rows[0].nbytes
-    return exchange.pop_traffic()["weight"].sent_bytes, arrived, received_payload() - before
+    return communicator.meter.pop()["weight"].sent_bytes, arrived, received_payload() - before
 
 
 def test_the_operating_system_counts_the_same():

@@ -22,7 +22,7 @@ def train_recorded(job):
 
 
 def train_virtually(job, num_ranks):
-    recorder = Recorder("VirtualCluster")
+    recorder = Recorder()
     virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy)
     trainer, module = make_trainer(job, callbacks=[recorder, virtual]), Net(job)
     trainer.fit(module.double(), data(job))
