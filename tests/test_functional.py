@@ -9,12 +9,14 @@ from torch import Tensor
 from lightning_swiftmoe.functional import (
     activation_names,
     expert_mlp,
+    gather_shards,
     is_gated,
     pack_shards,
     place_shards,
     route_tokens,
     sum_shards,
 )
+from lightning_swiftmoe.placement import EvenShards
 
 ELEMENTWISE = {
     "silu": torch.nn.functional.silu,
@@ -198,35 +200,51 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         expert_mlp(*args.values())
 
 
-@pytest.mark.parametrize(("num_elements", "num_ranks"), [(10, 3), (12, 4), (1, 4), (7, 1), (5, 8)])
-def test_pack_then_place_is_the_identity(num_elements: int, num_ranks: int) -> None:
-    grads = torch.randn(3, num_elements)
-    blocks = pack_shards(grads, num_ranks)
-    size = -(-num_elements // num_ranks)
-    assert blocks.shape == (num_ranks, 3, size)
-    flat = torch.nn.functional.pad(grads, (0, num_ranks * size - num_elements))
+@pytest.mark.parametrize("shapes", [[(10, 1)], [(5, 6), (6, 5)], [(1, 3), (7, 2)]])
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 8])
+def test_pack_then_place_is_the_identity(shapes: list[tuple[int, int]], num_ranks: int) -> None:
+    bounds = [EvenShards(*shape, num_ranks).bounds for shape in shapes]
+    grads = [torch.randn(3, rows * cols) for rows, cols in shapes]
+    wire = pack_shards(grads, bounds)
+    sent = []
     for rank in range(num_ranks):
-        torch.testing.assert_close(blocks[rank], flat[:, rank * size : (rank + 1) * size], rtol=0, atol=0)
-    torch.testing.assert_close(place_shards(blocks, num_elements), grads, rtol=0, atol=0)
+        parts = [grad[:, bound[rank] : bound[rank + 1]] for grad, bound in zip(grads, bounds, strict=True)]
+        sent.append(torch.cat(parts, dim=1).flatten())
+    torch.testing.assert_close(wire, torch.cat(sent), rtol=0, atol=0)
+    placed = [torch.full_like(grad, float("nan")) for grad in grads]
+    place_shards(wire, placed, bounds)
+    for one, other in zip(placed, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_shards_cast_on_the_way() -> None:
+    bounds = [(0, 5, 9)]
     grads = torch.randn(2, 9)
-    assert pack_shards(grads, 2, torch.bfloat16).dtype == torch.bfloat16
-    placed = place_shards(pack_shards(grads, 2), 9, torch.bfloat16)
+    placed = torch.empty(2, 9, dtype=torch.bfloat16)
+    place_shards(pack_shards([grads], bounds), [placed], bounds)
     torch.testing.assert_close(placed, grads.bfloat16(), rtol=0, atol=0)
+
+
+def test_gather_shards_puts_parameters_side_by_side() -> None:
+    shards = [torch.randn(3, 2), torch.randn(3, 4)]
+    sent = gather_shards(shards, torch.tensor([2, 0, 2]), torch.bfloat16)
+    expected = torch.cat([shard[[2, 0, 2]] for shard in shards], dim=1).bfloat16()
+    torch.testing.assert_close(sent, expected, rtol=0, atol=0)
 
 
 def test_sum_shards_adds_wide_and_in_source_order() -> None:
     # In fp32, (1 + 2**-24) + 2**-24 is 1, but 2**-24 + 2**-24 + 1 is not: the order shows.
     tiny = 2.0**-24
     blocks = torch.tensor([[1.0, tiny], [5.0, 5.0], [tiny, tiny], [tiny, 1.0]])
-    total = sum_shards(blocks, torch.tensor([2, 0, 2, 2]), 4)
+    (total,) = sum_shards(blocks, [2], torch.tensor([2, 0, 2, 2]), 4)
     assert total[2].tolist() == [1.0, 1.0 + 2 * tiny]
     assert total[0].tolist() == [5.0, 5.0]
     assert not total[[1, 3]].any()
+    left, right = sum_shards(blocks, [1, 1], torch.tensor([2, 0, 2, 2]), 4, scale=0.5)
+    assert torch.equal(torch.cat([left, right], dim=1), total / 2)
     # bf16 blocks are added in fp32: 256 + 1 is not a bf16 number, but it is the sum.
-    assert sum_shards(torch.tensor([[256.0], [1.0]]).bfloat16(), torch.tensor([0, 0]), 1).item() == 257.0
+    (wide,) = sum_shards(torch.tensor([[256.0], [1.0]]).bfloat16(), [1], torch.tensor([0, 0]), 1)
+    assert wide.item() == 257.0
 
 
 def test_router_by_hand():

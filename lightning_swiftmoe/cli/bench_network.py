@@ -38,8 +38,8 @@ from lightning_swiftmoe.cli._hydra import one_line
 from lightning_swiftmoe.cli._namespaces import address, run_on_links, sent_bytes, why_not
 from lightning_swiftmoe.cli._scenario import shape_of
 from lightning_swiftmoe.data import StdlibSource, TextData
-from lightning_swiftmoe.exchange import Exchange
 from lightning_swiftmoe.models import GPTConfig, GPTModule
+from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.placement import get_policy
 from lightning_swiftmoe.simulate import (
     Coefficient,
@@ -71,7 +71,7 @@ class Setting:
         num_ranks, slots_per_rank, num_experts, num_layers, hidden_size, ffn_size: sizes.
         seq_len, batch_size: tokens of a sequence; sequences of one step over all ranks.
         warmup, steps: steps left out, and steps measured.
-        receives_first: exchange with all receives posted before the sends; False: as ``Exchange`` does, with gloo's
+        receives_first: exchange with all receives posted before the sends; False: as ``Communicator`` does, with gloo's
             ``all_to_all_single``, in which the two directions between a pair of ranks mostly take turns.
         output: JSON file for all numbers.
     """
@@ -182,7 +182,10 @@ class _Watch(ExpertRebalancer):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(trainer.strategy, SwiftMoEStrategy)
-        self.link = time_link(trainer.strategy.exchange)
+        assert trainer.strategy.parallelism is not None
+        assert self.engine is not None
+        self.link = time_link(trainer.strategy.parallelism.state)
+        self.engine.observers.append(self._keep)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -192,8 +195,7 @@ class _Watch(ExpertRebalancer):
             self.wire_bytes -= sent_bytes(_DEVICE)
         self._start = time.perf_counter()
 
-    def end_step(self, step: Step) -> None:
-        super().end_step(step)
+    def _keep(self, step: Step) -> None:
         moved = step.traffic
         self.phase_s.append(
             {
@@ -238,16 +240,16 @@ def receives_first(
         work.wait()
 
 
-def time_link(exchange: Exchange, partner_bytes: int = 256 * 1024, repeats: int = 12) -> Link:
+def time_link(communicator: Communicator, partner_bytes: int = 256 * 1024, repeats: int = 12) -> Link:
     """Exchanges and all-reduces back to back, as layers follow each other in a step; so many bytes for each partner.
 
     Every rank calls it, and all get the slowest rank's times, which are what the model asks for.
     """
-    rank, num_ranks = exchange.rank, exchange.num_ranks
+    rank, num_ranks = communicator.rank, communicator.num_ranks
     row = torch.zeros(1, partner_bytes // 4)
 
     def all_to_all(send: list[int], recv: list[int]) -> None:
-        exchange.all_to_all(row.expand(sum(send), -1), send, recv, "setup", "calibration")
+        communicator.all_to_all(row.expand(sum(send), -1), send, recv, "setup", "calibration")
 
     def seconds(work: Callable[[], Any]) -> float:
         dist.barrier()
@@ -263,7 +265,7 @@ def time_link(exchange: Exchange, partner_bytes: int = 256 * 1024, repeats: int 
     one_way_s = seconds(lambda: all_to_all(ones if rank == 0 else zeros, [1, *zeros[1:]]))
     exchange_s = seconds(lambda: all_to_all(ones, ones))
     all_reduce_s = seconds(lambda: dist.all_reduce(row.repeat(num_ranks, 1)))
-    exchange.pop_traffic()
+    communicator.meter.pop()
     sent_bytes = (num_ranks - 1) * partner_bytes
     return Link(sent_bytes / one_way_s, sent_bytes / exchange_s, 2 * sent_bytes / all_reduce_s)
 

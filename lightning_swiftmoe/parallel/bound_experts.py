@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.parallel.communicator import Pending
-from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.expert_tensor import local_part, replace_local
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.bound_shards import BoundShards, Piece
@@ -54,9 +54,9 @@ class BoundExperts(HostedExperts):
             moved = [self.pinned(old.new_empty(there.size(self.communicator.rank))) for old in held]
             moves += [_Move(old, new, here, there, plan) for old, new in zip(held, moved, strict=True)]
             param.grad = None
-            weights, *moments = (self.wrapped(key, new.view(1, -1, 1)) for new in moved)
-            param.data = weights
-            state.update(zip(names[key], moments, strict=True))
+            weights, *moments = (new.view(1, -1, 1) for new in moved)
+            replace_local(param, weights)
+            state.update({name: self.wrapped(key, new) for name, new in zip(names[key], moments, strict=True)})
         self._migrate(moves)
 
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:

@@ -69,6 +69,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def replace_local(tensor: Tensor, local: Tensor) -> None:
+    """Let this rank hold other elements, in another number, of the same canonical tensor."""
+    assert isinstance(tensor, ExpertTensor)
+    tensor._local_tensor = local
+
+
 def _norms(tensors: list[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
     """``torch._foreach_norm`` of plain and sharded tensors, with one all-reduce for all of them.
 

@@ -11,18 +11,25 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, route_tokens, sum_shards
+from lightning_swiftmoe.functional import (
+    expert_mlp,
+    gather_shards,
+    pack_shards,
+    place_shards,
+    route_tokens,
+    sum_shards,
+)
 from lightning_swiftmoe.kernels import portable
 from lightning_swiftmoe.kernels import rows as row_kernels
 from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
-from lightning_swiftmoe.kernels.router import route_tokens_reference
-from lightning_swiftmoe.kernels.shards import (
+from lightning_swiftmoe.kernels.expert_shards import (
+    gather_shards_reference,
     pack_shards_reference,
-    place_shards_reference,
-    shard_size,
     sum_shards_reference,
 )
+from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
+from lightning_swiftmoe.kernels.router import route_tokens_reference
+from lightning_swiftmoe.placement import EvenShards
 
 
 def random_routing(tokens: int, top_k: int, experts: int, drop: float = 0.1) -> Tensor:
@@ -174,16 +181,27 @@ def check_router(tokens: int, experts: int, top_k: int, score: str, normalize: b
     assert (ours.grad.double() - oracle.grad).norm() <= 2e-6 * oracle.grad.norm()
 
 
-def check_shards(residents: int, elements: int, ranks: int) -> None:
-    grads = torch.randn(residents, elements)
-    blocks = pack_shards(grads, ranks, torch.float64)
-    assert torch.equal(blocks, pack_shards_reference(grads, ranks, torch.float64))
-    placed = place_shards(blocks, elements, torch.float32)
-    assert torch.equal(placed, grads)
-    assert torch.equal(placed, place_shards_reference(blocks, elements, torch.float32))
-    received = torch.randn(7, shard_size(elements, ranks))
-    experts = torch.tensor([2, 0, 2, 2, 4, 0, 2])
-    assert torch.equal(sum_shards(received, experts, 5), sum_shards_reference(received, experts, 5, torch.float32))
+def check_shards(residents: int, shapes: list[tuple[int, int]], ranks: int) -> None:
+    bounds = shard_bounds(shapes, ranks)
+    grads = [torch.randn(residents, rows * cols) for rows, cols in shapes]
+    wire = pack_shards(grads, bounds)
+    assert torch.equal(wire, pack_shards_reference(grads, bounds))
+    placed = [torch.full_like(grad, float("nan")) for grad in grads]
+    place_shards(wire, placed, bounds)
+    assert all(torch.equal(one, other) for one, other in zip(placed, grads, strict=True))
+    ids = torch.tensor([2, 0, 2, 2, 4, 0, 2])
+    sizes = [bound[1] for bound in bounds]
+    shards = [torch.randn(5, size) for size in sizes]
+    sent = gather_shards(shards, ids, torch.float64)
+    assert torch.equal(sent, gather_shards_reference(shards, ids, torch.float64))
+    received = torch.randn(7, sum(sizes))
+    got = sum_shards(received, sizes, ids, 5, 0.5)
+    want = sum_shards_reference(received, sizes, ids, 5, 0.5, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def shard_bounds(shapes: list[tuple[int, int]], ranks: int) -> list[tuple[int, ...]]:
+    return [EvenShards(rows, cols, ranks).bounds for rows, cols in shapes]
 
 
 CHECKS = {
@@ -204,7 +222,7 @@ CHECKS = {
         for tokens, experts, top_k in ((1, 1, 1), (300, 16, 1), (70, 60, 4))
         for score, normalize, biased in (("softmax", False, False), ("softmax", True, True), ("sigmoid", True, True))
     ],
-    "shards": lambda: [check_shards(3, 10, 3), check_shards(2, 5, 8)],
+    "shards": lambda: [check_shards(3, [(5, 2), (4, 3)], 3), check_shards(2, [(5, 1)], 8)],
 }
 
 if __name__ == "__main__":

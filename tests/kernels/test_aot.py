@@ -16,12 +16,12 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from lightning_swiftmoe.kernels import (  # noqa: E402
     activations_triton,
+    expert_shards_triton,
     gemm_hopper,
     gemm_triton,
     router_triton,
     routing_triton,
     rows_triton,
-    shards_triton,
 )
 
 TARGETS = {
@@ -102,14 +102,20 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"TOP_K": 8, "BINS": 128, "BLOCK": 8, "SIGMOID": True, "NORMALIZE": True},
         4,
     ),
-    (shards_triton.pack_shards_kernel, {"grads": WIDE, "out": ROWS}, {"BLOCK": 1024}, 4),
+    (expert_shards_triton.wire_kernel, {"rows": WIDE, "wire": ROWS}, {"TO_WIRE": True, "BLOCK": 2048}, 4),
+    (expert_shards_triton.wire_kernel, {"rows": ROWS, "wire": ROWS}, {"TO_WIRE": False, "BLOCK": 2048}, 4),
     (
-        shards_triton.sum_shards_kernel,
-        {"blocks": ROWS, "expert_ids": "*i64", "out": WIDE},
-        {"WIDE": triton.language.float32, "BLOCK": 1024},
+        expert_shards_triton.gather_kernel,
+        {"shard": WIDE, "expert_ids": "*i64", "out": ROWS},
+        {"BLOCK": 2048},
         4,
     ),
-    (shards_triton.place_shards_kernel, {"blocks": WIDE, "out": ROWS}, {"BLOCK": 1024}, 4),
+    (
+        expert_shards_triton.sum_kernel,
+        {"blocks": ROWS, "expert_ids": "*i64", "total": WIDE, "scale": "fp32"},
+        {"WIDE": triton.language.float32, "BLOCK": 2048},
+        4,
+    ),
 ]
 
 
@@ -227,6 +233,14 @@ def test_hopper_kernels_compile(case: tuple, tmp_path: Path) -> None:
 
 def test_every_kernel_is_compiled() -> None:
     """A new `*_kernel` must join the lists above."""
-    modules = (activations_triton, gemm_hopper, gemm_triton, router_triton, routing_triton, rows_triton, shards_triton)
+    modules = (
+        activations_triton,
+        gemm_hopper,
+        gemm_triton,
+        router_triton,
+        routing_triton,
+        rows_triton,
+        expert_shards_triton,
+    )
     known = {case[0].__name__ for case in (*PORTABLE, *HOPPER)}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.functional import (
     expert_mlp,
+    gather_shards,
     is_gated,
     pack_shards,
     place_shards,
@@ -13,9 +14,14 @@ from lightning_swiftmoe.functional import (
     sum_shards,
 )
 from lightning_swiftmoe.kernels import dispatch, reference
+from lightning_swiftmoe.kernels.expert_shards import (
+    gather_shards_reference,
+    pack_shards_reference,
+    sum_shards_reference,
+)
 from lightning_swiftmoe.kernels.router import route_tokens_reference
 from lightning_swiftmoe.kernels.routing import route_reference
-from lightning_swiftmoe.kernels.shards import pack_shards_reference, place_shards_reference, sum_shards_reference
+from lightning_swiftmoe.placement import EvenShards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -244,12 +250,27 @@ def test_router_matches_fp64(tokens: int, experts: int, top_k: int, score: str, 
 
 @pytest.mark.parametrize(("residents", "elements", "ranks"), [(3, 10, 3), (5, 100_003, 8), (2, 5, 8)])
 def test_shards_match_their_reference(residents: int, elements: int, ranks: int) -> None:
-    grads = torch.randn(residents, elements, device=CUDA)
-    blocks = pack_shards(grads, ranks, torch.bfloat16)
-    assert torch.equal(blocks, pack_shards_reference(grads, ranks, torch.bfloat16))
-    assert torch.equal(
-        place_shards(blocks, elements, torch.float32), place_shards_reference(blocks, elements, torch.float32)
-    )
-    received = torch.randn(9, blocks.shape[2], device=CUDA).bfloat16()
+    bounds = [EvenShards(elements, 2, ranks).bounds, EvenShards(3, elements, ranks).bounds]
+    grads = [torch.randn(residents, bound[-1], device=CUDA) for bound in bounds]
+    wire = pack_shards(grads, bounds)
+    assert torch.equal(wire, pack_shards_reference(grads, bounds))
+    placed = [torch.empty_like(grad, dtype=torch.bfloat16) for grad in grads]
+    place_shards(wire, placed, bounds)
+    assert all(torch.equal(one, other.bfloat16()) for one, other in zip(placed, grads, strict=True))
+    sizes = [bound[1] for bound in bounds]
     experts = torch.tensor([2, 0, 2, 2, 4, 0, 2, 4, 4], device=CUDA)
-    assert torch.equal(sum_shards(received, experts, 6), sum_shards_reference(received, experts, 6, torch.float32))
+    shards = [torch.randn(6, size, device=CUDA) for size in sizes]
+    sent = gather_shards(shards, experts, torch.bfloat16)
+    assert torch.equal(sent, gather_shards_reference(shards, experts, torch.bfloat16))
+    got = sum_shards(sent, sizes, experts, 6, 0.5)
+    want = sum_shards_reference(sent, sizes, experts, 6, 0.5, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_shards_of_an_expert_of_mixtral() -> None:
+    """117 M elements: more blocks than the second axis of a grid may have."""
+    bounds = [EvenShards(28_672, 4_096, 2).bounds]
+    grads = torch.randn(1, bounds[0][-1], device=CUDA, dtype=torch.bfloat16)
+    placed = torch.empty_like(grads)
+    place_shards(pack_shards([grads], bounds), [placed], bounds)
+    assert torch.equal(placed, grads)

@@ -80,8 +80,9 @@ def test_bytes_of_every_phase(num_ranks, optimizer, num_tensors, policy):
                     here, there = BoundShards(size, layer.placement), BoundShards(size, layer.next_placement)
                     residents = layer.placement.residents(rank)
                     gradient += residents.size * size - here.size(rank)
+                    # Sent when the step began, under the placement that was in force in it.
                     weight += sum(
-                        p.num_elements * (there.placement.hosts(e).size - 1) for e, p in there.pieces(rank).items()
+                        p.num_elements * (here.placement.hosts(e).size - 1) for e, p in here.pieces(rank).items()
                     )
                     sent, _ = moved_elements(transfer_plan(here, there, range(5)), num_ranks)
                     migration += num_tensors * sent[rank]
