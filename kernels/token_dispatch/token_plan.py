@@ -87,7 +87,7 @@ class TokenPlan:
     is by host, then expert, then p; arrival order by source, then expert, then p.
 
     As a host: rows `[starts[r], ends[r])` of the padded layout are real and belong to resident r; up to `starts[r + 1]`
-    they are padding. Inside a resident they stand by source rank, then p. `order` and `inverse` tie the padded layout to
+    they are padding. Inside a resident they stand by source rank, then p. `order` and `inverse` tie this layout to
     what arrives, as in a `PaddedRouting` of A tokens with k = 1. In the padded layout rows arrive where they belong:
     A = P, and both are the row itself.
 
