@@ -39,11 +39,12 @@ def box(tensor: Tensor, block: tuple[int, int]) -> Box:
     return Box(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
-def _kind(argument: Any) -> Any:
+def _kind(argument: Any, specialized: bool = True) -> Any:
     """What a compiled kernel depends on: of an integer whether it is 1, a multiple of 16 or wide; of a pointer its
-    type and alignment."""
+    type and alignment. Of an integer that is not specialized, only whether it is wide."""
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument < 2**31
+        wide = argument >= 2**31
+        return (argument == 1, argument % 16 == 0, wide) if specialized else wide
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, Box):
@@ -57,6 +58,8 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[Any, Any] = {}
+        # The interpreter's kernels have no parameters to ask: they compile nothing.
+        self._specialized = [not parameter.do_not_specialize for parameter in getattr(kernel, "params", ())]
 
     def __call__(self, grid: tuple[int, int, int], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         """Launch on the current device and stream.
@@ -68,7 +71,7 @@ class Launcher:
             constants: the kernel's compile-time arguments, in the order of its signature.
         """
         device = next(a for a in args if isinstance(a, Tensor)).device
-        key = (device, num_warps, *constants.values(), *map(_kind, args))
+        key = (device, num_warps, *constants.values(), *map(_kind, args, self._specialized))
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*args, *constants.values())

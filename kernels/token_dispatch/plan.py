@@ -1,0 +1,55 @@
+"""Who sends how many tokens of which expert to whom, and to which row: the plan of a dispatch, made on the device.
+
+Shape legend: N ranks, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+
+
+def plan_tokens(
+    counts: Tensor,
+    multiplicity: Tensor,
+    replicas: Tensor,
+    rank: int,
+    size: PlanSize,
+    capacity: Capacity | None = None,
+) -> TokenPlan:
+    """This rank's plan: the numbers of `placement.kept_counts` and `plan_dispatch`, without the host.
+
+    Three kernels on a GPU, four with a capacity. Neither launches nor compiled forms depend on counts.
+
+    Args:
+        counts: `[N, E]` int64 assignments that every rank routed, before drops.
+        multiplicity: `[N, E]` int32 slots of rank j that hold expert e.
+        replicas: `[E]` int32 slots that hold each expert, at least 1; the sum of multiplicity over ranks.
+        rank: whose plan.
+        size: sizes that are known on the host.
+        capacity: None keeps all.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    num_ranks, num_experts = counts.shape
+    wanted = {"multiplicity": (multiplicity, (num_ranks, num_experts)), "replicas": (replicas, (num_experts,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape or tensor.dtype != torch.int32 or tensor.device != counts.device:
+            raise ValueError(
+                f"{name} must be int32 {list(shape)} on {counts.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    if counts.dtype != torch.int64:
+        raise ValueError(f"counts must be int64, got {counts.dtype}")
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be in 0 .. {num_ranks - 1}, got {rank}")
+    tensors = (counts.contiguous(), multiplicity.contiguous(), replicas.contiguous())
+    if not has_triton() or not (counts.device.type == "cuda" or interpreted()):
+        return plan_tokens_reference(*tensors, rank, size, capacity)
+    from lightning_swiftmoe.kernels.token_dispatch import plan_launch
+
+    with on_device(counts):
+        return plan_launch.plan_tokens(*tensors, rank, size, capacity)

@@ -1,0 +1,148 @@
+"""Launches of the plan's kernels. Grids and constants come from N, E and the `PlanSize` alone, never from counts.
+
+Shape legend: N ranks, E experts, R residents at most, P padded rows, A arrivals at most.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.token_dispatch import plan_triton
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+
+_CHUNK = 512  # ranks that one step of the scan takes
+_LANES = 128  # elements of a scan's tile, where ranks are few
+_BLOCK = 1024  # arrivals cleared by one program
+
+_rank_totals = Launcher(plan_triton.rank_totals_kernel)
+_scan_ranks = Launcher(plan_triton.scan_ranks_kernel)
+_plan_hosts = Launcher(plan_triton.plan_hosts_kernel)
+_name_rows = Launcher(plan_triton.name_rows_kernel)
+
+
+def plan_tokens(
+    counts: Tensor, multiplicity: Tensor, replicas: Tensor, rank: int, size: PlanSize, capacity: Capacity | None
+) -> TokenPlan:
+    """`plan.plan_tokens` in three kernels, four with a capacity."""
+    num_ranks, num_experts = counts.shape
+    ints = torch.empty(10, num_ranks, num_experts, dtype=torch.int32, device=counts.device)
+    kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base = ints.unbind()
+    sums = torch.empty(5, num_ranks, dtype=torch.int64, device=counts.device)
+    totals, rank_load, send_rows, recv_rows, needed_rows = sums.unbind()
+    rows = _row_tensors(size, counts.device)
+    residents, starts, ends, tile_expert, order, inverse = rows
+    bins = triton.next_power_of_2(num_experts)
+    slots = triton.next_power_of_2(size.max_residents + 1)
+    packed = size.layout == "packed"
+
+    if capacity is not None:
+        ranks = max(2048 // bins, 1)
+        _rank_totals(
+            (triton.cdiv(num_ranks, ranks), 1, 1), counts, totals, num_ranks, num_experts, RANKS=ranks, BINS=bins
+        )
+    _scan(counts, multiplicity, replicas, totals, kept, share, source_start, host_start, capacity)
+    _plan_hosts(
+        (num_ranks, 1, 1),
+        multiplicity,
+        kept,
+        share,
+        source_start,
+        host_start,
+        send,
+        recv,
+        send_until,
+        base,
+        recv_until,
+        arrival_base,
+        rank_load,
+        send_rows,
+        recv_rows,
+        needed_rows,
+        residents,
+        starts,
+        ends,
+        rank,
+        num_experts,
+        size.max_residents,
+        size.max_rows,
+        num_warps=max(1, min(bins // 64, 8)),
+        PACKED=packed,
+        TILE=size.tile,
+        BINS=bins,
+        SLOTS=slots,
+    )
+    num_tiles = size.max_rows // size.tile
+    _name_rows(
+        (num_tiles + (triton.cdiv(size.max_arrivals, _BLOCK) if packed else 0), 1, 1),
+        residents,
+        starts,
+        ends,
+        recv_until,
+        arrival_base,
+        tile_expert,
+        order,
+        inverse,
+        num_tiles,
+        num_ranks,
+        num_experts,
+        size.max_residents,
+        size.max_arrivals,
+        PACKED=packed,
+        STEPS=(num_ranks - 1).bit_length(),
+        TILE=size.tile,
+        SLOTS=slots,
+        BLOCK=_BLOCK,
+    )
+    sums_out = (rank_load, send_rows, recv_rows, needed_rows)
+    return TokenPlan(rank, size, kept[rank], send, recv, send_until, base, *sums_out, *rows)
+
+
+def _row_tensors(size: PlanSize, device: torch.device) -> tuple[Tensor, ...]:
+    """Residents, starts, ends, tile_expert, order and inverse; the padded layout's inverse is its order."""
+
+    def empty(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.int32, device=device)
+
+    most = size.max_residents
+    order = empty(size.max_rows)
+    inverse = empty(size.max_arrivals) if size.layout == "packed" else order
+    return empty(most), empty(most + 1), empty(most), empty(size.max_rows // size.tile), order, inverse
+
+
+def _scan(
+    counts: Tensor,
+    multiplicity: Tensor,
+    replicas: Tensor,
+    totals: Tensor,
+    kept: Tensor,
+    share: Tensor,
+    source_start: Tensor,
+    host_start: Tensor,
+    capacity: Capacity | None,
+) -> None:
+    num_ranks, num_experts = counts.shape
+    scope = None if capacity is None else capacity.scope
+    chunk = min(_CHUNK, triton.next_power_of_2(num_ranks))
+    # Two experts a program keep most multiprocessors busy where the scan is long.
+    experts = max(2, _LANES // chunk)
+    _scan_ranks(
+        (triton.cdiv(num_experts, experts), 1, 1),
+        counts,
+        multiplicity,
+        replicas,
+        totals,
+        kept,
+        share,
+        source_start,
+        host_start,
+        0 if capacity is None else capacity.factor_bits,
+        num_ranks,
+        num_experts,
+        num_experts if capacity is None or scope == "rank" else capacity.num_slots,
+        num_warps=max(1, chunk * experts // 128),
+        CLUSTER_SCOPE=scope == "cluster",
+        RANK_SCOPE=scope == "rank",
+        EXPERTS=experts,
+        CHUNK=chunk,
+    )

@@ -1,0 +1,245 @@
+"""The plan in three or four kernels: totals of ranks, one scan over ranks, one pass over hosts, names of rows.
+
+Only the scan goes along the rank axis. It leaves four running numbers per rank and expert, and what this rank sends
+to host j, what of it goes to hosts before j, and what stands before it at host j are all overlaps of two ranges.
+
+Shape legend: N ranks, E experts in a vector of BINS, R residents in a vector of SLOTS > R, P padded rows in tiles of
+TILE, A arrivals. The scan takes EXPERTS experts a program and CHUNK ranks at a time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _slot_capacity(factor_bits, assignments, num_slots):
+    """`ceil(round(factor * assignments / num_slots, 6))`; see `plan_reference.slot_capacity`."""
+    factor = factor_bits.to(tl.float64, bitcast=True)
+    fair = factor * assignments.to(tl.float64) / num_slots.to(tl.float64)
+    whole = tl.floor(fair)
+    rounding = tl.full([], 5e-7, tl.float64)
+    return whole.to(tl.int64) + (fair - whole > rounding).to(tl.int64)
+
+
+@triton.jit
+def rank_totals_kernel(counts, totals, N, E, RANKS: tl.constexpr, BINS: tl.constexpr):
+    """`totals[j]`: assignments that rank j routed."""
+    rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
+    expert = tl.arange(0, BINS)
+    mask = (rank < N)[:, None] & (expert < E)[None, :]
+    count = tl.load(counts + rank.to(tl.int64)[:, None] * E + expert[None, :], mask=mask, other=0)
+    tl.store(totals + rank, tl.sum(count, axis=1), mask=rank < N)
+
+
+@triton.jit
+def _sum_totals(totals, N, CHUNK: tl.constexpr):
+    total = tl.zeros([CHUNK], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        total += tl.load(totals + rank, mask=rank < N, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCOPE: tl.constexpr):
+    """Assignments that count towards an expert's load: with a capacity of ranks, what each rank keeps."""
+    count = tl.load(counts + at, mask=mask, other=0)
+    if RANK_SCOPE:
+        limit = _slot_capacity(factor_bits, tl.load(totals + rank, mask=rank < N, other=0), num_slots)
+        count = tl.minimum(count, limit[:, None])
+    return count
+
+
+@triton.jit(do_not_specialize=["factor_bits", "num_slots"])
+def scan_ranks_kernel(
+    counts, multiplicity, replicas, totals, kept, share, source_start, host_start, factor_bits, N, E, num_slots,
+    CLUSTER_SCOPE: tl.constexpr, RANK_SCOPE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What every rank keeps and processes of each expert, and how much of that comes before it in rank order.
+
+    `source_start` counts kept assignments that leave their rank, `host_start` the places that they find.
+    """
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    there = expert < E
+    load = tl.zeros([EXPERTS], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        at = rank.to(tl.int64)[:, None] * E + expert[None, :]
+        mask = (rank < N)[:, None] & there[None, :]
+        load += tl.sum(_counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCOPE), axis=0)
+
+    slots = tl.load(replicas + expert, mask=there, other=1).to(tl.int64)
+    cap = load
+    if CLUSTER_SCOPE:
+        cap = tl.minimum(load, _slot_capacity(factor_bits, _sum_totals(totals, N, CHUNK), num_slots) * slots)
+    divisor = tl.maximum(load, 1)
+
+    routed = tl.zeros([EXPERTS], tl.int64)
+    hosted = tl.zeros([EXPERTS], tl.int64)
+    leaving = tl.zeros([EXPERTS], tl.int64)
+    places = tl.zeros([EXPERTS], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        at = rank.to(tl.int64)[:, None] * E + expert[None, :]
+        mask = (rank < N)[:, None] & there[None, :]
+        count = _counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCOPE)
+        keep = count
+        if CLUSTER_SCOPE:
+            until = tl.cumsum(count, axis=0) + routed[None, :]
+            keep = until * cap[None, :] // divisor[None, :] - (until - count) * cap[None, :] // divisor[None, :]
+            routed += tl.sum(count, axis=0)
+        here = tl.load(multiplicity + at, mask=mask, other=0).to(tl.int64)
+        until = tl.cumsum(here, axis=0) + hosted[None, :]
+        part = until * cap[None, :] // slots[None, :] - (until - here) * cap[None, :] // slots[None, :]
+        hosted += tl.sum(here, axis=0)
+
+        local = tl.minimum(keep, part)
+        leave, place = keep - local, part - local
+        tl.store(kept + at, keep.to(tl.int32), mask=mask)
+        tl.store(share + at, part.to(tl.int32), mask=mask)
+        before = tl.cumsum(leave, axis=0) - leave + leaving[None, :]
+        tl.store(source_start + at, before.to(tl.int32), mask=mask)
+        before = tl.cumsum(place, axis=0) - place + places[None, :]
+        tl.store(host_start + at, before.to(tl.int32), mask=mask)
+        leaving += tl.sum(leave, axis=0)
+        places += tl.sum(place, axis=0)
+
+
+@triton.jit
+def _overlap(start, length, other_start, other_length):
+    end = tl.minimum(start + length, other_start + other_length)
+    return tl.maximum(end - tl.maximum(start, other_start), 0)
+
+
+@triton.jit
+def _store_residents(
+    multiplicity, padded, share, residents, starts, ends, mask, R, P, BINS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """This rank's residents, one after the other; those that do not exist are empty and start at the end."""
+    expert = tl.arange(0, BINS)
+    here = (tl.load(multiplicity + expert, mask=mask, other=0) > 0).to(tl.int32)
+    index = tl.cumsum(here, axis=0) - here
+    start = tl.cumsum(padded, axis=0) - padded
+    listed = (here > 0) & (index < R)
+    tl.store(residents + index, expert, mask=listed)
+    tl.store(starts + index, tl.minimum(start, P).to(tl.int32), mask=listed)
+    tl.store(ends + index, tl.minimum(start + share, P).to(tl.int32), mask=listed)
+    slot = tl.arange(0, SLOTS)
+    missing = slot >= tl.sum(here, axis=0)
+    nothing = tl.zeros([SLOTS], tl.int32)
+    end = tl.minimum(tl.sum(padded, axis=0), P).to(tl.int32) + nothing
+    tl.store(residents + slot, nothing - 1, mask=missing & (slot < R))
+    tl.store(ends + slot, end, mask=missing & (slot < R))
+    tl.store(starts + slot, end, mask=missing & (slot <= R))
+
+
+@triton.jit(do_not_specialize=["rank", "P"])
+def plan_hosts_kernel(
+    multiplicity, kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base,
+    rank_load, send_rows, recv_rows, needed_rows, residents, starts, ends, rank, E, R, P,
+    PACKED: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What this rank sends to and receives from peer j = program, and where it stands there."""
+    peer = tl.program_id(0)
+    expert = tl.arange(0, BINS)
+    mask = expert < E
+    at = peer.to(tl.int64) * E + expert
+    own = rank.to(tl.int64) * E + expert
+    peer_kept = tl.load(kept + at, mask=mask, other=0)
+    peer_share = tl.load(share + at, mask=mask, other=0)
+    peer_source = tl.load(source_start + at, mask=mask, other=0)
+    peer_host = tl.load(host_start + at, mask=mask, other=0)
+    own_kept = tl.load(kept + own, mask=mask, other=0)
+    own_share = tl.load(share + own, mask=mask, other=0)
+    own_source = tl.load(source_start + own, mask=mask, other=0)
+    own_host = tl.load(host_start + own, mask=mask, other=0)
+
+    peer_local = tl.minimum(peer_kept, peer_share)
+    own_local = tl.minimum(own_kept, own_share)
+    peer_leave, peer_places = peer_kept - peer_local, peer_share - peer_local
+    own_leave, own_places = own_kept - own_local, own_share - own_local
+    stays = tl.where(peer == rank, own_local, 0)
+    stayed = tl.where(peer > rank, own_local, 0)
+    sent = _overlap(own_source, own_leave, peer_host, peer_places) + stays
+    received = _overlap(own_host, own_places, peer_source, peer_leave) + stays
+    # What went to the peers before: everything that overlaps the places before this peer's.
+    sent_before = _overlap(own_source, own_leave, 0, peer_host) + stayed
+    received_before = _overlap(own_host, own_places, 0, peer_source) + stayed
+    tl.store(send + at, sent, mask=mask)
+    tl.store(recv + at, received, mask=mask)
+    tl.store(send_until + at, sent_before, mask=mask)
+    tl.store(rank_load + peer, tl.sum(peer_share.to(tl.int64), axis=0))
+    tl.store(send_rows + peer, tl.sum(sent.to(tl.int64), axis=0))
+    tl.store(recv_rows + peer, tl.sum(received.to(tl.int64), axis=0))
+    padded = ((peer_share + TILE - 1) // TILE * TILE).to(tl.int64)
+    tl.store(needed_rows + peer, tl.sum(padded, axis=0))
+
+    if PACKED:
+        # All that goes to earlier hosts, then this host's earlier experts.
+        first = tl.sum(sent_before, axis=0) + tl.cumsum(sent, axis=0) - sent
+        tl.store(base + at, first - sent_before, mask=mask)
+        first = tl.sum(received_before, axis=0) + tl.cumsum(received, axis=0) - received
+        tl.store(arrival_base + at, first - received_before, mask=mask)
+        tl.store(recv_until + at, received_before, mask=mask)
+    else:
+        # The peer's own come in their rank's turn, the others in rank order.
+        earlier = _overlap(peer_host, peer_places, 0, own_source) + tl.where(peer < rank, peer_local, 0)
+        start = tl.minimum(tl.cumsum(padded, axis=0) - padded, P).to(tl.int32)
+        tl.store(base + at, start + earlier - sent_before, mask=mask)
+    if peer == rank:
+        _store_residents(
+            multiplicity + own - expert, padded, peer_share, residents, starts, ends, mask, R, P, BINS, SLOTS
+        )
+
+
+@triton.jit
+def _name_rows(
+    residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, tile, N, E, R, A,
+    PACKED: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.arange(0, SLOTS)
+    start = tl.load(starts + slot, mask=slot < R, other=2147483647)
+    # Empty residents share their successor's start: the last that starts at or before the tile owns it.
+    owner = tl.sum((start <= tile * TILE).to(tl.int32), axis=0) - 1
+    tl.store(tile_expert + tile, owner)
+    row = tile * TILE + tl.arange(0, TILE)
+    real = row < tl.load(ends + owner)
+    arrival = row
+    if PACKED:
+        column = tl.maximum(tl.load(residents + owner), 0)
+        place = row - tl.load(starts + owner)
+        source = tl.zeros([TILE], tl.int32)
+        # Halving steps to the last source before which no more than `place` rows arrive.
+        for step in tl.static_range(STEPS):
+            further = source + (1 << (STEPS - 1 - step))
+            inside = real & (further < N)
+            until = tl.load(recv_until + further.to(tl.int64) * E + column, mask=inside, other=2147483647)
+            source = tl.where(until <= place, further, source)
+        arrival = tl.load(arrival_base + source.to(tl.int64) * E + column, mask=real, other=0) + place
+        tl.store(inverse + arrival, row, mask=real & (arrival < A))
+    tl.store(order + row, tl.where(real, arrival, -1))
+
+
+@triton.jit
+def _clear_arrivals(starts, ends, inverse, block, R, A, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """-1 for the arrivals that do not come."""
+    slot = tl.arange(0, SLOTS)
+    length = tl.load(ends + slot, mask=slot < R, other=0) - tl.load(starts + slot, mask=slot < R, other=0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(inverse + at, tl.full([BLOCK], -1, tl.int32), mask=(at >= tl.sum(length, axis=0)) & (at < A))
+
+
+@triton.jit(do_not_specialize=["num_tiles", "A"])
+def name_rows_kernel(
+    residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, num_tiles, N, E, R, A,
+    PACKED: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Name the resident of each tile and the arrival of each row; the programs past the tiles clear `inverse`."""
+    tile = tl.program_id(0)
+    if tile < num_tiles:
+        _name_rows(
+            residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, tile, N, E, R, A,
+            PACKED, STEPS, TILE, SLOTS,
+        )  # fmt: skip
+    else:
+        _clear_arrivals(starts, ends, inverse, tile - num_tiles, R, A, SLOTS, BLOCK)

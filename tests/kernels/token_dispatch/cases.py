@@ -1,0 +1,161 @@
+"""Random dispatches and the numpy plan that every other plan must equal.
+
+Shape legend: N ranks, E experts, R residents at most, P padded rows, A arrivals.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.layers.dispatchers import send_order
+from lightning_swiftmoe.placement import Placement, host_share, kept_counts, plan_dispatch
+
+
+@dataclass
+class Case:
+    """A batch on every rank and a placement."""
+
+    topk_idx: list[Tensor]  # for each rank [T, k]
+    counts: np.ndarray  # [N, E]
+    placement: Placement
+    capacity: Capacity | None
+
+    @property
+    def kept(self) -> np.ndarray:
+        if self.capacity is None:
+            return kept_counts(self.counts, self.placement, None)
+        return kept_counts(self.counts, self.placement, self.capacity.factor, self.capacity.scope)
+
+    @property
+    def share(self) -> np.ndarray:
+        return host_share(self.kept.sum(axis=0), self.placement)
+
+    def size(self, layout: str, tile: int, slack: int = 0) -> PlanSize:
+        """As many rows as the fullest rank needs, and some more."""
+        padded = (-(-self.share // tile) * tile).sum(axis=1).max()
+        arrivals = int(self.share.sum(axis=1).max()) + slack
+        rows = max(int(padded) + slack * tile, tile)
+        return PlanSize(
+            self.placement.slots_per_rank, rows, tile, layout, max(arrivals, 1) if layout == "packed" else 0
+        )
+
+    def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, multiplicity and replicas as `plan_tokens` takes them."""
+        return (
+            torch.tensor(self.counts, device=device),
+            torch.tensor(self.placement.multiplicity, dtype=torch.int32, device=device),
+            torch.tensor(self.placement.replicas, dtype=torch.int32, device=device),
+        )
+
+
+def random_placement(rng: np.random.Generator, num_ranks: int, slots: int, num_experts: int) -> Placement:
+    """Every expert once, the other slots by chance: hosts come in any order and may hold an expert more than once."""
+    table = np.concatenate([np.arange(num_experts), rng.integers(num_experts, size=num_ranks * slots - num_experts)])
+    return Placement(rng.permutation(table).reshape(num_ranks, slots), num_experts)
+
+
+def random_case(seed: int) -> Case:
+    """Few ranks and experts, skewed loads, ranks without a token, experts that nobody names, drops on the way in."""
+    rng = np.random.default_rng(seed)
+    num_ranks, num_experts = int(rng.integers(1, 8)), int(rng.integers(1, 10))
+    slots = -(-num_experts // num_ranks) + int(rng.integers(0, 3))
+    top_k = int(rng.integers(1, min(2, num_experts) + 1))
+    placement = random_placement(rng, num_ranks, slots, num_experts)
+    skew = rng.dirichlet(np.full(num_experts, rng.choice([0.2, 1.0, 10.0]))) + 1e-9
+    batches, counts = [], np.zeros((num_ranks, num_experts), dtype=np.int64)
+    for rank in range(num_ranks):
+        tokens = int(rng.integers(0, 40)) * int(rng.random() > 0.15)
+        noise = np.log(skew) + rng.gumbel(size=(tokens, num_experts))
+        idx = np.argsort(-noise, axis=1)[:, :top_k]
+        idx = np.where(rng.random(idx.shape) < 0.05, -1, idx)
+        batches.append(torch.from_numpy(idx))
+        counts[rank] = np.bincount(idx[idx >= 0], minlength=num_experts)
+    scope = [None, "cluster", "rank"][seed % 3]
+    factor = float(rng.choice([0.5, 1.0, 1.1, 1.25, 2.0]))
+    capacity = None if scope is None else Capacity(factor, num_ranks * slots, scope)
+    return Case(batches, counts, placement, capacity)
+
+
+def check_plan(case: Case, rank: int, plan: TokenPlan) -> None:
+    """Every field against numpy, and loops."""
+    want = plan_dispatch(case.kept, case.placement, rank)
+    assert plan.kept.tolist() == case.kept[rank].tolist()
+    assert plan.send.tolist() == want.send.tolist()
+    assert plan.recv.tolist() == want.recv.tolist()
+    assert plan.rank_load.tolist() == want.rank_load.tolist()
+    assert plan.send_until.tolist() == (np.cumsum(want.send, axis=0) - want.send).tolist()
+    assert plan.send_rows.tolist() == want.send.sum(axis=1).tolist()
+    assert plan.recv_rows.tolist() == want.recv.sum(axis=1).tolist()
+    padded = -(-case.share // plan.size.tile) * plan.size.tile
+    assert plan.needed_rows.tolist() == padded.sum(axis=1).tolist()
+    check_layout(case, rank, plan)
+    check_base(case, rank, plan)
+
+
+def check_layout(case: Case, rank: int, plan: TokenPlan) -> None:
+    """This rank as a host: residents one after the other in whole tiles, inside them sources in rank order."""
+    size, residents = plan.size, case.placement.residents(rank).tolist()
+    recv = plan_dispatch(case.kept, case.placement, rank).recv
+    missing = size.max_residents - len(residents)
+    assert plan.residents.tolist() == residents + [-1] * missing
+    arrival_start = (np.cumsum(recv.ravel()) - recv.ravel()).reshape(recv.shape)
+    starts, ends, order, tile_expert = [0], [], [], []
+    for number, expert in enumerate(residents):
+        arrivals = []
+        for source in range(recv.shape[0]):
+            arrivals += range(arrival_start[source, expert], arrival_start[source, expert] + recv[source, expert])
+        if size.layout == "padded":
+            arrivals = list(range(len(order), len(order) + len(arrivals)))
+        ends.append(starts[-1] + len(arrivals))
+        order += arrivals + [-1] * (-len(arrivals) % size.tile)
+        starts.append(len(order))
+        tile_expert += [number] * (len(order) // size.tile - len(tile_expert))
+    used = len(order)
+    assert plan.starts.tolist() == starts + [used] * missing
+    assert plan.ends.tolist() == ends + [used] * missing
+    assert plan.num_rows.tolist() == [used]
+    order += [-1] * (size.max_rows - used)
+    assert plan.order.tolist() == order
+    rest = size.max_rows // size.tile - len(tile_expert)
+    assert plan.tile_expert.tolist() == tile_expert + [size.max_residents - 1] * rest
+    inverse = [-1] * plan.inverse.shape[0]
+    for row, arrival in enumerate(order):
+        if arrival >= 0:
+            inverse[arrival] = row
+    assert plan.inverse.tolist() == inverse
+    assert plan.inverse.shape[0] == (size.max_arrivals if size.layout == "packed" else size.max_rows)
+
+
+def check_base(case: Case, rank: int, plan: TokenPlan) -> None:
+    """Where each assignment stands: row by row in send order, or source by source in the host's layout."""
+    for expert in range(case.placement.num_experts):
+        for host in range(case.placement.num_ranks):
+            first = int(plan.send_until[host, expert])
+            got = [int(plan.base[host, expert]) + first + at for at in range(int(plan.send[host, expert]))]
+            assert got == rows_at(case, rank, plan, host, expert)
+
+
+def rows_at(case: Case, rank: int, plan: TokenPlan, host: int, expert: int) -> list[int]:
+    send = plan_dispatch(case.kept, case.placement, rank).send
+    if plan.size.layout == "packed":
+        start = int(send.ravel()[: host * send.shape[1] + expert].sum())
+    else:
+        padded = -(-case.share[host] // plan.size.tile) * plan.size.tile
+        theirs = plan_dispatch(case.kept, case.placement, host).recv
+        start = int(padded[:expert].sum() + theirs[:rank, expert].sum())
+    return list(range(start, start + int(send[host, expert])))
+
+
+def check_send_order(case: Case, rank: int, plan: TokenPlan, rows: Tensor) -> None:
+    """`rows[T, k]` of a packed address against the order that the host-side dispatcher sends in."""
+    flat = case.topk_idx[rank].flatten()
+    if (flat < 0).any():
+        return  # that dispatcher knows no drops before it
+    send = plan_dispatch(case.kept, case.placement, rank).send
+    order = send_order(flat, case.counts[rank], send)
+    want = torch.full_like(flat, -1)
+    want[order] = torch.arange(order.numel())
+    assert rows.flatten().tolist() == want.tolist()
