@@ -7,7 +7,7 @@ shard. Rank j owns elements `[j * c, (j + 1) * c)` of every expert; the last sha
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
 
 _BLOCK = 1024  # elements moved by one program
 
@@ -49,30 +49,34 @@ def pack_shards(grads: Tensor, num_ranks: int, out_dtype: torch.dtype) -> Tensor
     """`pack_shards_reference`, in one kernel on a GPU."""
     if not _use_triton(grads):
         return pack_shards_reference(grads, num_ranks, out_dtype)
-    from lightning_swiftmoe.kernels.shards_triton import pack_shards_kernel
+    from lightning_swiftmoe.kernels import shards_triton
 
     num_residents, num_elements = grads.shape
     size = shard_size(num_elements, num_ranks)
     out = torch.empty(num_ranks, num_residents, size, dtype=out_dtype, device=grads.device)
-    grid = (num_ranks * num_residents, -(-size // _BLOCK))
-    pack_shards_kernel[grid](grads.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
+    grid = (-(-size // _BLOCK), num_residents, num_ranks)
+    with on_device(grads):
+        shards_triton.pack_shards(grid, grads.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
     return out
 
 
 def sum_shards(blocks: Tensor, expert_ids: Tensor, num_experts: int, out_dtype: torch.dtype) -> Tensor:
     """`sum_shards_reference`, in one kernel on a GPU and without waiting for it."""
+    if blocks.numel() == 0:
+        return torch.zeros(num_experts, blocks.shape[1], dtype=out_dtype, device=blocks.device)
     if not _use_triton(blocks):
         return sum_shards_reference(blocks, expert_ids, num_experts, out_dtype)
     import triton.language as tl
 
-    from lightning_swiftmoe.kernels.shards_triton import sum_shards_kernel
+    from lightning_swiftmoe.kernels import shards_triton
 
     num_blocks, size = blocks.shape
     out = torch.empty(num_experts, size, dtype=out_dtype, device=blocks.device)
     ids = expert_ids.to(device=blocks.device, dtype=torch.int64, non_blocking=True)
     wide = tl.float64 if blocks.dtype == torch.float64 else tl.float32
-    grid = (num_experts, -(-size // _BLOCK))
-    sum_shards_kernel[grid](blocks.contiguous(), ids, out, num_blocks, size, WIDE=wide, BLOCK=_BLOCK)
+    grid = (-(-size // _BLOCK), num_experts, 1)
+    with on_device(blocks):
+        shards_triton.sum_shards(grid, blocks.contiguous(), ids, out, num_blocks, size, WIDE=wide, BLOCK=_BLOCK)
     return out
 
 
@@ -80,10 +84,11 @@ def place_shards(blocks: Tensor, num_elements: int, out_dtype: torch.dtype) -> T
     """`place_shards_reference`, in one kernel on a GPU."""
     if not _use_triton(blocks) or num_elements == 0:
         return place_shards_reference(blocks, num_elements, out_dtype)
-    from lightning_swiftmoe.kernels.shards_triton import place_shards_kernel
+    from lightning_swiftmoe.kernels import shards_triton
 
     _, num_residents, size = blocks.shape
     out = torch.empty(num_residents, num_elements, dtype=out_dtype, device=blocks.device)
-    grid = (num_residents, -(-num_elements // _BLOCK))
-    place_shards_kernel[grid](blocks.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
+    grid = (-(-num_elements // _BLOCK), num_residents, 1)
+    with on_device(blocks):
+        shards_triton.place_shards(grid, blocks.contiguous(), out, num_residents, num_elements, size, BLOCK=_BLOCK)
     return out

@@ -17,12 +17,14 @@ from lightning_swiftmoe.kernels import rows as row_kernels
 from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
 from lightning_swiftmoe.kernels.router import route_tokens_reference
+from lightning_swiftmoe.kernels.row_layout import row_layout_reference
 from lightning_swiftmoe.kernels.shards import (
     pack_shards_reference,
     place_shards_reference,
     shard_size,
     sum_shards_reference,
 )
+from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
 
 
 def random_routing(tokens: int, top_k: int, experts: int, drop: float = 0.1) -> Tensor:
@@ -186,7 +188,51 @@ def check_shards(residents: int, elements: int, ranks: int) -> None:
     assert torch.equal(sum_shards(received, experts, 5), sum_shards_reference(received, experts, 5, torch.float32))
 
 
+def check_row_layout(counts: list[int], tile: int) -> None:
+    layout = make_layout(counts, tile)
+    want = row_layout_reference(layout.starts, layout.ends, layout.allocated_rows, tile)
+    used_tiles = int(layout.num_rows) // tile
+    assert torch.equal(layout.tile_expert[:used_tiles], want.tile_expert[:used_tiles])
+    assert torch.equal(layout.order, want.order)
+
+
+def check_rows_mlp(counts: list[int], width: int, hidden: int, activation: str) -> None:
+    """Rows in place through the portable GEMMs, into given buffers and not."""
+    case = make_case(counts, width, hidden, activation, 16, torch.float32)
+    want = loop_over_residents(case, activation)
+    for buffers in (False, True):
+        got = run_rows(case, activation, "triton", buffers)
+        assert max(relative_errors(got, want, int(case.layout.num_rows))) <= 1e-5
+
+
+def check_partials() -> None:
+    layout = make_layout([3, 17], 16)
+    partials = torch.randn(3, layout.allocated_rows)
+    torch.testing.assert_close(
+        row_kernels.sum_partials(partials, layout)[: int(layout.num_rows)], partials.sum(dim=0)[: int(layout.num_rows)]
+    )
+
+
+def check_no_tokens() -> None:
+    """Nothing is launched, and gradients are zeros."""
+    leaves = [torch.randn(0, 16), torch.rand(0, 2), torch.randn(3, 32, 16), torch.randn(3, 16, 16)]
+    x, weights, up, down = (t.requires_grad_() for t in leaves)
+    y = expert_mlp(x, torch.empty(0, 2, dtype=torch.int64), weights, up, down, "swiglu", backend="triton")
+    y.sum().backward()
+    assert y.shape == (0, 16)
+    assert not up.grad.any()
+    assert not down.grad.any()
+
+
 CHECKS = {
+    "row_layout": lambda: [check_row_layout([1, 0, 2], 4), check_row_layout([0, 0], 4), check_row_layout([40] * 9, 16)],
+    "rows_mlp": lambda: [
+        check_rows_mlp([5, 0, 18], 24, 20, "swiglu"),
+        check_rows_mlp([0, 3], 16, 17, "gelu"),
+        check_rows_mlp([0, 0], 16, 16, "swiglu"),
+    ],
+    "partials": check_partials,
+    "no_tokens": check_no_tokens,
     "routing": lambda: [
         check_routing(*case) for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
     ],
