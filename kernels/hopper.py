@@ -28,9 +28,11 @@ _weight_gemm = Launcher(kernels.weight_gemm_kernel)
 
 
 @functools.cache
-def _grid(device_index: int) -> tuple[int, int, int]:
-    """One program per multiprocessor."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count, 1, 1
+def _grid(device: torch.device) -> tuple[int, int, int]:
+    """One program per multiprocessor; a launch that is only recorded, on the meta device, has none."""
+    if device.type == "meta":
+        return 1, 1, 1
+    return torch.cuda.get_device_properties(device).multi_processor_count, 1, 1
 
 
 def expert_rows(source: Tensor, routing: PaddedRouting | RowLayout) -> Tensor:
@@ -57,7 +59,7 @@ def rows_gemm(
     out = rows.new_empty(rows.shape[0], columns) if out is None else out
     out_box = box(out, (BM, HALF))
     _rows_gemm(
-        _grid(rows.device.index),
+        _grid(rows.device),
         box(rows, (BM, BK)),
         routing.order,
         box(flat, (BN, BK) if transposed else (BK, BN)),
@@ -89,7 +91,7 @@ def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, acti
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
     hidden = x.new_empty(routing.allocated_rows, hidden_width)
     _rows_gemm(
-        _grid(x.device.index),
+        _grid(x.device),
         _rows_of(x, routing),
         routing.order,
         box(up_proj.view(-1, up_proj.shape[2]), (HALF if gated else BN, BK)),
@@ -136,7 +138,7 @@ def hidden_grad_gemm(
     scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
     _hidden_grad(
-        _grid(grad_y.device.index),
+        _grid(grad_y.device),
         _rows_of(grad_y, routing),
         routing.order,
         box(down_proj.view(-1, hidden_width), (BK, BN)),
@@ -189,7 +191,7 @@ def weight_gemm(
     transposed = gather and gathered_right
     a, b = (right, left) if transposed else (left, right)
     _weight_gemm(
-        _grid(left.device.index),
+        _grid(left.device),
         a if gather else box(a, (BK, BM)),
         routing.order,
         box(b, (BK, BN)),

@@ -100,7 +100,7 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
     """
     num_tokens, top_k = topk_idx.shape
     num_assignments, device = num_tokens * top_k, topk_idx.device
-    bins = triton.next_power_of_2(num_experts + 1)
+    bins = max(4, triton.next_power_of_2(num_experts + 1))  # 4 of them keep both halves below on 16 bytes
     num_blocks = triton.cdiv(num_assignments, _BLOCK)
     packed = torch.empty(packed_size(num_assignments, num_experts, tile), dtype=torch.int32, device=device)
     routing = unpack(packed, num_tokens, top_k, num_experts, tile)
