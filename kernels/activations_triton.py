@@ -103,7 +103,7 @@ def act_both_ptx(z, ACT: tl.constexpr):
     return act_value(z, ACT), act_slope(z, ACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def act_forward_kernel(pre, hidden, num_rows, H, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     """`hidden[p, :H] = act(pre[p])`; pre is `[P, 2H]` when GATED, gate first. Grid: rows, column blocks."""
     row = tl.program_id(0)
@@ -118,7 +118,7 @@ def act_forward_kernel(pre, hidden, num_rows, H, ACT: tl.constexpr, GATED: tl.co
     tl.store(hidden + row.to(tl.int64) * H + cols, value.to(hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def act_backward_kernel(
     pre, grad_hidden, weights, order, num_rows, grad_pre, scaled_hidden, grad_scale, H,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,

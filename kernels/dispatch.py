@@ -4,8 +4,10 @@ The paths: "hopper" (our warp-specialised GEMMs), "grouped_mm" (torch's grouped 
 (portable Triton GEMMs) and "torch" (plain torch, any device and dtype).
 """
 
+import importlib
 import os
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.activations import is_gated
 
 _NARROW = (torch.bfloat16, torch.float16)
+_GEMMS = {"hopper": "hopper", "triton": "portable", "grouped_mm": "library", "torch": "plain"}
 _INTERPRETER_TILE = 16  # the smallest `tl.dot`: interpreted tests pay for every padded row
 
 
@@ -70,6 +73,15 @@ def choose_path(
     if dtype == torch.bfloat16 and width % 8 == 0 and hidden % 8 == 0 and num_experts < 1024:
         return "grouped_mm"
     return "torch"
+
+
+def gemms(path: str) -> ModuleType:
+    """The module with the GEMM launchers of a path; "torch" has them for rows in place only (`RowLayout`).
+
+    Where a launcher takes the result of its module's `expert_rows(source[T, .], routing)`, that may be rows `[P, .]` in
+    expert order or, where the GEMM gathers by itself, the source.
+    """
+    return importlib.import_module(f"lightning_swiftmoe.kernels.{_GEMMS[path]}")
 
 
 def tile_rows(device: torch.device) -> int:

@@ -2,12 +2,13 @@
 
 What travels between two ranks is rows, one for each resident, in which the parts of all parameters stand side by side.
 
-Shape legend: N ranks, K parameters, R residents of this rank, P_k elements of one expert of parameter k, which rank j owns
-from `bounds[k][j]` to `bounds[k][j + 1]`, E experts, B blocks on the wire: one for each resident of every rank, rank by
-rank, C columns of a block: this rank's elements of all parameters.
+Shape legend: N ranks, K parameters, R residents of this rank, P_k elements of one expert of parameter k, of which rank
+j owns `bounds[k][j]` to `bounds[k][j + 1]`, E experts, B blocks on the wire: one for each resident of every rank, rank
+by rank, C columns of a block: this rank's elements of all parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,39 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted
 
 Bounds = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which expert each block on the wire is of, on the device of the blocks.
+
+    Example: ranks with residents `[0, 2]` and `[2]` have blocks of experts `[0, 2, 2]`; with E = 3, `order = [0, 1, 2]`
+    and `first = [0, 1, 1, 3]`.
+    """
+
+    experts: Tensor  # [B] int64
+    order: Tensor  # [B] int64: blocks by expert, those of one expert in the order they stand
+    first: Tensor  # [E + 1] int64: where each expert's part of `order` begins
+
+    @classmethod
+    def of(cls, experts: Tensor, num_experts: int) -> "Blocks":
+        """From the experts `[B]`, on the host."""
+        order = torch.sort(experts, stable=True).indices
+        counts = torch.bincount(experts, minlength=num_experts)
+        first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return cls(experts, order, first)
+
+    def to(self, device: torch.device) -> "Blocks":
+        """The same on `device`; from pinned memory to a GPU nobody waits."""
+        tensors = (self.experts, self.order, self.first)
+        if device.type == "cuda":
+            return Blocks(*(t.pin_memory().to(device, non_blocking=True) for t in tensors))
+        return Blocks(*(t.to(device) for t in tensors))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.first.shape[0] - 1
 
 
 def pack_shards_reference(grads: Sequence[Tensor], bounds: Bounds) -> Tensor:
@@ -32,24 +66,24 @@ def place_shards_reference(arrived: Tensor, residents: Sequence[Tensor], bounds:
         residents[k][:, start:stop].copy_(part)
 
 
-def gather_shards_reference(shards: Sequence[Tensor], expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_shards_reference(shards: Sequence[Tensor], blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Blocks `[B, C]` from `shards[k][E, c_k]`: of each expert that is named, with the cast."""
-    return torch.cat([shard.to(dtype) for shard in shards], dim=1)[expert_ids]
+    return torch.cat([shard.to(dtype) for shard in shards], dim=1)[blocks.experts]
 
 
 def sum_shards_reference(
-    blocks: Tensor, sizes: Sequence[int], expert_ids: Tensor, num_experts: int, scale: float, dtype: torch.dtype
+    arrived: Tensor, sizes: Sequence[int], blocks: Blocks, scale: float, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Sum `blocks[B, C]` by expert and cut them into `[E, c_k]`, wide, each expert's blocks in the order they stand."""
-    wide = torch.promote_types(blocks.dtype, torch.float32)
-    total = torch.zeros(num_experts, blocks.shape[1], dtype=wide, device=blocks.device)
-    for block, expert in enumerate(expert_ids.tolist()):
-        total[expert] += blocks[block].to(wide)
+    """Sum `arrived[B, C]` by expert and cut it into `[E, c_k]`, wide, each expert's blocks in the order they stand."""
+    wide = torch.promote_types(arrived.dtype, torch.float32)
+    total = torch.zeros(blocks.num_experts, arrived.shape[1], dtype=wide, device=arrived.device)
+    for block, expert in enumerate(blocks.experts.tolist()):
+        total[expert] += arrived[block].to(wide)
     total *= scale
     return [part.to(dtype).contiguous() for part in total.split(list(sizes), dim=1)]
 
 
-def _wire_parts(flat: Tensor, num_residents: int, bounds: Bounds):  # type: ignore[no-untyped-def]
+def _wire_parts(flat: Tensor, num_residents: int, bounds: Bounds) -> Iterator[tuple[Tensor, int, int, int]]:
     """Views `[R, size]` of the wire: for each rank and parameter `(view, k, start, stop)`."""
     offset = 0
     for rank in range(len(bounds[0]) - 1):
@@ -91,34 +125,32 @@ def place_shards(arrived: Tensor, residents: Sequence[Tensor], bounds: Bounds) -
         kernels.launch_wire(resident, arrived, k, bounds, to_wire=False)
 
 
-def gather_shards(shards: Sequence[Tensor], expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_shards(shards: Sequence[Tensor], blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """`gather_shards_reference`, in one kernel a parameter on a GPU."""
     if not _use_triton(shards[0]):
-        return gather_shards_reference(shards, expert_ids, dtype)
+        return gather_shards_reference(shards, blocks, dtype)
     from lightning_swiftmoe.kernels import expert_shards_triton as kernels
 
     columns = sum(shard.shape[1] for shard in shards)
-    out = torch.empty(expert_ids.shape[0], columns, dtype=dtype, device=shards[0].device)
+    out = torch.empty(blocks.experts.shape[0], columns, dtype=dtype, device=shards[0].device)
     first = 0
     for shard in shards:
-        kernels.launch_gather(shard, expert_ids, out, first)
+        kernels.launch_gather(shard, blocks.experts, out, first)
         first += shard.shape[1]
     return out
 
 
-def sum_shards(
-    blocks: Tensor, sizes: Sequence[int], expert_ids: Tensor, num_experts: int, scale: float, dtype: torch.dtype
-) -> list[Tensor]:
+def sum_shards(arrived: Tensor, sizes: Sequence[int], blocks: Blocks, scale: float, dtype: torch.dtype) -> list[Tensor]:
     """`sum_shards_reference`, in one kernel a parameter on a GPU and without waiting for it."""
-    if not _use_triton(blocks):
-        return sum_shards_reference(blocks, sizes, expert_ids, num_experts, scale, dtype)
+    if not _use_triton(arrived):
+        return sum_shards_reference(arrived, sizes, blocks, scale, dtype)
     from lightning_swiftmoe.kernels import expert_shards_triton as kernels
 
     totals = []
     first = 0
     for size in sizes:
-        total = torch.empty(num_experts, size, dtype=dtype, device=blocks.device)
-        kernels.launch_sum(blocks, expert_ids, total, first, scale)
+        total = torch.empty(blocks.num_experts, size, dtype=dtype, device=arrived.device)
+        kernels.launch_sum(arrived, blocks.order, blocks.first, total, first, scale)
         totals.append(total)
         first += size
     return totals

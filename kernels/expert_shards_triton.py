@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.launch import Launcher
+
 _BLOCK = 2048  # elements moved by one program
+_PLACES = ["start", "size", "wire_before", "wire_columns", "wire_first"]  # another for each rank and parameter
 
 
-@triton.jit(do_not_specialize=["num_residents", "wire_before", "wire_columns", "wire_first"])
+@triton.jit(do_not_specialize=["num_residents", *_PLACES])
 def wire_kernel(
     rows, wire, num_residents, P, start, size, wire_before, wire_columns, wire_first,
     TO_WIRE: tl.constexpr, BLOCK: tl.constexpr,
@@ -32,31 +35,35 @@ def wire_kernel(
         tl.store(here, tl.load(there, mask=mask).to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def gather_kernel(shard, expert_ids, out, size, C, first, BLOCK: tl.constexpr):
-    """`out[b, first : first + size] = shard[expert_ids[b]]`."""
+@triton.jit(do_not_specialize=["size", "C", "first"])
+def gather_kernel(shard, experts, out, size, C, first, BLOCK: tl.constexpr):
+    """`out[b, first : first + size] = shard[experts[b]]`."""
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     block = tl.program_id(1).to(tl.int64)
-    expert = tl.load(expert_ids + block)
+    expert = tl.load(experts + block)
     value = tl.load(shard + expert * size + cols, mask=cols < size)
     tl.store(out + block * C + first + cols, value.to(out.dtype.element_ty), mask=cols < size)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def sum_kernel(blocks, expert_ids, total, num_blocks, size, C, first, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """`total[e] = scale * sum of blocks[b, first : first + size] with expert_ids[b] == e`, in the order of b."""
+@triton.jit(do_not_specialize=["size", "C", "first", "scale"])
+def sum_kernel(
+    arrived, order, starts, total, size, C, first, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`total[e] = scale * sum of arrived[b, first : first + size]` over the blocks b of e, in their order."""
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.program_id(1).to(tl.int64)
     mask = cols < size
-    source = blocks + first + cols
     acc = tl.zeros([BLOCK], WIDE)
-    for _ in range(0, num_blocks):
-        if tl.load(expert_ids) == expert:
-            acc += tl.load(source, mask=mask, other=0.0).to(WIDE)
-        expert_ids += 1
-        source += C
+    for at in range(tl.load(starts + expert), tl.load(starts + expert + 1)):
+        block = tl.load(order + at)
+        acc += tl.load(arrived + block * C + first + cols, mask=mask, other=0.0).to(WIDE)
     acc *= scale
     tl.store(total + expert * size + cols, acc.to(total.dtype.element_ty), mask=mask)
+
+
+_wire = Launcher(wire_kernel)
+_gather = Launcher(gather_kernel)
+_sum = Launcher(sum_kernel)
 
 
 def launch_wire(rows: Tensor, wire: Tensor, k: int, bounds: Sequence[Sequence[int]], *, to_wire: bool) -> None:
@@ -69,27 +76,25 @@ def launch_wire(rows: Tensor, wire: Tensor, k: int, bounds: Sequence[Sequence[in
         before = sum(bound[rank] for bound in bounds)
         columns = sum(bound[rank + 1] - bound[rank] for bound in bounds)
         first = sum(bound[rank + 1] - bound[rank] for bound in bounds[:k])
-        grid = (triton.cdiv(stop - start, _BLOCK), num_residents)
-        wire_kernel[grid](
-            rows, wire, num_residents, num_elements, start, stop - start, before, columns, first,
+        grid = (triton.cdiv(stop - start, _BLOCK), num_residents, 1)
+        _wire(
+            grid, rows, wire, num_residents, num_elements, start, stop - start, before, columns, first,
             TO_WIRE=to_wire, BLOCK=_BLOCK,
         )  # fmt: skip
 
 
-def launch_gather(shard: Tensor, expert_ids: Tensor, out: Tensor, first: int) -> None:
+def launch_gather(shard: Tensor, experts: Tensor, out: Tensor, first: int) -> None:
     """`gather_kernel`, one row of programs for each block."""
     size = shard.shape[1]
-    grid = (triton.cdiv(size, _BLOCK), expert_ids.shape[0])
     if size:
-        gather_kernel[grid](shard, expert_ids, out, size, out.shape[1], first, BLOCK=_BLOCK)
+        grid = (triton.cdiv(size, _BLOCK), experts.shape[0], 1)
+        _gather(grid, shard, experts, out, size, out.shape[1], first, BLOCK=_BLOCK)
 
 
-def launch_sum(blocks: Tensor, expert_ids: Tensor, total: Tensor, first: int, scale: float) -> None:
+def launch_sum(arrived: Tensor, order: Tensor, starts: Tensor, total: Tensor, first: int, scale: float) -> None:
     """`sum_kernel`, one row of programs for each expert."""
     num_experts, size = total.shape
-    wide = tl.float64 if blocks.dtype == torch.float64 else tl.float32
-    grid = (triton.cdiv(size, _BLOCK), num_experts)
+    wide = tl.float64 if arrived.dtype == torch.float64 else tl.float32
     if size:
-        sum_kernel[grid](
-            blocks, expert_ids, total, blocks.shape[0], size, blocks.shape[1], first, scale, WIDE=wide, BLOCK=_BLOCK
-        )
+        grid = (triton.cdiv(size, _BLOCK), num_experts, 1)
+        _sum(grid, arrived, order, starts, total, size, arrived.shape[1], first, scale, WIDE=wide, BLOCK=_BLOCK)

@@ -222,7 +222,7 @@ def _barriers(STAGES: gl.constexpr, COPIERS: gl.constexpr):
     return ready, empty
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["num_rows"])
 def rows_gemm_kernel(
     a, order, b_desc, pre_desc, out_desc, tile_expert, num_rows, K, N, gate_rows, b_rows,
     TOP_K: gl.constexpr, NT: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr,
@@ -306,8 +306,8 @@ def _grad_chunk(
 def _grad_consumer(
     pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty, pre_bars, weights, order,
     partials, num_rows, K, N, gate_rows, part_stride,
-    GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    TOP_K: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = BN // 4
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -334,7 +334,8 @@ def _grad_consumer(
         last = 0
         for k in range(0, K, BK):
             mbarrier.wait(ready.index(slot), phase)
-            fence_async_shared()
+            if TOP_K > 0:
+                fence_async_shared()  # as in `_rows_consumer`
             token = warpgroup_mma(a_bufs.index(slot), b_bufs.index(slot), acc, use_acc=k > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[token])
             mbarrier.arrive(empty.index(last), count=1, pred=k > 0)
@@ -366,7 +367,7 @@ def _grad_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["part_stride"], do_not_specialize_on_alignment=["num_rows"])
 def hidden_grad_kernel(
     grad_y, order, b_desc, pre_desc, grad_pre_desc, scaled_desc, weights, partials, tile_expert, num_rows, K, N,
     gate_rows, b_rows, part_stride,
@@ -375,9 +376,10 @@ def hidden_grad_kernel(
 ):  # fmt: skip
     """`grad = A @ B[e]` and, from its accumulators, the backward of `s * act(pre)`; see `activation_backward`.
 
-    `A[p] = grad_y[order[p] // TOP_K]` for `grad_y[T, K]` and `s[p] = weights[order[p]]`, both zero in the padding; B is
-    the down projection `[E * K, N]`. `partials[n, P]` gets `<grad, act>` over the columns of tile n. Pre-activations
-    come in chunks of `BN / 4` columns, the first two while the product runs; `grad_pre` may be in the memory of `pre`.
+    `A[p] = grad_y[order[p] // TOP_K]` for `grad_y[T, K]`, or with TOP_K == 0 `grad_y` describes `A[P, K]`;
+    `s[p] = weights[order[p]]`. Both are zero in the padding. B is the down projection `[E * K, N]`. `partials[n, P]`
+    gets `<grad, act>` over the columns of tile n. Pre-activations come in chunks of `BN / 4` columns, the first two
+    while the product runs; `grad_pre` may be in the memory of `pre`.
     """
     dtype: gl.constexpr = scaled_desc.dtype
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
@@ -385,18 +387,28 @@ def hidden_grad_kernel(
     b_bufs = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], b_desc.layout)
     pre_bufs = gl.allocate_shared_memory(dtype, [4 if GATED else 2, BM, BN // 4], pre_desc.layout)
     scaled_buf = gl.allocate_shared_memory(dtype, [BM, BN // 4], pre_desc.layout)
-    ready, empty = _barriers(STAGES, COPIERS)
+    ready, empty = _barriers(STAGES, COPIERS if TOP_K > 0 else 0)
     pre_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(pre_bars.index(i), count=1)
     fence_async_shared()
-    gl.warp_specialize([
-        (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
-                          pre_bars, weights, order, partials, num_rows, K, N, gate_rows, part_stride,
-                          GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
-        (_gathered_rows_producer, (grad_y, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N,
-                                   gate_rows, b_rows, TOP_K, False, False, GROUP_M, BM, BN, BK, STAGES, COPIERS)),
-    ], [COPIERS], [40])  # fmt: skip
+    if TOP_K > 0:
+        gl.warp_specialize([
+            (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
+                              pre_bars, weights, order, partials, num_rows, K, N, gate_rows, part_stride,
+                              TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+            (_gathered_rows_producer, (grad_y, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K,
+                                       N, gate_rows, b_rows, TOP_K, False, False, GROUP_M, BM, BN, BK, STAGES,
+                                       COPIERS)),
+        ], [COPIERS], [40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
+                              pre_bars, weights, order, partials, num_rows, K, N, gate_rows, part_stride,
+                              TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+            (_rows_producer, (grad_y, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
+                              b_rows, False, False, GROUP_M, BM, BN, BK, STAGES)),
+        ], [1], [24])  # fmt: skip
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def rows_gemm_portable_kernel(
     rows, weight, out, tile_expert, num_rows, K, N, stride_expert, stride_k, stride_n,
     TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,

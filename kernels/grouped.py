@@ -21,29 +21,35 @@ def _torch_grouped(*operands: Tensor) -> bool:
     return all((t.shape[-1] * t.element_size()) % 16 == 0 for t in operands)
 
 
+def kept_in(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, copied into `out` if there is one: torch's `grouped_mm` takes no buffer to write to."""
+    return result if out is None else out.copy_(result)
+
+
 def _segments(ends: Tensor) -> list[tuple[int, int]]:
     """Start and end row of every expert, on the host: synchronises on an accelerator."""
     bounds = [0, *ends.tolist()]
     return list(itertools.pairwise(bounds))
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
     """`out[r] = rows[r] @ weight[expert of r]` for `rows[R, K]` and `weight[E, K, N]` (any strides)."""
     contiguous = weight if weight.stride(-1) == 1 else weight.mT
     if _torch_grouped(rows, contiguous):
-        return F.grouped_mm(rows, weight, offs=ends)
-    out = rows.new_zeros(rows.shape[0], weight.shape[-1])
+        return kept_in(out, F.grouped_mm(rows, weight, offs=ends))
+    out = rows.new_zeros(rows.shape[0], weight.shape[-1]) if out is None else out
     for expert, (start, end) in enumerate(_segments(ends)):
         if end > start:
             torch.mm(rows[start:end], weight[expert], out=out[start:end])
     return out
 
 
-def grouped_weight_grad(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def grouped_weight_grad(left: Tensor, right: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
     """`out[e] = left[rows of e].T @ right[rows of e]` for `left[R, M]` and `right[R, N]`; zeros for an empty expert."""
     if _torch_grouped(left, right):
-        return F.grouped_mm(left.mT, right, offs=ends)
-    out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
+        return kept_in(out, F.grouped_mm(left.mT, right, offs=ends))
+    shape = ends.shape[0], left.shape[1], right.shape[1]
+    out = left.new_zeros(shape) if out is None else out.zero_()
     for expert, (start, end) in enumerate(_segments(ends)):
         if end > start:
             torch.mm(left[start:end].mT, right[start:end], out=out[expert])

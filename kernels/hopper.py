@@ -7,14 +7,15 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_swiftmoe.kernels import gemm_hopper as kernels
+from lightning_swiftmoe.kernels import library
 from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.dispatch import aligned
-from lightning_swiftmoe.kernels.launch import Launcher, box
+from lightning_swiftmoe.kernels.launch import Box, Launcher, box
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import spread_rows
+from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.rows import expert_rows as rows_in_order
 
 BM, BN, BK, HALF = kernels.BLOCK_M, kernels.BLOCK_N, kernels.BLOCK_K, kernels.HALF_N
 _TILING = {"GROUP_M": 8, "BM": BM, "BN": BN, "BK": BK, "STAGES": 3, "WARPS": 8, "COPIERS": 4}
@@ -27,17 +28,26 @@ _weight_gemm = Launcher(kernels.weight_gemm_kernel)
 
 
 @functools.cache
-def _grid(device_index: int) -> tuple[int, int, int]:
-    """One program per multiprocessor."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count, 1, 1
+def _grid(device: torch.device) -> tuple[int, int, int]:
+    """One program per multiprocessor; a launch that is only recorded, on the meta device, has none."""
+    if device.type == "meta":
+        return 1, 1, 1
+    return torch.cuda.get_device_properties(device).multi_processor_count, 1, 1
 
 
-def expert_rows(source: Tensor, routing: PaddedRouting) -> Tensor:
+def expert_rows(source: Tensor, routing: PaddedRouting | RowLayout) -> Tensor:
     """The source itself: `up_gemm`, `hidden_grad_gemm` and `weight_gemm` gather its rows on the way."""
     return aligned(source)
 
 
-def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+def _rows_of(source: Tensor, routing: PaddedRouting | RowLayout) -> Tensor | Box:
+    """The left operand of a product: a source to gather from, or the tensor map of rows in place."""
+    return source if routing.top_k else box(source, (BM, BK))
+
+
+def rows_gemm(
+    rows: Tensor, weight: Tensor, routing: PaddedRouting | RowLayout, transposed: bool, out: Tensor | None = None
+) -> Tensor:
     """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed.
 
     The weight may be a part of its columns N, cut out with `narrow`.
@@ -46,10 +56,10 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
     columns = b_rows if transposed else b_columns
     expert_rows = weight.stride(0) // weight.stride(1)
     flat = weight.as_strided(((num_experts - 1) * expert_rows + b_rows, b_columns), weight.stride()[1:])
-    out = rows.new_empty(rows.shape[0], columns)
+    out = rows.new_empty(rows.shape[0], columns) if out is None else out
     out_box = box(out, (BM, HALF))
     _rows_gemm(
-        _grid(rows.device.index),
+        _grid(rows.device),
         box(rows, (BM, BK)),
         routing.order,
         box(flat, (BN, BK) if transposed else (BK, BN)),
@@ -71,15 +81,18 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
     return out
 
 
-def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
-    """Gather of `x[T, d]`, `pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)` in one kernel."""
+def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, activation: str) -> tuple[Tensor, Tensor]:
+    """Gather of `x[T, d]`, `pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)` in one kernel.
+
+    Rows in place are `x[P, d]`, loaded by TMA.
+    """
     gated = is_gated(activation)
     pre = x.new_empty(routing.allocated_rows, up_proj.shape[1])
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
     hidden = x.new_empty(routing.allocated_rows, hidden_width)
     _rows_gemm(
-        _grid(x.device.index),
-        x,
+        _grid(x.device),
+        _rows_of(x, routing),
         routing.order,
         box(up_proj.view(-1, up_proj.shape[2]), (HALF if gated else BN, BK)),
         box(pre, (BM, HALF)),
@@ -91,7 +104,7 @@ def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str)
         hidden_width,
         up_proj.shape[1],
         num_warps=8,
-        TOP_K=routing.inverse.shape[1],
+        TOP_K=routing.top_k,
         NT=True,
         GATED=gated,
         ACT=kernel_code(activation, x.dtype),
@@ -105,14 +118,15 @@ def hidden_grad_gemm(
     down_proj: Tensor,
     pre: Tensor,
     weights: Tensor,
-    routing: PaddedRouting,
+    routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows of grad_y[T, d] @ down_proj[e]` and the activation backward taken from its accumulators.
 
     Args:
-        weights: `[T, k]` router weights.
+        grad_y: `[T, d]`, or `[P, d]` rows in place.
+        weights: `[T, k]` router weights, or `[P]` of rows in place.
         overwrite_pre: whether `grad_pre` takes the memory of `pre`.
 
     Returns:
@@ -124,8 +138,8 @@ def hidden_grad_gemm(
     scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
     _hidden_grad(
-        _grid(grad_y.device.index),
-        grad_y,
+        _grid(grad_y.device),
+        _rows_of(grad_y, routing),
         routing.order,
         box(down_proj.view(-1, hidden_width), (BK, BN)),
         box(pre, block),
@@ -141,7 +155,7 @@ def hidden_grad_gemm(
         down_proj.shape[1],
         pre.shape[0],
         num_warps=8,
-        TOP_K=routing.inverse.shape[1],
+        TOP_K=routing.top_k,
         GATED=is_gated(activation),
         ACT=kernel_code(activation, pre.dtype),
         **_TILING,
@@ -149,29 +163,35 @@ def hidden_grad_gemm(
     return grad_pre, scaled_hidden, partials
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
+def weight_gemm(
+    left: Tensor,
+    right: Tensor,
+    routing: PaddedRouting | RowLayout,
+    in_token_order: str,
+    out: Tensor | None = None,
+) -> Tensor:
     """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
 
     `in_token_order`, "left" or "right", names the operand `[T, .]`, the other one is `[P, .]`. It is gathered by the
-    GEMM or, where that is faster, spread in memory first. A tile of 128 rows of the result must not reach into the
-    next expert's: other M go to torch.
+    GEMM or, where that is faster, spread in memory first; rows in place are neither. A tile of 128 rows of the result
+    must not reach into the next expert's: other M go to torch.
     """
     gathered_right = in_token_order == "right"
     source, other = (right, left) if gathered_right else (left, right)
     whole_tiles = left.shape[1] % BM == 0
-    gather = whole_tiles and other.shape[1] < _SPREAD_COLUMNS
+    gather = whole_tiles and other.shape[1] < _SPREAD_COLUMNS and routing.top_k > 0
     if not gather:
-        rows = spread_rows(source, routing)
+        rows = rows_in_order(source, routing)
         left, right = (left, rows) if gathered_right else (rows, right)
     if not whole_tiles:
-        return F.grouped_mm(left.mT, right, offs=routing.padded_ends)
+        return library.weight_gemm(left, right, routing, in_token_order, out)
     num_experts = routing.ends.shape[0]
-    out = left.new_empty(num_experts, left.shape[1], right.shape[1])
+    out = left.new_empty(num_experts, left.shape[1], right.shape[1]) if out is None else out
     # Only the operand with the narrower tile can be gathered fast enough: the product is transposed on its way out.
     transposed = gather and gathered_right
     a, b = (right, left) if transposed else (left, right)
     _weight_gemm(
-        _grid(left.device.index),
+        _grid(left.device),
         a if gather else box(a, (BK, BM)),
         routing.order,
         box(b, (BK, BN)),
@@ -182,7 +202,7 @@ def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_or
         a.shape[1],
         b.shape[1],
         num_warps=8,
-        TOP_K=routing.inverse.shape[1] if gather else 0,
+        TOP_K=routing.top_k if gather else 0,
         TRANSPOSED=transposed,
         **_TILING,
     )

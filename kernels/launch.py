@@ -3,6 +3,9 @@
 Shape-free: a `Launcher` knows arguments only by what Triton specialises a kernel on.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +55,43 @@ def _kind(argument: Any, specialized: bool = True) -> Any:
     return argument
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was asked for and not made."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    num_warps: int
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.__name__
+
+    def described(self) -> list[Any]:
+        """The arguments as Triton takes them."""
+        return [a.descriptor() if isinstance(a, Box) else a for a in self.args]
+
+
+class _Recorder(threading.local):
+    launches: list[Launch] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches of this thread go into the list that the context gives, and are not made; for set-up only."""
+    earlier, _recorder.launches = _recorder.launches, []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = earlier
+
+
 class Launcher:
     """A kernel whose compile-time arguments come last in its signature."""
 
@@ -70,6 +110,9 @@ class Launcher:
             num_warps: warps of a program.
             constants: the kernel's compile-time arguments, in the order of its signature.
         """
+        if _recorder.launches is not None:
+            _recorder.launches.append(Launch(self._kernel, grid, args, num_warps, constants))
+            return
         device = next(a for a in args if isinstance(a, Tensor)).device
         key = (device, num_warps, *constants.values(), *map(_kind, args, self._specialized))
         compiled = self._compiled.get(key)

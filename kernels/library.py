@@ -6,18 +6,24 @@ Shape legend: P padded rows, E experts, d model width, h hidden width, H = 2h wh
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_swiftmoe.kernels.grouped import kept_in
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward, spread_rows
+from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward, expert_rows
 
-expert_rows = spread_rows
+__all__ = ["expert_rows", "hidden_grad_gemm", "rows_gemm", "up_gemm", "weight_gemm"]
 
 
-def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+def rows_gemm(
+    rows: Tensor, weight: Tensor, routing: PaddedRouting | RowLayout, transposed: bool, out: Tensor | None = None
+) -> Tensor:
     """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
-    return F.grouped_mm(rows, weight.mT if transposed else weight, offs=routing.padded_ends)
+    return kept_in(out, F.grouped_mm(rows, weight.mT if transposed else weight, offs=routing.padded_ends))
 
 
-def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
+def up_gemm(
+    rows: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, activation: str
+) -> tuple[Tensor, Tensor]:
     """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`."""
     pre = rows_gemm(rows, up_proj, routing, transposed=True)
     return pre, act_forward(pre, routing, activation)
@@ -28,7 +34,7 @@ def hidden_grad_gemm(
     down_proj: Tensor,
     pre: Tensor,
     weights: Tensor,
-    routing: PaddedRouting,
+    routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,9 +43,17 @@ def hidden_grad_gemm(
     return act_backward(pre, grad_hidden, weights, routing, activation, overwrite_pre)
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
+def weight_gemm(
+    left: Tensor,
+    right: Tensor,
+    routing: PaddedRouting | RowLayout,
+    in_token_order: str,
+    out: Tensor | None = None,
+) -> Tensor:
     """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
 
     `in_token_order` names the operand that came from `expert_rows`; here both stand in expert order.
     """
-    return F.grouped_mm(left.mT, right, offs=routing.padded_ends)
+    if left.is_meta:  # torch knows the shape for bf16 only
+        return left.new_empty(routing.ends.shape[0], left.shape[1], right.shape[1])
+    return kept_in(out, F.grouped_mm(left.mT, right, offs=routing.padded_ends))

@@ -30,7 +30,11 @@ def _forward(
     num_experts, width = up_proj.shape[0], x.shape[1]
     path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
     _check_experts(topk_idx, num_experts)
-    if path == "torch" or topk_idx.numel() == 0:
+    if topk_idx.numel() == 0:
+        rows, packed = dispatch.layout_sizes(path, 0, num_experts, x.device)
+        no_rows = x.new_empty(rows, up_proj.shape[1])
+        return x.new_zeros(x.shape), no_rows, topk_idx.new_empty(packed, dtype=torch.int32)
+    if path == "torch":
         routing = route_reference(topk_idx, num_experts)
         y, pre = reference.expert_mlp_forward(x, topk_weights, up_proj, down_proj, routing, activation)
         return y, pre, routing.packed
@@ -81,7 +85,9 @@ def _gradients(
     num_experts, width = up_proj.shape[0], x.shape[1]
     path = dispatch.choose_path(x.device, x.dtype, width, down_proj.shape[2], num_experts, activation, backend)
     num_tokens, top_k = topk_weights.shape
-    if path == "torch" or topk_weights.numel() == 0:
+    if topk_weights.numel() == 0:
+        return tuple(t.new_zeros(t.shape) for t in (x, topk_weights, up_proj, down_proj))
+    if path == "torch":
         routing = unpack_reference(packed, num_tokens, top_k, num_experts)
         return reference.expert_mlp_backward(grad_y, x, topk_weights, up_proj, down_proj, pre, routing, activation)
     from lightning_swiftmoe.kernels import padded_mlp, padded_routing

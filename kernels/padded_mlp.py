@@ -3,26 +3,16 @@
 Shape legend: T tokens, k choices, P padded rows, E experts, d model width, h hidden width, H = 2h when gated, else h.
 """
 
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.dispatch import gemms
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
 from lightning_swiftmoe.kernels.rows import combine_rows, router_grad
 
 _BAND_ELEMENTS = 2**28  # half of them are more than thirty waves of tiles on any GPU we know
-_GEMMS = {"hopper": "hopper", "triton": "portable", "grouped_mm": "library"}
-
-
-def gemms(path: str) -> ModuleType:
-    """The module with the GEMM launchers of a path: "hopper", "triton" or "grouped_mm".
-
-    Where a launcher takes the result of its module's `expert_rows(source[T, .], routing)`, that may be rows `[P, .]` in
-    expert order or, where the GEMM gathers by itself, the source.
-    """
-    return importlib.import_module(f"lightning_swiftmoe.kernels.{_GEMMS[path]}")
 
 
 def _sum_products(

@@ -14,7 +14,9 @@ from lightning_swiftmoe.kernels import routing_triton
 from lightning_swiftmoe.kernels.launch import Launcher
 
 TILE = 128  # rows of a tile; also the row tile of every grouped GEMM
+# Sizes of the programs depend on the number of experts alone: following the tokens, each class would be compiled anew.
 _BLOCK = 1024  # assignments sorted by one program
+_HISTOGRAMS = 8192  # bins that the prefix holds at a time
 _TILES = 32  # tiles named by one program
 
 _histogram = Launcher(routing_triton.histogram_kernel)
@@ -40,6 +42,11 @@ class PaddedRouting:
     num_rows: Tensor  # [1]: rows in use, padding included
     allocated_rows: int  # P
     tile: int
+
+    @property
+    def top_k(self) -> int:
+        """k: a row's token is its assignment divided by it."""
+        return self.inverse.shape[1]
 
     @property
     def padded_ends(self) -> Tensor:
@@ -78,6 +85,11 @@ def unpack(packed: Tensor, num_tokens: int, top_k: int, num_experts: int, tile: 
     return PaddedRouting(packed, inverse, starts, ends, order, tile_expert, starts[-1:], order.shape[0], tile)
 
 
+def _chunk(bins: int) -> int:
+    """Histograms that the prefix takes at a time."""
+    return min(max(_HISTOGRAMS // bins, 1), 256)
+
+
 def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting:
     """Sort assignments by expert, stably, without a host synchronisation.
 
@@ -88,16 +100,15 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
     """
     num_tokens, top_k = topk_idx.shape
     num_assignments, device = num_tokens * top_k, topk_idx.device
-    block = min(_BLOCK, triton.next_power_of_2(max(num_assignments, 16)))
-    bins = triton.next_power_of_2(num_experts + 1)
-    num_blocks = triton.cdiv(num_assignments, block)
+    bins = max(4, triton.next_power_of_2(num_experts + 1))  # 4 of them keep both halves below on 16 bytes
+    num_blocks = triton.cdiv(num_assignments, _BLOCK)
     packed = torch.empty(packed_size(num_assignments, num_experts, tile), dtype=torch.int32, device=device)
     routing = unpack(packed, num_tokens, top_k, num_experts, tile)
     num_tiles = routing.allocated_rows // tile
     histograms, offsets = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     topk_idx = topk_idx.contiguous()
 
-    _histogram((num_blocks, 1, 1), topk_idx, histograms, num_assignments, num_experts, BLOCK=block, BINS=bins)
+    _histogram((num_blocks, 1, 1), topk_idx, histograms, num_assignments, num_experts, BLOCK=_BLOCK, BINS=bins)
     _prefix(
         (1, 1, 1),
         histograms,
@@ -109,7 +120,7 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         num_warps=8,
         TILE=tile,
         BINS=bins,
-        CHUNK=min(max(8192 // bins, 1), triton.next_power_of_2(num_blocks)),
+        CHUNK=_chunk(bins),
     )
     _scatter(
         (num_blocks + triton.cdiv(num_tiles, _TILES), 1, 1),
@@ -125,7 +136,7 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         num_blocks,
         num_tiles,
         TILE=tile,
-        BLOCK=block,
+        BLOCK=_BLOCK,
         BINS=bins,
         TILES=_TILES,
     )

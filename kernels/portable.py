@@ -9,9 +9,10 @@ from torch import Tensor
 from lightning_swiftmoe.kernels import gemm_triton
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward, spread_rows
+from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.rows import act_backward, act_forward, expert_rows
 
-expert_rows = spread_rows
+__all__ = ["expert_rows", "hidden_grad_gemm", "rows_gemm", "up_gemm", "weight_gemm"]
 
 _rows_gemm = Launcher(gemm_triton.rows_gemm_portable_kernel)
 _weight_gemm = Launcher(gemm_triton.weight_gemm_portable_kernel)
@@ -25,11 +26,13 @@ def _clipped(block: int, size: int) -> int:
     return min(block, max(16, triton.next_power_of_2(size)))
 
 
-def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: bool) -> Tensor:
+def rows_gemm(
+    rows: Tensor, weight: Tensor, routing: PaddedRouting | RowLayout, transposed: bool, out: Tensor | None = None
+) -> Tensor:
     """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
     operand = weight.mT if transposed else weight
     depth, columns = operand.shape[1:]
-    out = rows.new_empty(rows.shape[0], columns)
+    out = rows.new_empty(rows.shape[0], columns) if out is None else out
     block_n, block_k = _clipped(_BLOCK_N, columns), _clipped(_BLOCK_K, depth)
     _rows_gemm(
         (rows.shape[0] // routing.tile, triton.cdiv(columns, block_n), 1),
@@ -50,7 +53,9 @@ def rows_gemm(rows: Tensor, weight: Tensor, routing: PaddedRouting, transposed: 
     return out
 
 
-def up_gemm(rows: Tensor, up_proj: Tensor, routing: PaddedRouting, activation: str) -> tuple[Tensor, Tensor]:
+def up_gemm(
+    rows: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, activation: str
+) -> tuple[Tensor, Tensor]:
     """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`."""
     pre = rows_gemm(rows, up_proj, routing, transposed=True)
     return pre, act_forward(pre, routing, activation)
@@ -61,7 +66,7 @@ def hidden_grad_gemm(
     down_proj: Tensor,
     pre: Tensor,
     weights: Tensor,
-    routing: PaddedRouting,
+    routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,13 +75,19 @@ def hidden_grad_gemm(
     return act_backward(pre, grad_hidden, weights, routing, activation, overwrite_pre)
 
 
-def weight_gemm(left: Tensor, right: Tensor, routing: PaddedRouting, in_token_order: str) -> Tensor:
+def weight_gemm(
+    left: Tensor,
+    right: Tensor,
+    routing: PaddedRouting | RowLayout,
+    in_token_order: str,
+    out: Tensor | None = None,
+) -> Tensor:
     """`out[e] = left[rows of e].T @ right[rows of e]` as `[E, M, N]`; zeros for an expert without rows.
 
     `in_token_order` names the operand that came from `expert_rows`; here both stand in expert order.
     """
     num_experts, m, n = routing.ends.shape[0], left.shape[1], right.shape[1]
-    out = left.new_empty(num_experts, m, n)
+    out = left.new_empty(num_experts, m, n) if out is None else out
     block_m, block_n = _clipped(_BLOCK_N, m), _clipped(_BLOCK_N, n)
     _weight_gemm(
         (num_experts, triton.cdiv(m, block_m), triton.cdiv(n, block_n)),

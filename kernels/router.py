@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
 
 SCORES = ("softmax", "sigmoid")
-_MOST_EXPERTS = 1024  # of which one program holds the scores of a token
+MOST_EXPERTS = 1024  # of which one program holds the scores of a token
 _TILE = 1024  # scores held by one program: more of them spill registers
 
 
@@ -47,8 +47,7 @@ def _sizes(num_experts: int) -> tuple[int, int]:
     return bins, max(1, _TILE // bins)
 
 
-@torch.library.custom_op("lightning_swiftmoe::route_tokens", mutates_args=())
-def route_tokens_op(
+def launch_route_tokens(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`route_tokens_reference` in one kernel and two small sums, without a host synchronisation."""
@@ -83,6 +82,9 @@ def route_tokens_op(
     return topk_idx, weights, total[:-1].clone(), total[-1].clone(), counts.sum(dim=0)
 
 
+route_tokens_op = torch.library.custom_op("lightning_swiftmoe::route_tokens", mutates_args=())(launch_route_tokens)
+
+
 @route_tokens_op.register_fake
 def _(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
@@ -97,8 +99,7 @@ def _(
     )
 
 
-@torch.library.custom_op("lightning_swiftmoe::route_tokens_backward", mutates_args=())
-def route_tokens_backward(
+def launch_route_tokens_backward(
     logits: Tensor,
     topk_idx: Tensor,
     grad_weights: Tensor,
@@ -131,6 +132,11 @@ def route_tokens_backward(
             NORMALIZE=normalize,
         )
     return grad
+
+
+route_tokens_backward = torch.library.custom_op("lightning_swiftmoe::route_tokens_backward", mutates_args=())(
+    launch_route_tokens_backward
+)
 
 
 @route_tokens_backward.register_fake
@@ -174,6 +180,6 @@ route_tokens_op.register_autograd(_backward, setup_context=_setup_context)
 def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
     """See `lightning_swiftmoe.functional.route_tokens`, which validates."""
     here = has_triton() and (logits.device.type == "cuda" or interpreted())
-    if here and logits.dtype == torch.float32 and logits.numel() and logits.shape[1] <= _MOST_EXPERTS:
+    if here and logits.dtype == torch.float32 and logits.numel() and logits.shape[1] <= MOST_EXPERTS:
         return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
     return route_tokens_reference(logits, bias, top_k, score, normalize)

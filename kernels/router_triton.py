@@ -28,7 +28,7 @@ def _scores(logits, token, expert, num_tokens, E, SIGMOID: tl.constexpr):
     return softmax, softmax, softmax, top + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_tokens_kernel(
     logits, bias, topk_idx, topk_weights, sums, counts, num_tokens, E,
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr,
@@ -36,8 +36,8 @@ def route_tokens_kernel(
 ):  # fmt: skip
     """Choices and weights of a block of tokens, and its share of the sums: `sums[b, :E]` probabilities, `sums[b, E]`
     squared log-sum-exp, `counts[b, :E]` choices. Of equal scores the expert with the lower number is chosen."""
-    block = tl.program_id(0)
-    token = block * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, BINS)
     choices = tl.arange(0, CHOICES)
     live = token < num_tokens
@@ -66,7 +66,7 @@ def route_tokens_kernel(
     tl.store(counts + block * E + expert, tl.sum(tl.where(real, chosen, 0), axis=0), mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_tokens_grad_kernel(
     logits, topk_idx, grad_weights, grad_prob_sum, grad_z_sum, grad_logits, num_tokens, E,
     TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,

@@ -2,10 +2,15 @@
 
 Shape legend: R assignments in blocks of BLOCK, E experts in a bin vector of BINS > E (bin E takes the dropped ones),
 P rows of the padded layout, in which every expert takes whole tiles of TILE rows.
+
+Integers that change from step to step are marked `do_not_specialize`, here and in all modules of kernels: Triton would
+compile anew for those that are 1 or a multiple of 16.
 """
 
 import triton
 import triton.language as tl
+
+from lightning_swiftmoe.kernels.launch import Launcher
 
 
 @triton.jit
@@ -14,7 +19,7 @@ def _keys(topk_idx, at, num_assignments, num_experts):
     return tl.where((expert < 0) | (expert >= num_experts), num_experts, expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def histogram_kernel(topk_idx, histograms, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """`histograms[block, bin]`: assignments of the block that name each expert."""
     block = tl.program_id(0)
@@ -23,7 +28,7 @@ def histogram_kernel(topk_idx, histograms, num_assignments, num_experts, BLOCK: 
     tl.store(histograms + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def prefix_kernel(
     histograms,
     offsets,
@@ -77,22 +82,27 @@ def _place(
 
 
 @triton.jit
+def _owner(starts, tile, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+    bins = tl.arange(0, BINS)
+    start = tl.load(starts + bins, mask=bins < num_experts, other=2147483647)
+    # Empty experts share their successor's start: the last expert that starts at or before the tile owns it.
+    return tl.maximum(tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+
+
+@triton.jit
 def _name_tiles(
     starts, ends, order, tile_expert, group, num_experts, num_tiles,
     TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     tile = group * TILES + tl.arange(0, TILES)
-    bins = tl.arange(0, BINS)
-    start = tl.load(starts + bins, mask=bins < num_experts, other=2147483647)
-    # Empty experts share their successor's start: the last expert that starts at or before the tile owns it.
-    expert = tl.maximum(tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+    expert = _owner(starts, tile, num_experts, TILE, BINS)
     tl.store(tile_expert + tile, expert, mask=tile < num_tiles)
     row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
     padding = row >= tl.load(ends + expert)[:, None]
     tl.store(order + row, tl.full([TILES, TILE], -1, tl.int32), mask=padding & (tile < num_tiles)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments", "num_blocks", "num_tiles"])
 def scatter_kernel(
     topk_idx, offsets, starts, ends, inverse, order, tile_expert, num_assignments, num_experts, num_blocks,
     num_tiles, TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
@@ -103,3 +113,21 @@ def scatter_kernel(
         _place(topk_idx, offsets, starts, inverse, order, block, num_assignments, num_experts, BLOCK, BINS)
     else:
         _name_tiles(starts, ends, order, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def row_layout_kernel(
+    starts, ends, order, tile_expert, num_experts, num_tiles,
+    TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Name each tile's expert, and each row by itself or, in the padding, by -1."""
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    live = tile < num_tiles
+    expert = _owner(starts, tile, num_experts, TILE, BINS)
+    tl.store(tile_expert + tile, expert, mask=live)
+    row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
+    real = row < tl.load(ends + expert)[:, None]
+    tl.store(order + row, tl.where(real, row, -1), mask=live[:, None])
+
+
+row_layout = Launcher(row_layout_kernel)

@@ -11,11 +11,13 @@ from lightning_swiftmoe.kernels import activations_triton, rows_triton
 from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.row_layout import RowLayout
 
 _CLEARERS = 8  # programs that share the padding of one expert
 
 _spread_rows = Launcher(rows_triton.spread_rows_kernel)
 _combine_rows = Launcher(rows_triton.combine_rows_kernel)
+_sum_partials = Launcher(rows_triton.sum_partials_kernel)
 _router_grad = Launcher(rows_triton.router_grad_kernel)
 _act_forward = Launcher(activations_triton.act_forward_kernel)
 _act_backward = Launcher(activations_triton.act_backward_kernel)
@@ -48,6 +50,11 @@ def spread_rows(source: Tensor, routing: PaddedRouting) -> Tensor:
     return rows
 
 
+def expert_rows(source: Tensor, routing: PaddedRouting | RowLayout) -> Tensor:
+    """Rows `[P, d]` in expert order: spread from `source[T, d]`, or the source if its rows stand in place."""
+    return source if isinstance(routing, RowLayout) else spread_rows(source, routing)
+
+
 def combine_rows(rows: Tensor, routing: PaddedRouting, weights: Tensor | None, out: Tensor) -> None:
     """`out[t] = sum_j weights[t, j] * rows[inverse[t, j]]` for `out[T, d]`, summed in fp32; weights None means ones.
 
@@ -73,7 +80,7 @@ def combine_rows(rows: Tensor, routing: PaddedRouting, weights: Tensor | None, o
     )
 
 
-def act_forward(pre: Tensor, routing: PaddedRouting, activation: str) -> Tensor:
+def act_forward(pre: Tensor, routing: PaddedRouting | RowLayout, activation: str) -> Tensor:
     """`[P, h]` hidden values of `pre[P, H]`."""
     gated = is_gated(activation)
     hidden_width = pre.shape[1] // (2 if gated else 1)
@@ -96,14 +103,15 @@ def act_backward(
     pre: Tensor,
     grad_hidden: Tensor,
     weights: Tensor,
-    routing: PaddedRouting,
+    routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `grad_scale[1, P]`; see `activations.activation_backward`.
 
-    The scale of a row is the router weight of its assignment in `weights[T, k]`, zero in the padding. `scaled_hidden`
-    takes the memory of `grad_hidden`, and with `overwrite_pre`, `grad_pre` that of `pre`.
+    The scale of a row is the router weight of its assignment in `weights[T, k]` (of rows in place, its own in `[P]`),
+    zero in the padding. `scaled_hidden` takes the memory of `grad_hidden`, and with `overwrite_pre`, `grad_pre` that of
+    `pre`.
     """
     grad_pre = pre if overwrite_pre else torch.empty_like(pre)
     scaled_hidden = grad_hidden
@@ -142,3 +150,19 @@ def router_grad(partials: Tensor, routing: PaddedRouting, weights: Tensor) -> Te
         BLOCK=256,
     )
     return grad_weights
+
+
+def sum_partials(partials: Tensor, layout: RowLayout) -> Tensor:
+    """`[P]` from `partials[n, P]` summed over n; undefined beyond `num_rows`."""
+    num_parts, num_rows = partials.shape
+    total = torch.empty(num_rows, dtype=partials.dtype, device=partials.device)
+    _sum_partials(
+        (triton.cdiv(num_rows, 256), 1, 1),
+        partials,
+        layout.num_rows,
+        total,
+        num_parts,
+        partials.stride(0),
+        BLOCK=256,
+    )
+    return total

@@ -33,7 +33,7 @@ def _clear_padding(starts, ends, rows, part, D, PARTS: tl.constexpr, BLOCK: tl.c
         target += PARTS * D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def spread_rows_kernel(
     source, inverse, starts, ends, rows, num_tokens, num_blocks, D,
     TOP_K: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,7 +50,7 @@ def spread_rows_kernel(
         _clear_padding(starts, ends, rows, block - num_blocks, D, PARTS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments", "part_stride"])
 def router_grad_kernel(partials, inverse, grad_weights, num_assignments, num_parts, part_stride, BLOCK: tl.constexpr):
     """`grad_weights[a] = sum_n partials[n, inverse[a]]` in the order of n; zero where the assignment was dropped."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +62,19 @@ def router_grad_kernel(partials, inverse, grad_weights, num_assignments, num_par
     tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=at < num_assignments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride"], do_not_specialize_on_alignment=["num_rows"])
+def sum_partials_kernel(partials, num_rows, total, num_parts, part_stride, BLOCK: tl.constexpr):
+    """`total[p] = sum_n partials[n, p]` in the order of n, for the rows in use."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = row < tl.load(num_rows)
+    value = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, num_parts):
+        value += tl.load(partials + row, mask=live, other=0.0)
+        partials += part_stride
+    tl.store(total + row, value, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_rows_kernel(
     rows,
     inverse,

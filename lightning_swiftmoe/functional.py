@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels import expert_shards, ops, router
 from lightning_swiftmoe.kernels.activations import activation_names, is_gated
-from lightning_swiftmoe.kernels.expert_shards import Bounds
+from lightning_swiftmoe.kernels.expert_shards import Blocks, Bounds
 from lightning_swiftmoe.kernels.router import SCORES, RoutedTokens
 
 __all__ = [
     "SCORES",
     "Backend",
+    "Blocks",
     "RoutedTokens",
     "activation_names",
     "expert_mlp",
@@ -165,47 +166,41 @@ def place_shards(arrived: Tensor, residents: Sequence[Tensor], bounds: Bounds) -
     expert_shards.place_shards(arrived, residents, bounds)
 
 
-def gather_shards(shards: Sequence[Tensor], expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights to send: the shards of each expert that is named, the parameters side by side.
+def gather_shards(shards: Sequence[Tensor], blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """Weights to send: the shards of each block's expert, the parameters side by side.
 
     Args:
         shards: `[E, c_k]` each, this rank's part of one parameter.
-        expert_ids: `[B]` int64, for each resident of every rank its expert.
+        blocks: for each resident of every rank its expert.
         dtype: dtype on the wire.
 
     Returns:
         `[B, sum c_k]`.
     """
-    return expert_shards.gather_shards(shards, expert_ids, dtype)
+    return expert_shards.gather_shards(shards, blocks, dtype)
 
 
 def sum_shards(
-    blocks: Tensor,
-    sizes: Sequence[int],
-    expert_ids: Tensor,
-    num_experts: int,
-    scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    arrived: Tensor, sizes: Sequence[int], blocks: Blocks, scale: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """Sum received gradients by expert in fp32 (fp64 for fp64), each expert's blocks in the order they stand.
 
     Args:
-        blocks: `[B, sum c_k]`, the blocks of source rank 0 first.
+        arrived: `[B, sum c_k]`, the blocks of source rank 0 first.
         sizes: `c_k`, this rank's elements of each parameter.
-        expert_ids: `[B]` int64, the expert of each block.
-        num_experts: E; an expert without a block gets zeros.
+        blocks: the expert of each; one without a block gets zeros.
         scale: multiplies the sums.
         dtype: dtype of the results.
 
     Returns:
         `[E, c_k]` for each parameter.
     """
-    if blocks.ndim != 2 or expert_ids.shape != (blocks.shape[0],) or sum(sizes) != blocks.shape[1]:
+    if arrived.ndim != 2 or blocks.experts.shape != (arrived.shape[0],) or sum(sizes) != arrived.shape[1]:
         raise ValueError(
-            f"want blocks[B, sum of sizes] and expert_ids[B]; got {tuple(blocks.shape)}, sizes {list(sizes)} and "
-            f"{tuple(expert_ids.shape)}"
+            f"want arrived[B, sum of sizes]; got {tuple(arrived.shape)}, {blocks.experts.numel()} blocks and sizes "
+            f"{list(sizes)}"
         )
-    return expert_shards.sum_shards(blocks, sizes, expert_ids, num_experts, scale, dtype)
+    return expert_shards.sum_shards(arrived, sizes, blocks, scale, dtype)
 
 
 def _check_bounds(rows: Sequence[Tensor], bounds: Bounds) -> None:

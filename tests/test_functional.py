@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import (
+    Blocks,
     activation_names,
     expert_mlp,
     gather_shards,
@@ -227,7 +228,7 @@ def test_shards_cast_on_the_way() -> None:
 
 def test_gather_shards_puts_parameters_side_by_side() -> None:
     shards = [torch.randn(3, 2), torch.randn(3, 4)]
-    sent = gather_shards(shards, torch.tensor([2, 0, 2]), torch.bfloat16)
+    sent = gather_shards(shards, Blocks.of(torch.tensor([2, 0, 2]), 3), torch.bfloat16)
     expected = torch.cat([shard[[2, 0, 2]] for shard in shards], dim=1).bfloat16()
     torch.testing.assert_close(sent, expected, rtol=0, atol=0)
 
@@ -235,15 +236,16 @@ def test_gather_shards_puts_parameters_side_by_side() -> None:
 def test_sum_shards_adds_wide_and_in_source_order() -> None:
     # In fp32, (1 + 2**-24) + 2**-24 is 1, but 2**-24 + 2**-24 + 1 is not: the order shows.
     tiny = 2.0**-24
-    blocks = torch.tensor([[1.0, tiny], [5.0, 5.0], [tiny, tiny], [tiny, 1.0]])
-    (total,) = sum_shards(blocks, [2], torch.tensor([2, 0, 2, 2]), 4)
+    arrived = torch.tensor([[1.0, tiny], [5.0, 5.0], [tiny, tiny], [tiny, 1.0]])
+    blocks = Blocks.of(torch.tensor([2, 0, 2, 2]), 4)
+    (total,) = sum_shards(arrived, [2], blocks)
     assert total[2].tolist() == [1.0, 1.0 + 2 * tiny]
     assert total[0].tolist() == [5.0, 5.0]
     assert not total[[1, 3]].any()
-    left, right = sum_shards(blocks, [1, 1], torch.tensor([2, 0, 2, 2]), 4, scale=0.5)
+    left, right = sum_shards(arrived, [1, 1], blocks, scale=0.5)
     assert torch.equal(torch.cat([left, right], dim=1), total / 2)
     # bf16 blocks are added in fp32: 256 + 1 is not a bf16 number, but it is the sum.
-    (wide,) = sum_shards(torch.tensor([[256.0], [1.0]]).bfloat16(), [1], torch.tensor([0, 0]), 1)
+    (wide,) = sum_shards(torch.tensor([[256.0], [1.0]]).bfloat16(), [1], Blocks.of(torch.tensor([0, 0]), 1))
     assert wide.item() == 257.0
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.functional import gather_shards, pack_shards, place_shards, sum_shards
-from lightning_swiftmoe.parallel.communicator import Pending, to_device
+from lightning_swiftmoe.functional import Blocks, gather_shards, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.parallel.communicator import Pending
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.placement import EvenShards, Placement
 
@@ -25,6 +25,7 @@ class DecoupledExperts(HostedExperts):
     """Shards are ``[E, own rows, cols]``, the same cut on every step: ``Shard(1)``."""
 
     cuts: dict[str, EvenShards]
+    _known_blocks: tuple[Placement, dict[torch.device, Blocks]] | None = None
 
     def move_state(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Nothing: decoupled state never moves."""
@@ -52,17 +53,16 @@ class DecoupledExperts(HostedExperts):
         residents = self.placement.residents(self.communicator.rank).size
         cuts = [self.cuts[key] for key in grads]
         columns = [sum(cut.size(rank) for cut in cuts) for rank in self._ranks]
-        blocks = self._blocks()
-        num_experts = self.placement.num_experts
+        blocks = self._blocks(self.communicator.device)
 
         def make() -> Tensor:
             return pack_shards([grad[:residents].flatten(1) for grad in grads.values()], [cut.bounds for cut in cuts])
 
         def then(arrived: Tensor) -> Locals:
             sizes = [cut.size(self.communicator.rank) for cut in cuts]
-            rows = arrived.view(blocks.numel(), sum(sizes))
+            rows = arrived.view(blocks.experts.numel(), sum(sizes))
             like = [self.local(key) for key in grads]
-            totals = sum_shards(rows, sizes, blocks.to(rows.device), num_experts, 1 / self.num_sharers, like[0].dtype)
+            totals = sum_shards(rows, sizes, blocks, 1 / self.num_sharers, like[0].dtype)
             return {
                 key: total.view_as(local).to(local.device)
                 for key, total, local in zip(grads, totals, like, strict=True)
@@ -82,7 +82,7 @@ class DecoupledExperts(HostedExperts):
         mine = self.placement.residents(rank).size
         cuts = list(self.cuts.values())
         columns = [sum(cut.size(owner) for cut in cuts) for owner in self._ranks]
-        blocks = self._blocks()
+        blocks = self._blocks(self.state_device)
 
         @torch.no_grad()
         def make() -> Tensor:
@@ -104,10 +104,14 @@ class DecoupledExperts(HostedExperts):
             then,
         )
 
-    def _blocks(self) -> Tensor:
-        """``[B]`` experts of all residents, rank by rank: what the blocks on the wire are of."""
-        experts = np.concatenate([self.placement.residents(rank) for rank in self._ranks])
-        return to_device(torch.from_numpy(experts), self.state_device)
+    def _blocks(self, device: torch.device) -> Blocks:
+        """What the blocks on the wire are of: the residents of every rank, rank by rank."""
+        if self._known_blocks is None or self._known_blocks[0] is not self.placement:
+            experts = np.concatenate([self.placement.residents(rank) for rank in self._ranks])
+            blocks = Blocks.of(torch.from_numpy(experts), self.placement.num_experts)
+            on = {device: blocks.to(device) for device in {self.communicator.device, self.state_device}}
+            self._known_blocks = self.placement, on
+        return self._known_blocks[1][device]
 
     @property
     def _ranks(self) -> range:

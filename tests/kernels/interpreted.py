@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import (
+    Blocks,
     expert_mlp,
     gather_shards,
     pack_shards,
@@ -29,7 +30,9 @@ from lightning_swiftmoe.kernels.expert_shards import (
 )
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
 from lightning_swiftmoe.kernels.router import route_tokens_reference
+from lightning_swiftmoe.kernels.row_layout import row_layout_reference
 from lightning_swiftmoe.placement import EvenShards
+from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
 
 
 def random_routing(tokens: int, top_k: int, experts: int, drop: float = 0.1) -> Tensor:
@@ -189,14 +192,14 @@ def check_shards(residents: int, shapes: list[tuple[int, int]], ranks: int) -> N
     placed = [torch.full_like(grad, float("nan")) for grad in grads]
     place_shards(wire, placed, bounds)
     assert all(torch.equal(one, other) for one, other in zip(placed, grads, strict=True))
-    ids = torch.tensor([2, 0, 2, 2, 4, 0, 2])
+    blocks = Blocks.of(torch.tensor([2, 0, 2, 2, 4, 0, 2]), 5)
     sizes = [bound[1] for bound in bounds]
     shards = [torch.randn(5, size) for size in sizes]
-    sent = gather_shards(shards, ids, torch.float64)
-    assert torch.equal(sent, gather_shards_reference(shards, ids, torch.float64))
+    sent = gather_shards(shards, blocks, torch.float64)
+    assert torch.equal(sent, gather_shards_reference(shards, blocks, torch.float64))
     received = torch.randn(7, sum(sizes))
-    got = sum_shards(received, sizes, ids, 5, 0.5)
-    want = sum_shards_reference(received, sizes, ids, 5, 0.5, torch.float32)
+    got = sum_shards(received, sizes, blocks, 0.5)
+    want = sum_shards_reference(received, sizes, blocks, 0.5, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
@@ -204,7 +207,51 @@ def shard_bounds(shapes: list[tuple[int, int]], ranks: int) -> list[tuple[int, .
     return [EvenShards(rows, cols, ranks).bounds for rows, cols in shapes]
 
 
+def check_row_layout(counts: list[int], tile: int) -> None:
+    layout = make_layout(counts, tile)
+    want = row_layout_reference(layout.starts, layout.ends, layout.allocated_rows, tile)
+    used_tiles = int(layout.num_rows) // tile
+    assert torch.equal(layout.tile_expert[:used_tiles], want.tile_expert[:used_tiles])
+    assert torch.equal(layout.order, want.order)
+
+
+def check_rows_mlp(counts: list[int], width: int, hidden: int, activation: str) -> None:
+    """Rows in place through the portable GEMMs, into given buffers and not."""
+    case = make_case(counts, width, hidden, activation, 16, torch.float32)
+    want = loop_over_residents(case, activation)
+    for buffers in (False, True):
+        got = run_rows(case, activation, "triton", buffers)
+        assert max(relative_errors(got, want, int(case.layout.num_rows))) <= 1e-5
+
+
+def check_partials() -> None:
+    layout = make_layout([3, 17], 16)
+    partials = torch.randn(3, layout.allocated_rows)
+    torch.testing.assert_close(
+        row_kernels.sum_partials(partials, layout)[: int(layout.num_rows)], partials.sum(dim=0)[: int(layout.num_rows)]
+    )
+
+
+def check_no_tokens() -> None:
+    """Nothing is launched, and gradients are zeros."""
+    leaves = [torch.randn(0, 16), torch.rand(0, 2), torch.randn(3, 32, 16), torch.randn(3, 16, 16)]
+    x, weights, up, down = (t.requires_grad_() for t in leaves)
+    y = expert_mlp(x, torch.empty(0, 2, dtype=torch.int64), weights, up, down, "swiglu", backend="triton")
+    y.sum().backward()
+    assert y.shape == (0, 16)
+    assert not up.grad.any()
+    assert not down.grad.any()
+
+
 CHECKS = {
+    "row_layout": lambda: [check_row_layout([1, 0, 2], 4), check_row_layout([0, 0], 4), check_row_layout([40] * 9, 16)],
+    "rows_mlp": lambda: [
+        check_rows_mlp([5, 0, 18], 24, 20, "swiglu"),
+        check_rows_mlp([0, 3], 16, 17, "gelu"),
+        check_rows_mlp([0, 0], 16, 16, "swiglu"),
+    ],
+    "partials": check_partials,
+    "no_tokens": check_no_tokens,
     "routing": lambda: [
         check_routing(*case) for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
     ],

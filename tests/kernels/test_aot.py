@@ -38,17 +38,23 @@ ACT = {"ACT": 0, "GATED": True, "BLOCK": 1024}
 
 # Kernel, pointer arguments, compile-time arguments (None: absent), warps.
 PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
-    (routing_triton.histogram_kernel, {"topk_idx": "*i64", "histograms": INTS}, {"BLOCK": 256, "BINS": 32}, 4),
+    (routing_triton.histogram_kernel, {"topk_idx": "*i64", "histograms": INTS}, {"BLOCK": 1024, "BINS": 32}, 4),
     (
         routing_triton.prefix_kernel,
         dict.fromkeys(("histograms", "offsets", "starts", "ends"), INTS),
-        {"TILE": 128, "BINS": 32, "CHUNK": 32},
+        {"TILE": 128, "BINS": 32, "CHUNK": 256},
         8,
     ),
     (
         routing_triton.scatter_kernel,
         {"topk_idx": "*i64", **dict.fromkeys(("offsets", "starts", "ends", "inverse", "order", "tile_expert"), INTS)},
-        {"TILE": 128, "BLOCK": 256, "BINS": 32, "TILES": 32},
+        {"TILE": 128, "BLOCK": 1024, "BINS": 32, "TILES": 32},
+        4,
+    ),
+    (
+        routing_triton.row_layout_kernel,
+        dict.fromkeys(("starts", "ends", "order", "tile_expert"), INTS),
+        {"TILE": 128, "BINS": 32, "TILES": 32},
         4,
     ),
     (
@@ -69,6 +75,7 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"BLOCK": 256},
         4,
     ),
+    (rows_triton.sum_partials_kernel, {"partials": WIDE, "total": WIDE, "num_rows": INTS}, {"BLOCK": 256}, 4),
     (activations_triton.act_forward_kernel, {"pre": ROWS, "hidden": ROWS, "num_rows": INTS}, ACT, 4),
     (
         activations_triton.act_backward_kernel,
@@ -106,13 +113,13 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (expert_shards_triton.wire_kernel, {"rows": ROWS, "wire": ROWS}, {"TO_WIRE": False, "BLOCK": 2048}, 4),
     (
         expert_shards_triton.gather_kernel,
-        {"shard": WIDE, "expert_ids": "*i64", "out": ROWS},
+        {"shard": WIDE, "experts": "*i64", "out": ROWS},
         {"BLOCK": 2048},
         4,
     ),
     (
         expert_shards_triton.sum_kernel,
-        {"blocks": ROWS, "expert_ids": "*i64", "total": WIDE, "scale": "fp32"},
+        {"arrived": ROWS, "order": "*i64", "starts": "*i64", "total": WIDE, "scale": "fp32"},
         {"WIDE": triton.language.float32, "BLOCK": 2048},
         4,
     ),
@@ -153,6 +160,28 @@ HOPPER: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         gemm_hopper.hidden_grad_kernel,
         {**ROUTED, **CHUNKS, "grad_y": ROWS, "b_desc": descriptor(64, 256), "weights": WIDE, "partials": WIDE},
         {"TOP_K": 1, "GATED": False, "ACT": 5, **HOPPER_TILE},
+    ),
+    (
+        gemm_hopper.rows_gemm_kernel,
+        {**ROUTED, **FULL, "a": descriptor(128, 64), "b_desc": descriptor(128, 64)},
+        {"TOP_K": 0, "NT": True, "GATED": True, "ACT": 0, **HOPPER_TILE},
+    ),
+    (
+        gemm_hopper.rows_gemm_kernel,
+        {**ROUTED, **FULL, "a": descriptor(128, 64), "b_desc": descriptor(256, 64)},
+        {"TOP_K": 0, "NT": True, "GATED": False, "ACT": 5, **HOPPER_TILE},
+    ),
+    (
+        gemm_hopper.hidden_grad_kernel,
+        {**ROUTED, **CHUNKS, "grad_y": descriptor(128, 64), "b_desc": descriptor(64, 256)}
+        | {"weights": WIDE, "partials": WIDE},
+        {"TOP_K": 0, "GATED": True, "ACT": 0, **HOPPER_TILE},
+    ),
+    (
+        gemm_hopper.hidden_grad_kernel,
+        {**ROUTED, **CHUNKS, "grad_y": descriptor(128, 64), "b_desc": descriptor(64, 256)}
+        | {"weights": WIDE, "partials": WIDE},
+        {"TOP_K": 0, "GATED": False, "ACT": 5, **HOPPER_TILE},
     ),
     (
         gemm_hopper.weight_gemm_kernel,

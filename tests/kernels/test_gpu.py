@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import (
+    Blocks,
     expert_mlp,
     gather_shards,
     is_gated,
@@ -258,12 +259,12 @@ def test_shards_match_their_reference(residents: int, elements: int, ranks: int)
     place_shards(wire, placed, bounds)
     assert all(torch.equal(one, other.bfloat16()) for one, other in zip(placed, grads, strict=True))
     sizes = [bound[1] for bound in bounds]
-    experts = torch.tensor([2, 0, 2, 2, 4, 0, 2, 4, 4], device=CUDA)
+    blocks = Blocks.of(torch.tensor([2, 0, 2, 2, 4, 0, 2, 4, 4]), 6).to(CUDA)
     shards = [torch.randn(6, size, device=CUDA) for size in sizes]
-    sent = gather_shards(shards, experts, torch.bfloat16)
-    assert torch.equal(sent, gather_shards_reference(shards, experts, torch.bfloat16))
-    got = sum_shards(sent, sizes, experts, 6, 0.5)
-    want = sum_shards_reference(sent, sizes, experts, 6, 0.5, torch.float32)
+    sent = gather_shards(shards, blocks, torch.bfloat16)
+    assert torch.equal(sent, gather_shards_reference(shards, blocks, torch.bfloat16))
+    got = sum_shards(sent, sizes, blocks, 0.5)
+    want = sum_shards_reference(sent, sizes, blocks, 0.5, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 

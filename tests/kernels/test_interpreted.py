@@ -9,7 +9,14 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("groups", ["routing rows router shards narrow_gelu", "activations expert_mlp frozen"])
+GROUPS = (
+    "routing rows router shards narrow_gelu",
+    "activations expert_mlp frozen",
+    "row_layout rows_mlp partials no_tokens",
+)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
 def test_kernels_in_the_interpreter(groups: str) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted", *groups.split()],

@@ -1,0 +1,176 @@
+"""The expert MLP over rows that stand in expert order already: no gather before it, no combine after it.
+
+Rows arrive from other ranks in their place and results are fetched from theirs, so gate weights are applied where the
+token lives: `out` here is unweighted, and so is the gradient that comes back.
+
+Shape legend: P rows of a `RowLayout`, R residents, d model width, h hidden width, H = 2h when gated, else h.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.dispatch import gemms
+from lightning_swiftmoe.kernels.row_layout import RowLayout
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenGradients:
+    """What the weight gradients need of the first half of the backward."""
+
+    grad_pre: Tensor  # [P, H], gate weights included
+    scaled_hidden: Tensor  # [P, h], hidden values times gate weights
+
+
+def _check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """A buffer must be one that a GEMM can write as if it had allocated it."""
+    if out is None:
+        return
+    if out.shape != shape or out.dtype != like.dtype or not out.is_contiguous() or out.data_ptr() % 16:
+        raise ValueError(
+            f"{name} must be a contiguous {like.dtype} tensor {shape} on a 16-byte boundary, got {out.dtype} "
+            f"{tuple(out.shape)} with strides {out.stride()} at offset {out.data_ptr() % 16}"
+        )
+
+
+def _check_rows(name: str, rows: Tensor, layout: RowLayout, width: int) -> None:
+    _check_out(name, rows, (layout.allocated_rows, width), rows)
+
+
+def forward_rows(
+    rows: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    layout: RowLayout,
+    activation: str,
+    path: str,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each row through its resident's MLP.
+
+    Args:
+        rows: `[P, d]`, zeros in the padding.
+        up_proj: `[R, H, d]`, gate rows first when gated.
+        down_proj: `[R, d, h]`.
+        layout: where the rows of each resident stand.
+        activation: one of `activation_names()`.
+        path: "hopper", "triton", "grouped_mm" or "torch"; see `dispatch.choose_path`.
+        out: `[P, d]`, where the results go; allocated if None. Written by the GEMM, except on path "grouped_mm",
+            whose GEMM allocates and is copied.
+
+    Returns:
+        `out[P, d]`, without gate weights, and the pre-activations `pre[P, H]`. Padding rows are zeros; at and beyond
+        `num_rows` both hold anything.
+    """
+    _check_rows("rows", rows, layout, down_proj.shape[1])
+    _check_out("out", out, tuple(rows.shape), rows)
+    gemm = gemms(path)
+    pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation)
+    return gemm.rows_gemm(hidden, down_proj, layout, True, out), pre
+
+
+def input_gradients(
+    grad_rows: Tensor,
+    row_weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    layout: RowLayout,
+    activation: str,
+    path: str,
+    overwrite_pre: bool,
+    wanted: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, HiddenGradients]:
+    """The half of the backward that other ranks wait for; see `backward_rows`.
+
+    Returns:
+        Gradients of rows, `[P, d]` or None if not wanted, and of row_weights, `[P]`; and what `weight_gradients` takes.
+    """
+    _check_rows("grad_rows", grad_rows, layout, down_proj.shape[1])
+    _check_out("out_grad_rows", out, tuple(grad_rows.shape), grad_rows)
+    gemm = gemms(path)
+    grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
+        grad_rows, down_proj, pre, row_weights, layout, activation, overwrite_pre
+    )
+    grad_row_weights = _sum_partials(partials, layout)
+    grad_x = gemm.rows_gemm(grad_pre, up_proj, layout, False, out) if wanted else None
+    return grad_x, grad_row_weights, HiddenGradients(grad_pre, scaled_hidden)
+
+
+def _sum_partials(partials: Tensor, layout: RowLayout) -> Tensor:
+    """`[P]` from `partials[n, P]`."""
+    if partials.shape[0] == 1:
+        return partials[0]
+    from lightning_swiftmoe.kernels.rows import sum_partials
+
+    return sum_partials(partials, layout)
+
+
+def weight_gradients(
+    grad_rows: Tensor,
+    rows: Tensor,
+    hidden: HiddenGradients,
+    layout: RowLayout,
+    path: str,
+    wanted_up: bool = True,
+    wanted_down: bool = True,
+    out_up: Tensor | None = None,
+    out_down: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The half of the backward that can run while gradients of rows travel: `[R, H, d]` and `[R, d, h]`."""
+    num_residents, width = layout.ends.shape[0], rows.shape[1]
+    _check_rows("rows", rows, layout, width)
+    _check_out("out_grad_up", out_up, (num_residents, hidden.grad_pre.shape[1], width), rows)
+    _check_out("out_grad_down", out_down, (num_residents, width, hidden.scaled_hidden.shape[1]), rows)
+    gemm = gemms(path)
+    grad_up = grad_down = None
+    if wanted_down:
+        grad_down = gemm.weight_gemm(grad_rows, hidden.scaled_hidden, layout, in_token_order="left", out=out_down)
+    if wanted_up:
+        grad_up = gemm.weight_gemm(hidden.grad_pre, rows, layout, in_token_order="right", out=out_up)
+    return grad_up, grad_down
+
+
+def backward_rows(
+    grad_rows: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    pre: Tensor,
+    layout: RowLayout,
+    activation: str,
+    path: str,
+    overwrite_pre: bool,
+    wanted: Sequence[bool],
+    out_grad_rows: Tensor | None = None,
+    out_grad_up: Tensor | None = None,
+    out_grad_down: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of rows, row_weights, up_proj and down_proj.
+
+    Args:
+        grad_rows: `[P, d]`: at a row the gradient of its token's y, not multiplied by the gate weight; zeros in the
+            padding.
+        rows: `[P, d]` as in the forward.
+        row_weights: `[P]` gate weights, fp32 (fp64 for fp64); anything in the padding.
+        pre: `[P, H]` from the forward. With `overwrite_pre` it holds anything afterwards.
+        wanted: which of the four gradients somebody needs; those that take a product of their own are None otherwise.
+        out_grad_rows: `[P, d]` buffer for the first; it must not be `rows` or `grad_rows`.
+        out_grad_up: `[R, H, d]` buffer.
+        out_grad_down: `[R, d, h]` buffer.
+
+    Returns:
+        `[P, d]`, `[P]` in fp32 (fp64 for fp64), `[R, H, d]` and `[R, d, h]`. The first two are zeros in the padding and
+        anything at and beyond `num_rows`; the weights of residents without rows have zero gradients.
+    """
+    grad_x, grad_row_weights, hidden = input_gradients(
+        grad_rows, row_weights, up_proj, down_proj, pre, layout, activation, path, overwrite_pre, wanted[0],
+        out_grad_rows,
+    )  # fmt: skip
+    grad_up, grad_down = weight_gradients(
+        grad_rows, rows, hidden, layout, path, wanted[2], wanted[3], out_grad_up, out_grad_down
+    )
+    return grad_x, grad_row_weights, grad_up, grad_down

@@ -1,0 +1,104 @@
+"""Rows in place and what an MLP over them must give: a loop over residents through torch's autograd, in fp64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels import rows_mlp
+from lightning_swiftmoe.kernels.activations import activation_forward, is_gated
+from lightning_swiftmoe.kernels.row_layout import RowLayout, row_layout
+
+SPARE_TILES = 2  # allocated beyond the rows in use
+
+
+@dataclass
+class Case:
+    """Inputs of `rows_mlp`, beyond `num_rows` filled with NaN."""
+
+    layout: RowLayout
+    rows: Tensor
+    row_weights: Tensor
+    grad_rows: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+
+
+def make_layout(counts: list[int], tile: int, device: torch.device | str = "cpu") -> RowLayout:
+    """The layout in which resident r has `counts[r]` rows."""
+    starts, ends = [0], []
+    for count in counts:
+        ends.append(starts[-1] + count)
+        starts.append(starts[-1] + -(-count // tile) * tile)
+    bounds = [torch.tensor(bound, dtype=torch.int32, device=device) for bound in (starts, ends)]
+    return row_layout(*bounds, starts[-1] + SPARE_TILES * tile, tile)
+
+
+def make_case(
+    counts: list[int], width: int, hidden: int, activation: str, tile: int, dtype: torch.dtype, device: str = "cpu"
+) -> Case:
+    layout = make_layout(counts, tile, device)
+    rng = torch.Generator(device=device).manual_seed(sum(counts) + width)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=rng)
+
+    def rows_like() -> Tensor:
+        rows = random(layout.allocated_rows, width)
+        rows[layout.order < 0] = 0
+        rows[int(layout.num_rows) :] = float("nan")
+        return rows.to(dtype)
+
+    up_rows = hidden * (2 if is_gated(activation) else 1)
+    weights = random(layout.allocated_rows).abs()
+    return Case(
+        layout,
+        rows_like(),
+        weights.to(torch.promote_types(dtype, torch.float32)),
+        rows_like(),
+        (random(len(counts), up_rows, width) / width**0.5).to(dtype),
+        (random(len(counts), width, hidden) / hidden**0.5).to(dtype),
+    )
+
+
+def loop_over_residents(case: Case, activation: str) -> list[Tensor]:
+    """`out`, and gradients of rows, row_weights, up_proj and down_proj; zeros outside the real rows."""
+    leaves = [t.double().requires_grad_() for t in (case.rows, case.row_weights, case.up_proj, case.down_proj)]
+    rows, weights, up, down = leaves
+    out = torch.zeros_like(rows)
+    loss = rows.new_zeros(())
+    for resident, (start, end) in enumerate(zip(case.layout.starts.tolist(), case.layout.ends.tolist(), strict=False)):
+        hidden = activation_forward(rows[start:end] @ up[resident].T, activation)
+        y = hidden @ down[resident].T
+        out[start:end] = y.detach()
+        loss = loss + (weights[start:end, None] * y * case.grad_rows[start:end].double()).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+
+
+def run_rows(case: Case, activation: str, path: str, buffers: bool = False) -> list[Tensor]:
+    """Everything forward and backward give, through buffers filled with NaN if asked."""
+
+    def buffer(like: Tensor) -> Tensor | None:
+        return torch.full_like(like, float("nan")) if buffers else None
+
+    outs = [buffer(case.rows), buffer(case.rows), buffer(case.up_proj), buffer(case.down_proj)]
+    weights = case.up_proj, case.down_proj
+    out, pre = rows_mlp.forward_rows(case.rows, *weights, case.layout, activation, path, outs[0])
+    grads = rows_mlp.backward_rows(
+        case.grad_rows, case.rows, case.row_weights, *weights, pre, case.layout, activation, path, True, [True] * 4,
+        *outs[1:],
+    )  # fmt: skip
+    if buffers:
+        assert all(given is got for given, got in zip(outs, (out, grads[0], *grads[2:]), strict=True))
+    return [out, *grads]
+
+
+def relative_errors(got: list[Tensor], want: list[Tensor], num_rows: int) -> list[float]:
+    """Of each result, the first three being rows of which `num_rows` are in use."""
+    errors = []
+    for at, (result, wanted) in enumerate(zip(got, want, strict=True)):
+        used = slice(num_rows if at < 3 else None)
+        difference = (result[used].double() - wanted[used]).norm()
+        errors.append(float(difference / wanted[used].norm().clamp_min(1e-30)))
+    return errors
