@@ -42,6 +42,7 @@ from lightning_swiftmoe.optim import (
 )
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
+from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
 _STATES = ("decoupled", "bound")
@@ -66,6 +67,8 @@ class SwiftMoEStrategy(DDPStrategy):
             (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
         optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
             expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
+        transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
+            ``"gloo"``; ``"auto"`` takes the first of them that works.
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
@@ -80,11 +83,13 @@ class SwiftMoEStrategy(DDPStrategy):
         offload_optimizer: bool = False,
         capacity_scope: CapacityScope = "cluster",
         optimizer_state: str = "decoupled",
+        transport: str = "auto",
         timeout: timedelta | float = timedelta(minutes=10),
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
         check_scope(capacity_scope)
+        check_transport(transport)
         if optimizer_state not in _STATES:
             raise ValueError(f"optimizer_state must be one of {', '.join(_STATES)}, got {optimizer_state!r}")
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -93,6 +98,7 @@ class SwiftMoEStrategy(DDPStrategy):
         self.offload_optimizer = offload_optimizer
         self.capacity_scope = capacity_scope
         self.state_place = optimizer_state
+        self.transport = transport
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
@@ -158,7 +164,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._check_one_optimizer()
 
     def _make_engine(self) -> None:
-        self.parallelism = Parallelism.on(self.root_device, self._timeout)
+        self.parallelism = Parallelism.on(self.root_device, self._timeout, self.transport)
         module = self._module
         layers = build_layers(
             module,
@@ -208,7 +214,7 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is not None:
-            self.engine.begin_forward(training=True)
+            self._begin_forward(training=True)
             for moe in moe_layers(self._module).values():
                 moe.aux_loss_scale = 1 / self._micro_batches
         return super().training_step(*args, **kwargs)
@@ -216,8 +222,15 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is not None:
-            self.engine.begin_forward(training=False)
+            self._begin_forward(training=False)
         return super().validation_step(*args, **kwargs)
+
+    def _begin_forward(self, *, training: bool) -> None:
+        assert self.engine is not None
+        assert self.parallelism is not None
+        self.engine.begin_forward(training=training)
+        if self.parallelism.bound is not None:
+            self.parallelism.bound.begin_forward()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

@@ -140,6 +140,10 @@ class Communicator:
             _all_gather(gathered.view(-1), counts.contiguous(), group=self.group)
         return gathered
 
+    def largest(self, number: int, layer: str) -> int:
+        """The largest of the ranks' numbers; the host waits for the other hosts."""
+        return int(self.gather_counts(torch.tensor([number]), layer).max())
+
     def gather_shards(self, shard: Tensor, phase: str, layer: str, to: int | None = None) -> Tensor | None:
         """``[N, ...]`` shards of all ranks, on the device of ``shard``.
 

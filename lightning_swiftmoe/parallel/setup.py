@@ -21,8 +21,11 @@ from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
-from lightning_swiftmoe.parallel.token_dispatcher import HostDispatcher
+from lightning_swiftmoe.parallel.nccl_rows import NcclRows
+from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
+from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostDispatcher
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
+from lightning_swiftmoe.parallel.transports import choose_transport
 from lightning_swiftmoe.placement import CapacityScope, Placement
 
 _HOSTED: dict[str, type[HostedExperts]] = {"decoupled": DecoupledExperts, "bound": BoundExperts}
@@ -42,7 +45,9 @@ class Parallelism:
         control: communicator for small facts on the host; None with one rank.
         meter: counts what the first two send.
         groups: to destroy.
-        timeout: of every collective.
+        transport: how rows and expert state travel: ``"gloo"``, ``"nccl"`` or ``"symmetric"``.
+        rows: carries rows planned on the device; None with ``"gloo"`` and with one rank.
+        bound: of the assignments of a rank; None with one rank.
     """
 
     num_ranks: int
@@ -52,10 +57,17 @@ class Parallelism:
     control: Communicator | None
     meter: TrafficMeter
     groups: tuple[dist.ProcessGroup, ...]
+    transport: str = "gloo"
+    rows: RowExchange | None = None
+    bound: TokenBound | None = None
 
     @classmethod
-    def on(cls, device: torch.device, timeout: timedelta | None) -> Parallelism:
-        """All ranks of the job. Collective."""
+    def on(cls, device: torch.device, timeout: timedelta | None, transport: str = "auto") -> Parallelism:
+        """All ranks of the job. Collective.
+
+        Raises:
+            ValueError: a transport that these ranks do not have.
+        """
         meter = TrafficMeter()
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if num_ranks == 1:
@@ -64,14 +76,21 @@ class Parallelism:
         tokens = dist.new_group(timeout=timeout)
         state = dist.new_group(timeout=timeout)
         control = dist.new_group(timeout=timeout, backend="gloo")
+        on_host = Communicator(control)
+        chosen = choose_transport(transport, device, on_host)
+        bound = TokenBound(on_host)
+        of_tokens = Communicator(tokens, device, meter)
         return cls(
             num_ranks,
             device,
-            Communicator(tokens, device, meter),
+            of_tokens,
             Communicator(state, device, meter),
-            Communicator(control),
+            on_host,
             meter,
             (tokens, state, control),
+            chosen,
+            _row_exchange(chosen, of_tokens, on_host, bound),
+            bound,
         )
 
     def expert_mesh(self, *, on_host: bool) -> ExpertMesh | None:
@@ -153,6 +172,16 @@ def build_layers(
     return layers
 
 
+def _row_exchange(transport: str, tokens: Communicator, control: Communicator, bound: TokenBound) -> RowExchange | None:
+    if transport == "nccl":
+        return NcclRows(tokens, bound)
+    if transport == "symmetric":
+        from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
+
+        return SymmetricRows(tokens, control, bound)
+    return None
+
+
 def check_references(module: nn.Module) -> None:
     """Expert Parameters are replaced by sharded ones in ``fit``: refuse where somebody would go on using the old ones.
 
@@ -201,9 +230,13 @@ def _by_experts(module: nn.Module) -> list[dict[str, MoE]]:
 def _attach(layer: ExpertLayer, parallelism: Parallelism, capacity_scope: CapacityScope) -> None:
     for name, moe in layer.moes.items():
         if parallelism.num_ranks > 1:
-            moe.attach(HostDispatcher(layer, parallelism.tokens, name, capacity_scope))
+            dispatcher = HostDispatcher(layer, parallelism.tokens, name, capacity_scope)
+            if parallelism.rows is not None:
+                moe.attach(DeviceDispatcher(layer, parallelism.rows, name, capacity_scope, dispatcher))
+            else:
+                moe.attach(dispatcher)
             continue
         residents = None if layer.hosted.computes_with_parameters else torch.compiler.disable(layer.residents)
-        dispatcher = LocalDispatcher(moe.num_experts, layer.placement, capacity_scope, residents)
-        layer.local_dispatchers.append(dispatcher)
-        moe.attach(dispatcher)
+        local = LocalDispatcher(moe.num_experts, layer.placement, capacity_scope, residents)
+        layer.local_dispatchers.append(local)
+        moe.attach(local)

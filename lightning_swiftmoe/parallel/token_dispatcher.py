@@ -1,7 +1,8 @@
 """Brings tokens to experts that sit in slots on several ranks, and results back.
 
-``HostDispatcher`` plans on the host, from counts that are read there: for ranks whose tokens are in host memory, and for any
-device and dtype.
+* ``HostDispatcher`` plans on the host, from counts that are read there: for ranks whose tokens are in host memory, and
+  for any device and dtype.
+* ``DeviceDispatcher`` plans on the device; its transport carries rows by NCCL or through symmetric memory.
 
 Shape suffixes: T tokens, D hidden size, E experts, K top-k, N ranks, R rows received.
 """
@@ -16,6 +17,8 @@ from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange
 from lightning_swiftmoe.placement import CapacityScope, kept_counts, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
 
@@ -60,6 +63,52 @@ class HostDispatcher:
         back = self.communicator.move_rows(done_RD, recv, send, "combine", self.name)
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
         return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
+
+
+class DeviceDispatcher:
+    """Plans on the device; rows travel by ``rows`` to their place in expert order, where the expert MLP reads them.
+
+    Args:
+        layer: whose experts.
+        rows: carries rows.
+        name: of the MoE layer, for error messages.
+        capacity_scope: whose assignments an expert's capacity counts.
+        fallback: for dtypes that the kernels do not take.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        rows: RowExchange,
+        name: str,
+        capacity_scope: CapacityScope,
+        fallback: HostDispatcher,
+    ) -> None:
+        self.layer = layer
+        self.rows = rows
+        self.name = name
+        self.capacity_scope = capacity_scope
+        self.num_processes = fallback.num_processes
+        self._fallback = fallback
+        self._tables: PlacementTables | None = None
+
+    @torch.compiler.disable  # communicates
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
+            return self._fallback(x_TD, routing, experts, capacity_factor)
+        tables = self._tables_on(x_TD.device, capacity_factor)
+        rows_TD = x_TD.to(compute_dtype(x_TD))
+        trip, counts = self.rows.plan(routing.topk_idx, routing.counts, rows_TD, tables, self.name)
+        up, down = experts.matrices(self.layer.residents())
+        y_TD = ExpertsElsewhere.apply(rows_TD, routing.topk_weights, up, down, trip, experts.activation)
+        return y_TD.to(x_TD.dtype), counts.clone(), trip.rank_load
+
+    def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
+        if self._tables is None or self._tables.placement is not self.layer.placement:
+            self._tables = PlacementTables.on(device, self.layer.placement, capacity_factor, self.capacity_scope)
+        return self._tables
 
 
 def send_order(idx: Tensor, counts: IntArray, send: IntArray) -> Tensor:

@@ -1,0 +1,171 @@
+"""Rows to the ranks that host their experts and results back, planned on the device: what the transports have in common.
+
+A token's row travels twice in the forward (to its expert and back) and twice in the backward, each time between the same
+two places. A ``RowTrip`` knows both for one forward of one layer; the transports differ in how they carry rows.
+
+Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded rows of this rank as a host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
+from lightning_swiftmoe.parallel.communicator import Communicator, to_device
+from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity
+
+
+class RowTrip(ABC):
+    """The way of one batch of tokens to the hosts of their experts and back."""
+
+    layout: RowLayout
+    rank_load: Tensor
+
+    @abstractmethod
+    def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Each token's row to the host of each of its experts.
+
+        Args:
+            tokens_TD: what travels.
+            weights_TK: a number for each assignment that travels along, or None.
+
+        Returns:
+            ``[P, D]`` what arrives here, zeros in the padding, and the numbers in fp32 at least, ``[P]``, anything in the
+            padding. Both are to be used up before the second call from now, of whatever trip.
+        """
+
+    @abstractmethod
+    def to_tokens(
+        self, rows_PD: Tensor, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each row back to the token that it came from.
+
+        Args:
+            rows_PD: results by row.
+            weights_TK: multiply a token's results before they are added up; None for ones.
+            scalars_P: a number for each row that travels along, fp32 at least, or None.
+
+        Returns:
+            ``[T, D]`` the sum over each token's experts, and the numbers ``[T, K]``; dropped assignments count zero.
+        """
+
+    @abstractmethod
+    def result_buffer(self, like_PD: Tensor) -> Tensor | None:
+        """Where the rows of ``to_tokens`` should be written so that they travel without a copy; None: anywhere."""
+
+
+class TokenBound:
+    """The most assignments that any rank routes in a forward, which bounds every buffer; agreed upon on the hosts.
+
+    Args:
+        control: a communicator on the host.
+    """
+
+    def __init__(self, control: Communicator) -> None:
+        self._control = control
+        self._most = 0
+        self._agreed = False
+
+    def begin_forward(self) -> None:
+        """The next layer agrees anew: batches may have another size."""
+        self._agreed = False
+
+    def of(self, num_assignments: int, name: str) -> int:
+        """The bound, which never falls, of a forward in which this rank routes so many.
+
+        Raises:
+            ValueError: more than what the ranks agreed on at the first layer of this forward.
+        """
+        if not self._agreed:
+            self._agreed = True
+            self._most = max(self._most, self._control.largest(num_assignments, name), 1)
+        if num_assignments > self._most:
+            raise ValueError(
+                f"layer {name!r} routes {num_assignments} assignments, more than the {self._most} that the ranks agreed "
+                "on for this forward: give all MoE layers of a forward the same number of tokens, or the largest first"
+            )
+        return self._most
+
+
+class RowExchange(ABC):
+    """Plans trips over one transport."""
+
+    @abstractmethod
+    def plan(
+        self, topk_idx: Tensor, counts: Tensor, like_TD: Tensor, tables: PlacementTables, name: str
+    ) -> tuple[RowTrip, Tensor]:
+        """The trip of assignments ``topk_idx [T, K]``, and the counts ``[N, E]`` of all ranks that it was planned from.
+
+        Args:
+            topk_idx: experts of the local tokens.
+            counts: ``[E]`` int64, how many of them name each expert.
+            like_TD: rows of this width and dtype will travel.
+            tables: the placement.
+            name: of the layer, for error messages.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementTables:
+    """A placement as the device needs it.
+
+    Args:
+        placement: which.
+        multiplicity: ``[N, E]`` int32, slots of expert ``e`` on rank ``j``.
+        replicas: ``[E]`` int32.
+        capacity_factor: None processes every token.
+        capacity_scope: whose assignments an expert's capacity counts.
+    """
+
+    placement: Placement
+    multiplicity: Tensor
+    replicas: Tensor
+    capacity_factor: float | None
+    capacity_scope: CapacityScope
+
+    @classmethod
+    def on(
+        cls, device: torch.device, placement: Placement, capacity_factor: float | None, capacity_scope: CapacityScope
+    ) -> PlacementTables:
+        """Copies to the device without waiting for it."""
+        multiplicity = torch.from_numpy(placement.multiplicity.astype(np.int32))
+        replicas = torch.from_numpy(placement.replicas.astype(np.int32))
+        tensors = (to_device(multiplicity, device), to_device(replicas, device))
+        return cls(placement, *tensors, capacity_factor, capacity_scope)
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """For ``plan_tokens``."""
+        if self.capacity_factor is None:
+            return None
+        return Capacity(self.capacity_factor, self.placement.table.size, self.capacity_scope)
+
+    @property
+    def max_residents(self) -> int:
+        """The most distinct experts that a rank may host."""
+        return min(self.placement.slots_per_rank, self.placement.num_experts)
+
+    def max_rows(self, num_assignments: int, tile: int) -> int:
+        """Rows, in whole tiles, that no rank can exceed whatever is routed: a bound known without the counts.
+
+        A rank with ``m`` of the ``r`` replicas of an expert processes at most ``ceil(m / r)`` of its assignments, so all of
+        them together at most the largest ``m / r`` of all assignments, and one more for each resident. With a capacity
+        counted over the cluster its slots bound it too.
+
+        Args:
+            num_assignments: ``tokens * top_k`` of all ranks, or more.
+            tile: rows to which each resident is padded.
+        """
+        share = (self.placement.multiplicity / self.placement.replicas).max()
+        rows = int(np.ceil(share * num_assignments)) + self.max_residents
+        if self.capacity_factor is not None and self.capacity_scope == "cluster":
+            slot = slot_capacity(self.capacity_factor, num_assignments, self.placement.table.size)
+            rows = min(rows, slot * self.placement.slots_per_rank)
+        rows = min(rows, num_assignments) + self.max_residents * (tile - 1)
+        return -(-max(rows, 1) // tile) * tile

@@ -1,0 +1,62 @@
+"""Which way rows and expert state travel between ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from lightning_swiftmoe.parallel.communicator import Communicator
+
+TRANSPORTS = ("auto", "gloo", "nccl", "symmetric")
+
+
+def check_transport(transport: str) -> None:
+    """Raise a ValueError for a transport that does not exist."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+
+
+def choose_transport(transport: str, device: torch.device, control: Communicator) -> str:
+    """``"gloo"``, ``"nccl"`` or ``"symmetric"``, the same on every rank. Collective.
+
+    ``"auto"`` takes ``"symmetric"`` where all ranks reach each other's memory, else ``"nccl"`` on GPUs, else ``"gloo"``.
+
+    Raises:
+        ValueError: what was asked for is not available; says what is.
+    """
+    best = _best(device, control)
+    available = {"gloo": ("gloo",), "nccl": ("gloo", "nccl"), "symmetric": ("gloo", "nccl", "symmetric")}[best]
+    if transport == "auto":
+        return best
+    if transport not in available:
+        reason = {
+            "nccl": "there is no NCCL process group of GPUs",
+            "symmetric": "ranks cannot reach each other's memory",
+        }
+        raise ValueError(
+            f"transport={transport!r} is not available here: {reason[transport]}; transport={best!r} works"
+        )
+    return transport
+
+
+def _best(device: torch.device, control: Communicator) -> str:
+    has_nccl = device.type == "cuda" and dist.get_backend() == "nccl"
+    reaches = has_nccl and _reaches_all_peers(device, control)
+    worst = control.largest(2 - int(has_nccl) - int(reaches), "transport")
+    return ("symmetric", "nccl", "gloo")[worst]
+
+
+def _reaches_all_peers(device: torch.device, control: Communicator) -> bool:
+    """Whether every rank has a GPU of its own on this host, with peer access to the others."""
+    if torch.cuda.device_count() < control.num_ranks or not _has_symmetric_memory():
+        return False
+    others = [index for index in range(control.num_ranks) if index != device.index]
+    return all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+
+
+def _has_symmetric_memory() -> bool:
+    try:
+        import torch.distributed._symmetric_memory  # noqa: F401
+    except ImportError:
+        return False
+    return True
