@@ -103,11 +103,12 @@ def _rows(
     # The last source before which no more than `place` rows arrive.
     source = (recv_until[:, expert] <= place).sum(dim=0) - 1
     arrival = arrival_base[source, expert] + place
+    # Beyond the arrival buffer nothing is read.
+    real &= arrival < size.max_arrivals
     order = torch.where(real, arrival, -1)
     inverse = torch.full((size.max_arrivals + 1,), -1, dtype=torch.int64, device=starts.device)
-    # Padding, and what the arrival buffer has no place for, goes to one more element.
-    nowhere = ~real | (arrival >= size.max_arrivals)
-    inverse.scatter_(0, torch.where(nowhere, size.max_arrivals, arrival), row)
+    # Padding goes to one more element.
+    inverse.scatter_(0, torch.where(real, arrival, size.max_arrivals), row)
     return owner[:: size.tile], order, inverse[:-1]
 
 
