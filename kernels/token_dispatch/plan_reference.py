@@ -99,9 +99,11 @@ def _rows(
     if size.layout == "padded":
         order = torch.where(real, row, -1)
         return owner[:: size.tile], order, order
-    expert = residents[owner].clamp_min(0)
-    # The last source before which no more than `place` rows arrive.
-    source = (recv_until[:, expert] <= place).sum(dim=0) - 1
+    # Rows at which each source's part of each resident starts, ascending; the last at or before the row owns it.
+    experts = residents.clamp_min(0)
+    part = (starts[:-1, None] + recv_until[:, experts].T).flatten()
+    source = (torch.searchsorted(part, row, right=True) - 1) % recv_until.shape[0]
+    expert = experts[owner]
     arrival = arrival_base[source, expert] + place
     # Beyond the arrival buffer nothing is read.
     real &= arrival < size.max_arrivals

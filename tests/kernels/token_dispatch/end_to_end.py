@@ -133,8 +133,9 @@ def check_packed(cluster: Cluster) -> None:
         arrived = torch.full((num_arrivals, cluster.width), NAN, device=cluster.device)
         arrived[: int(plan.recv_rows.sum())] = torch.cat(parts)
         done = apply_experts(plan, arrived[plan.order.long()])
-        back = done[plan.inverse.long()]
-        assert torch.equal(back.isnan().any(dim=1), plan.inverse < 0)
+        arrives = plan.inverse >= 0
+        back = torch.where(arrives[:, None], done[plan.inverse.clamp_min(0).long()], NAN)
+        assert torch.equal(~back.isnan().any(dim=1), arrives)
         returned.append(back[: int(plan.recv_rows.sum())].split(plan.recv_rows.tolist()))
     for rank, (address, weights) in enumerate(zip(cluster.addresses, cluster.weights, strict=True)):
         rows = torch.cat([returned[host][rank] for host in range(len(plans))])
