@@ -120,9 +120,9 @@ class Launcher:
             compiled[grid](*args, *constants.values())
             return
         described = [a.descriptor() if isinstance(a, Box) else a for a in args]
+        names = list(self._kernel.arg_names)[len(args) :]
+        assert names == list(constants), f"constants must come as {names}, got {list(constants)}"
         # None in the interpreter, which compiles nothing.
         compiled = self._kernel[grid](*described, **constants, num_warps=num_warps)
         if compiled is not None:
-            names = list(self._kernel.arg_names)[len(args) :]
-            assert names == list(constants), f"constants must come as {names}, got {list(constants)}"
             self._compiled[key] = compiled

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+from lightning_swiftmoe.kernels.dispatch import on_device
+from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import TokenPlan
 
 
@@ -50,7 +51,7 @@ def address_tokens(topk_idx: Tensor, plan: TokenPlan) -> Address:
     if topk_idx.numel() == 0:
         nothing = torch.empty(topk_idx.shape, dtype=torch.int32, device=topk_idx.device)
         return Address(nothing, nothing)
-    if not has_triton() or not (topk_idx.device.type == "cuda" or interpreted()):
+    if not uses_triton(topk_idx):
         return address_tokens_reference(topk_idx, plan)
     from lightning_swiftmoe.kernels.token_dispatch import address_launch
 

@@ -7,9 +7,10 @@ Shape legend: T tokens, k choices, d width of a row, N ranks, P rows of a buffer
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+from lightning_swiftmoe.kernels.dispatch import on_device
 from lightning_swiftmoe.kernels.token_dispatch import move_reference
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
+from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
 
 
 def peer_addresses(buffer_ptrs: list[int], device: torch.device, offset_bytes: int = 0) -> Tensor:
@@ -102,7 +103,7 @@ def pack_rows(source: Tensor, address: Address, num_rows: int) -> Tensor:
     rows = source.new_empty(num_rows, source.shape[1])
     if source.numel() == 0:
         return rows
-    if not _use_triton(source):
+    if not uses_triton(source):
         move_reference.push_rows_reference(source, _at_home(address), [rows])
         return rows
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
@@ -116,7 +117,7 @@ def unpack_rows(rows: Tensor, address: Address, weights: Tensor | None, out: Ten
     """`pull_rows` from `rows[P, d]` of this process."""
     if out.numel() == 0:
         return
-    if not _use_triton(out):
+    if not uses_triton(out):
         move_reference.pull_rows_reference(_at_home(address), [rows], weights, out)
         return
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
@@ -127,7 +128,7 @@ def unpack_rows(rows: Tensor, address: Address, weights: Tensor | None, out: Ten
 
 def unpack_scalars(scalars: Tensor, address: Address) -> Tensor:
     """`pull_scalars` from fp32 `scalars[n, P]` of this process."""
-    if not _use_triton(scalars) or address.row.numel() == 0:
+    if not uses_triton(scalars) or address.row.numel() == 0:
         return move_reference.pull_scalars_reference(_at_home(address), [scalars])
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
@@ -146,7 +147,7 @@ def clear_padding(rows: Tensor, starts: Tensor, ends: Tensor) -> None:
         starts: `[R + 1]` int32.
         ends: `[R]` int32.
     """
-    if not _use_triton(rows):
+    if not uses_triton(rows):
         move_reference.clear_padding_reference(rows, starts, ends)
         return
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
@@ -158,7 +159,3 @@ def clear_padding(rows: Tensor, starts: Tensor, ends: Tensor) -> None:
 def _at_home(address: Address) -> Address:
     """The same rows, all of one host: a send buffer holds rows for every host."""
     return Address(address.host.clamp_max(0), address.row)
-
-
-def _use_triton(tensor: Tensor) -> bool:
-    return has_triton() and (tensor.device.type == "cuda" or interpreted())

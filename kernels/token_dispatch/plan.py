@@ -6,7 +6,8 @@ Shape legend: N ranks, E experts.
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+from lightning_swiftmoe.kernels.dispatch import on_device
+from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 
@@ -47,7 +48,7 @@ def plan_tokens(
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0 .. {num_ranks - 1}, got {rank}")
     tensors = (counts.contiguous(), multiplicity.contiguous(), replicas.contiguous())
-    if not has_triton() or not (counts.device.type == "cuda" or interpreted()):
+    if not uses_triton(counts):
         return plan_tokens_reference(*tensors, rank, size, capacity)
     from lightning_swiftmoe.kernels.token_dispatch import plan_launch
 

@@ -12,8 +12,9 @@ from lightning_swiftmoe.kernels.token_dispatch import plan_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 
 _CHUNK = 512  # ranks that one step of the scan takes
+_INTERPRETER_CHUNK = 4  # several steps also in small tests
 _LANES = 128  # elements of a scan's tile, where ranks are few
-_BLOCK = 1024  # arrivals cleared by one program
+_BLOCK = 1024  # arrivals cleared at a time by one program
 
 _rank_totals = Launcher(plan_triton.rank_totals_kernel)
 _scan_ranks = Launcher(plan_triton.scan_ranks_kernel)
@@ -62,19 +63,22 @@ def plan_tokens(
         residents,
         starts,
         ends,
+        inverse,
         rank,
+        num_ranks,
         num_experts,
         size.max_residents,
         size.max_rows,
+        size.max_arrivals,
         num_warps=max(1, min(bins // 64, 8)),
         PACKED=packed,
         TILE=size.tile,
         BINS=bins,
         SLOTS=slots,
+        BLOCK=_BLOCK,
     )
-    num_tiles = size.max_rows // size.tile
     _name_rows(
-        (num_tiles + (triton.cdiv(size.max_arrivals, _BLOCK) if packed else 0), 1, 1),
+        (size.max_rows // size.tile, 1, 1),
         residents,
         starts,
         ends,
@@ -83,7 +87,6 @@ def plan_tokens(
         tile_expert,
         order,
         inverse,
-        num_tiles,
         num_ranks,
         num_experts,
         size.max_residents,
@@ -92,7 +95,6 @@ def plan_tokens(
         STEPS=(num_ranks - 1).bit_length(),
         TILE=size.tile,
         SLOTS=slots,
-        BLOCK=_BLOCK,
     )
     sums_out = (rank_load, send_rows, recv_rows, needed_rows)
     return TokenPlan(rank, size, kept[rank], send, recv, send_until, base, *sums_out, *rows)
@@ -123,7 +125,8 @@ def _scan(
 ) -> None:
     num_ranks, num_experts = counts.shape
     scope = None if capacity is None else capacity.scope
-    chunk = min(_CHUNK, triton.next_power_of_2(num_ranks))
+    most = _CHUNK if counts.device.type == "cuda" else _INTERPRETER_CHUNK
+    chunk = min(most, triton.next_power_of_2(num_ranks))
     # Two experts a program keep most multiprocessors busy where the scan is long.
     experts = max(2, _LANES // chunk)
     _scan_ranks(

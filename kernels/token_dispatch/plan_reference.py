@@ -99,15 +99,18 @@ def _rows(
     if size.layout == "padded":
         order = torch.where(real, row, -1)
         return owner[:: size.tile], order, order
-    expert = residents[owner].clamp_min(0)
-    # The last source before which no more than `place` rows arrive.
-    source = (recv_until[:, expert] <= place).sum(dim=0) - 1
+    # Rows at which each source's part of each resident starts, ascending; the last at or before the row owns it.
+    experts = residents.clamp_min(0)
+    part = (starts[:-1, None] + recv_until[:, experts].T).flatten()
+    source = (torch.searchsorted(part, row, right=True) - 1) % recv_until.shape[0]
+    expert = experts[owner]
     arrival = arrival_base[source, expert] + place
+    # Beyond the arrival buffer nothing is read.
+    real &= arrival < size.max_arrivals
     order = torch.where(real, arrival, -1)
     inverse = torch.full((size.max_arrivals + 1,), -1, dtype=torch.int64, device=starts.device)
-    # Padding, and what the arrival buffer has no place for, goes to one more element.
-    nowhere = ~real | (arrival >= size.max_arrivals)
-    inverse.scatter_(0, torch.where(nowhere, size.max_arrivals, arrival), row)
+    # Padding goes to one more element.
+    inverse.scatter_(0, torch.where(real, arrival, size.max_arrivals), row)
     return owner[:: size.tile], order, inverse[:-1]
 
 

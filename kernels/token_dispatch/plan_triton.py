@@ -133,11 +133,19 @@ def _store_residents(
     tl.store(starts + slot, end, mask=missing & (slot <= R))
 
 
-@triton.jit(do_not_specialize=["rank", "P"])
+@triton.jit
+def _clear_part(inverse, part, num_parts, A, BLOCK: tl.constexpr):
+    """-1 for every arrival, as long as no row is known to want it."""
+    for first in range(part * BLOCK, A, num_parts * BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(inverse + at, tl.full([BLOCK], -1, tl.int32), mask=at < A)
+
+
+@triton.jit(do_not_specialize=["rank", "P", "A"])
 def plan_hosts_kernel(
     multiplicity, kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base,
-    rank_load, send_rows, recv_rows, needed_rows, residents, starts, ends, rank, E, R, P,
-    PACKED: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr,
+    rank_load, send_rows, recv_rows, needed_rows, residents, starts, ends, inverse, rank, N, E, R, P, A,
+    PACKED: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What this rank sends to and receives from peer j = program, and where it stands there."""
     peer = tl.program_id(0)
@@ -181,6 +189,7 @@ def plan_hosts_kernel(
         first = tl.sum(received_before, axis=0) + tl.cumsum(received, axis=0) - received
         tl.store(arrival_base + at, first - received_before, mask=mask)
         tl.store(recv_until + at, received_before, mask=mask)
+        _clear_part(inverse, peer, N, A, BLOCK)
     else:
         # The peer's own come in their rank's turn, the others in rank order.
         earlier = _overlap(peer_host, peer_places, 0, own_source) + tl.where(peer < rank, peer_local, 0)
@@ -192,11 +201,13 @@ def plan_hosts_kernel(
         )
 
 
-@triton.jit
-def _name_rows(
-    residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, tile, N, E, R, A,
+@triton.jit(do_not_specialize=["A"])
+def name_rows_kernel(
+    residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, N, E, R, A,
     PACKED: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """The resident of a tile = program, and the arrival of each of its rows."""
+    tile = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
     start = tl.load(starts + slot, mask=slot < R, other=2147483647)
     # Empty residents share their successor's start: the last that starts at or before the tile owns it.
@@ -216,30 +227,7 @@ def _name_rows(
             until = tl.load(recv_until + further.to(tl.int64) * E + column, mask=inside, other=2147483647)
             source = tl.where(until <= place, further, source)
         arrival = tl.load(arrival_base + source.to(tl.int64) * E + column, mask=real, other=0) + place
-        tl.store(inverse + arrival, row, mask=real & (arrival < A))
+        # Beyond the arrival buffer nothing is read.
+        real &= arrival < A
+        tl.store(inverse + arrival, row, mask=real)
     tl.store(order + row, tl.where(real, arrival, -1))
-
-
-@triton.jit
-def _clear_arrivals(starts, ends, inverse, block, R, A, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """-1 for the arrivals that do not come."""
-    slot = tl.arange(0, SLOTS)
-    length = tl.load(ends + slot, mask=slot < R, other=0) - tl.load(starts + slot, mask=slot < R, other=0)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    tl.store(inverse + at, tl.full([BLOCK], -1, tl.int32), mask=(at >= tl.sum(length, axis=0)) & (at < A))
-
-
-@triton.jit(do_not_specialize=["num_tiles", "A"])
-def name_rows_kernel(
-    residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, num_tiles, N, E, R, A,
-    PACKED: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Name the resident of each tile and the arrival of each row; the programs past the tiles clear `inverse`."""
-    tile = tl.program_id(0)
-    if tile < num_tiles:
-        _name_rows(
-            residents, starts, ends, recv_until, arrival_base, tile_expert, order, inverse, tile, N, E, R, A,
-            PACKED, STEPS, TILE, SLOTS,
-        )  # fmt: skip
-    else:
-        _clear_arrivals(starts, ends, inverse, tile - num_tiles, R, A, SLOTS, BLOCK)
