@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, sum_shards
-from lightning_swiftmoe.kernels import dispatch, rows_mlp, warmup
+from lightning_swiftmoe.kernels import dispatch, hopper, rows_mlp, warmup
 from lightning_swiftmoe.kernels.row_layout import row_layout_reference
 from lightning_swiftmoe.kernels.shards import pack_shards_reference, place_shards_reference, sum_shards_reference
 from tests.kernels.rows_oracle import Case, loop_over_residents, make_case, make_layout, relative_errors, run_rows
@@ -61,6 +63,22 @@ def test_rows_give_the_same_bits_on_every_run() -> None:
     )
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one[:640].nan_to_num(), other[:640].nan_to_num())
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_short_programs_give_the_same_bits(tiles: int) -> None:
+    needs("hopper")
+    results = []
+    for tiles_per_program in (None, tiles):
+        hopper.set_tiles_per_program(tiles_per_program)
+        try:
+            case = make_case([5000, 0, 300], 512, 1024, "swiglu", TILE, torch.bfloat16, "cuda")
+            results.append(run_rows(case, "swiglu", "hopper"))
+        finally:
+            hopper.set_tiles_per_program(None)
+    for one, other in zip(*results, strict=True):
+        used = slice(int(case.layout.num_rows) if one.shape[0] == case.layout.allocated_rows else None)
+        assert torch.equal(one[used], other[used])
 
 
 @pytest.mark.parametrize("counts", [[0], [1, 0, 300], [0, 0], [130] * 200], ids=str)
