@@ -3,8 +3,8 @@
 Rows stand in expert order, each expert padded to whole tiles of `BLOCK_M` rows (see `padded_routing.py`), so no tile
 straddles an expert and every store is a full TMA box. An operand that stands in token order (`x`, the gradient of `y`)
 is gathered on its way into shared memory, by `order[p]`, the assignment of row p or -1 for padding; it is never written
-in expert order. Persistent: one program per multiprocessor, no host sync; the number of tiles is read from device
-memory. Plain-torch twin: `grouped.py` with `activations.py`.
+in expert order. Persistent, one program per multiprocessor, or in short rounds (`_turns`), without a host sync: the
+number of tiles is read from device memory. Plain-torch twin: `grouped.py` with `activations.py`.
 
 Shape legend: T tokens, P padded rows, E experts, K depth, N columns; `BN` is `BLOCK_N`.
 """
@@ -34,6 +34,18 @@ HALF_N = 128
 
 
 @gluon.jit
+def _turns(total, stride, span):
+    """This program's first tile, and the end of its tiles, which stand `stride` apart.
+
+    Programs come in rounds of `stride`; a round takes the next `span` tiles. One round with all of them is a persistent
+    grid; short rounds let the hardware place programs as multiprocessors become free.
+    """
+    program = gl.program_id(0)
+    base = program // stride * span
+    return base + program % stride, gl.minimum(base + span, total)
+
+
+@gluon.jit
 def _tile(index, num_m, num_n, GROUP_M: gl.constexpr):
     """Row and column tile of a linear index: bands of GROUP_M row tiles, so that a wave is nearly square in bytes."""
     band = GROUP_M * num_n
@@ -52,7 +64,7 @@ def _split(acc):
 
 @gluon.jit
 def _rows_producer(
-    a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows, b_rows,
+    a_desc, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows, b_rows, stride, span,
     NT: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -61,7 +73,8 @@ def _rows_producer(
     num_n = (N + OUT_N - 1) // OUT_N
     slot = 0
     phase = 1
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, last_tile = _turns(num_m * num_n, stride, span)
+    for index in range(first, last_tile, stride):
         tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
         b_row = gl.load(tile_expert + tile_m) * b_rows
         for k in range(0, K, BK):
@@ -100,7 +113,7 @@ def _gather(source, assignment, col, buf, WIDTH, bar, TOP_K: gl.constexpr, layou
 
 @gluon.jit
 def _gathered_rows_producer(
-    x, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows, b_rows,
+    x, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows, b_rows, stride, span,
     TOP_K: gl.constexpr, NT: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, COPIERS: gl.constexpr,
 ):  # fmt: skip
@@ -111,7 +124,8 @@ def _gathered_rows_producer(
     num_n = (N + OUT_N - 1) // OUT_N
     slot = 0
     phase = 1
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, last_tile = _turns(num_m * num_n, stride, span)
+    for index in range(first, last_tile, stride):
         tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
         b_row = gl.load(tile_expert + tile_m) * b_rows
         assignment = gl.load(order + tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, layout)))
@@ -137,7 +151,7 @@ def _gathered_rows_producer(
 
 @gluon.jit
 def _rows_consumer(
-    pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows,
+    pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows, stride, span,
     TOP_K: gl.constexpr, NT: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -151,7 +165,8 @@ def _rows_consumer(
     num_n = (N + OUT_N - 1) // OUT_N
     slot = 0
     phase = 0
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, last_tile = _turns(num_m * num_n, stride, span)
+    for index in range(first, last_tile, stride):
         tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
         row = tile_m * BM
         acc = gl.zeros([BM, BN], gl.float32, acc_layout)
@@ -222,9 +237,9 @@ def _barriers(STAGES: gl.constexpr, COPIERS: gl.constexpr):
     return ready, empty
 
 
-@gluon.jit(do_not_specialize_on_alignment=["num_rows"])
+@gluon.jit(do_not_specialize=["stride", "span"], do_not_specialize_on_alignment=["num_rows"])
 def rows_gemm_kernel(
-    a, order, b_desc, pre_desc, out_desc, tile_expert, num_rows, K, N, gate_rows, b_rows,
+    a, order, b_desc, pre_desc, out_desc, tile_expert, num_rows, K, N, gate_rows, b_rows, stride, span,
     TOP_K: gl.constexpr, NT: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
     COPIERS: gl.constexpr,
@@ -248,16 +263,17 @@ def rows_gemm_kernel(
     if TOP_K > 0:
         gl.warp_specialize([
             (_rows_consumer, (pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows,
-                              TOP_K, NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                              stride, span, TOP_K, NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_gathered_rows_producer, (a, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N,
-                                       gate_rows, b_rows, TOP_K, NT, GATED, GROUP_M, BM, BN, BK, STAGES, COPIERS)),
+                                       gate_rows, b_rows, stride, span, TOP_K, NT, GATED, GROUP_M, BM, BN, BK, STAGES,
+                                       COPIERS)),
         ], [COPIERS], [40])  # fmt: skip
     else:
         gl.warp_specialize([
             (_rows_consumer, (pre_desc, out_desc, a_bufs, b_bufs, c_bufs, ready, empty, num_rows, K, N, gate_rows,
-                              TOP_K, NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                              stride, span, TOP_K, NT, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_rows_producer, (a, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
-                              b_rows, NT, GATED, GROUP_M, BM, BN, BK, STAGES)),
+                              b_rows, stride, span, NT, GATED, GROUP_M, BM, BN, BK, STAGES)),
         ], [1], [24])  # fmt: skip
 
 
@@ -305,7 +321,7 @@ def _grad_chunk(
 @gluon.jit
 def _grad_consumer(
     pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty, pre_bars, weights, order,
-    partials, num_rows, K, N, gate_rows, part_stride,
+    partials, num_rows, K, N, gate_rows, part_stride, stride, span,
     TOP_K: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -317,7 +333,8 @@ def _grad_consumer(
     num_n = (N + BN - 1) // BN
     slot = 0
     phase = 0
-    for index in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    first, last_tile = _turns(num_m * num_n, stride, span)
+    for index in range(first, last_tile, stride):
         tile_m, tile_n = _tile(index, num_m, num_n, GROUP_M)
         row = tile_m * BM
         col = tile_n * BN
@@ -367,10 +384,10 @@ def _grad_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["part_stride"], do_not_specialize_on_alignment=["num_rows"])
+@gluon.jit(do_not_specialize=["part_stride", "stride", "span"], do_not_specialize_on_alignment=["num_rows"])
 def hidden_grad_kernel(
     grad_y, order, b_desc, pre_desc, grad_pre_desc, scaled_desc, weights, partials, tile_expert, num_rows, K, N,
-    gate_rows, b_rows, part_stride,
+    gate_rows, b_rows, part_stride, stride, span,
     TOP_K: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, COPIERS: gl.constexpr,
 ):  # fmt: skip
@@ -396,18 +413,18 @@ def hidden_grad_kernel(
         gl.warp_specialize([
             (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
                               pre_bars, weights, order, partials, num_rows, K, N, gate_rows, part_stride,
-                              TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                              stride, span, TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_gathered_rows_producer, (grad_y, order, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K,
-                                       N, gate_rows, b_rows, TOP_K, False, False, GROUP_M, BM, BN, BK, STAGES,
-                                       COPIERS)),
+                                       N, gate_rows, b_rows, stride, span, TOP_K, False, False, GROUP_M, BM, BN, BK,
+                                       STAGES, COPIERS)),
         ], [COPIERS], [40])  # fmt: skip
     else:
         gl.warp_specialize([
             (_grad_consumer, (pre_desc, grad_pre_desc, scaled_desc, a_bufs, b_bufs, pre_bufs, scaled_buf, ready, empty,
                               pre_bars, weights, order, partials, num_rows, K, N, gate_rows, part_stride,
-                              TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                              stride, span, TOP_K, GATED, ACT, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_rows_producer, (grad_y, b_desc, a_bufs, b_bufs, ready, empty, tile_expert, num_rows, K, N, gate_rows,
-                              b_rows, False, False, GROUP_M, BM, BN, BK, STAGES)),
+                              b_rows, stride, span, False, False, GROUP_M, BM, BN, BK, STAGES)),
         ], [1], [24])  # fmt: skip
 
 
@@ -420,7 +437,7 @@ def _depth(starts, ends, expert, BK: gl.constexpr):
 
 @gluon.jit
 def _weight_producer(
-    a_desc, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N,
+    a_desc, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N, stride, span,
     GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     num_m = (M + BM - 1) // BM
@@ -428,7 +445,8 @@ def _weight_producer(
     per_expert = num_m * num_n
     slot = 0
     phase = 1
-    for index in range(gl.program_id(0), num_experts * per_expert, gl.num_programs(0)):
+    first, last_tile = _turns(num_experts * per_expert, stride, span)
+    for index in range(first, last_tile, stride):
         expert = index // per_expert
         tile_m, tile_n = _tile(index % per_expert, num_m, num_n, GROUP_M)
         start, depth = _depth(starts, ends, expert, BK)
@@ -446,7 +464,7 @@ def _weight_producer(
 
 @gluon.jit
 def _gathered_weight_producer(
-    source, order, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N,
+    source, order, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N, stride, span,
     TOP_K: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, COPIERS: gl.constexpr,
 ):  # fmt: skip
@@ -458,7 +476,8 @@ def _gathered_weight_producer(
     per_expert = num_m * num_n
     slot = 0
     phase = 1
-    for index in range(gl.program_id(0), num_experts * per_expert, gl.num_programs(0)):
+    first, last_tile = _turns(num_experts * per_expert, stride, span)
+    for index in range(first, last_tile, stride):
         expert = index // per_expert
         tile_m, tile_n = _tile(index % per_expert, num_m, num_n, GROUP_M)
         start, depth = _depth(starts, ends, expert, BK)
@@ -481,7 +500,7 @@ def _gathered_weight_producer(
 
 @gluon.jit
 def _weight_consumer(
-    out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N,
+    out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N, stride, span,
     TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -495,7 +514,8 @@ def _weight_consumer(
     per_expert = num_m * num_n
     slot = 0
     phase = 0
-    for index in range(gl.program_id(0), num_experts * per_expert, gl.num_programs(0)):
+    first, last_tile = _turns(num_experts * per_expert, stride, span)
+    for index in range(first, last_tile, stride):
         expert = index // per_expert
         tile_m, tile_n = _tile(index % per_expert, num_m, num_n, GROUP_M)
         _, depth = _depth(starts, ends, expert, BK)
@@ -537,9 +557,9 @@ def _weight_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["stride", "span"])
 def weight_gemm_kernel(
-    a, order, b_desc, out_desc, starts, ends, num_experts, M, N,
+    a, order, b_desc, out_desc, starts, ends, num_experts, M, N, stride, span,
     TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, COPIERS: gl.constexpr,
 ):  # fmt: skip
@@ -559,14 +579,14 @@ def weight_gemm_kernel(
     if TOP_K > 0:
         gl.warp_specialize([
             (_weight_consumer, (out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N,
-                                TOP_K, TRANSPOSED, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                                stride, span, TOP_K, TRANSPOSED, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_gathered_weight_producer, (a, order, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts,
-                                         M, N, TOP_K, GROUP_M, BM, BN, BK, STAGES, COPIERS)),
+                                         M, N, stride, span, TOP_K, GROUP_M, BM, BN, BK, STAGES, COPIERS)),
         ], [COPIERS], [56])  # fmt: skip
     else:
         gl.warp_specialize([
             (_weight_consumer, (out_desc, a_bufs, b_bufs, c_bufs, ready, empty, starts, ends, num_experts, M, N,
-                                TOP_K, TRANSPOSED, GROUP_M, BM, BN, BK, STAGES, WARPS)),
+                                stride, span, TOP_K, TRANSPOSED, GROUP_M, BM, BN, BK, STAGES, WARPS)),
             (_weight_producer, (a, b_desc, a_bufs, b_bufs, ready, empty, starts, ends, num_experts, M, N,
-                                GROUP_M, BM, BN, BK, STAGES)),
+                                stride, span, GROUP_M, BM, BN, BK, STAGES)),
         ], [1], [24])  # fmt: skip

@@ -21,18 +21,53 @@ BM, BN, BK, HALF = kernels.BLOCK_M, kernels.BLOCK_N, kernels.BLOCK_K, kernels.HA
 _TILING = {"GROUP_M": 8, "BM": BM, "BN": BN, "BK": BK, "STAGES": 3, "WARPS": 8, "COPIERS": 4}
 # A gather inside a weight gradient costs some 15 % of it, rows spread in memory before it cost their bytes: even here.
 _SPREAD_COLUMNS = 2560
+_ALL_TILES = 2**31 - 1
 
 _rows_gemm = Launcher(kernels.rows_gemm_kernel)
 _hidden_grad = Launcher(kernels.hidden_grad_kernel)
 _weight_gemm = Launcher(kernels.weight_gemm_kernel)
 
 
+_tiles_per_program: int | None = None
+
+
+def set_tiles_per_program(tiles: int | None) -> None:
+    """Let each program of a GEMM end after so many tiles; None, the default, for persistent ones.
+
+    A persistent program that finds no free multiprocessor, because a kernel of another stream holds it, runs after all
+    others have ended: the GEMM takes twice as long. Short ones (4 to 8 tiles) go wherever there is room, and let a
+    stream of higher priority in between. Each tile is computed by one program either way: the bits are the same.
+
+    Raises:
+        ValueError: if tiles is less than 1.
+    """
+    global _tiles_per_program
+    if tiles is not None and tiles < 1:
+        raise ValueError(f"tiles must be at least 1 or None, got {tiles}")
+    _tiles_per_program = tiles
+
+
 @functools.cache
-def _grid(device: torch.device) -> tuple[int, int, int]:
-    """One program per multiprocessor; a launch that is only recorded, on the meta device, has none."""
+def _multiprocessors(device: torch.device) -> int:
+    """Of the device; a launch that is only recorded, on the meta device, needs none."""
     if device.type == "meta":
-        return 1, 1, 1
-    return torch.cuda.get_device_properties(device).multi_processor_count, 1, 1
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _schedule(device: torch.device, most_tiles: int) -> tuple[tuple[int, int, int], int, int]:
+    """Grid, stride and span of a GEMM with at most so many tiles; see `gemm_hopper._turns`."""
+    programs = _multiprocessors(device)
+    if _tiles_per_program is None:
+        return (programs, 1, 1), programs, _ALL_TILES
+    span = programs * _tiles_per_program
+    rounds = max(1, -(-most_tiles // span))
+    return (rounds * programs, 1, 1), programs, span
+
+
+def _row_tiles(routing: PaddedRouting | RowLayout, columns: int, tile_columns: int) -> int:
+    """The most tiles that a product of all rows can have."""
+    return routing.allocated_rows // BM * -(-columns // tile_columns)
 
 
 def expert_rows(source: Tensor, routing: PaddedRouting | RowLayout) -> Tensor:
@@ -58,8 +93,9 @@ def rows_gemm(
     flat = weight.as_strided(((num_experts - 1) * expert_rows + b_rows, b_columns), weight.stride()[1:])
     out = rows.new_empty(rows.shape[0], columns) if out is None else out
     out_box = box(out, (BM, HALF))
+    grid, stride, span = _schedule(rows.device, _row_tiles(routing, columns, BN))
     _rows_gemm(
-        _grid(rows.device),
+        grid,
         box(rows, (BM, BK)),
         routing.order,
         box(flat, (BN, BK) if transposed else (BK, BN)),
@@ -71,6 +107,8 @@ def rows_gemm(
         columns,
         0,
         expert_rows,
+        stride,
+        span,
         num_warps=8,
         TOP_K=0,
         NT=transposed,
@@ -90,8 +128,9 @@ def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, acti
     pre = x.new_empty(routing.allocated_rows, up_proj.shape[1])
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
     hidden = x.new_empty(routing.allocated_rows, hidden_width)
+    grid, stride, span = _schedule(x.device, _row_tiles(routing, hidden_width, HALF if gated else BN))
     _rows_gemm(
-        _grid(x.device),
+        grid,
         _rows_of(x, routing),
         routing.order,
         box(up_proj.view(-1, up_proj.shape[2]), (HALF if gated else BN, BK)),
@@ -103,6 +142,8 @@ def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, acti
         hidden_width,
         hidden_width,
         up_proj.shape[1],
+        stride,
+        span,
         num_warps=8,
         TOP_K=routing.top_k,
         NT=True,
@@ -137,8 +178,9 @@ def hidden_grad_gemm(
     grad_pre = pre if overwrite_pre else torch.empty_like(pre)
     scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
+    grid, stride, span = _schedule(grad_y.device, _row_tiles(routing, hidden_width, BN))
     _hidden_grad(
-        _grid(grad_y.device),
+        grid,
         _rows_of(grad_y, routing),
         routing.order,
         box(down_proj.view(-1, hidden_width), (BK, BN)),
@@ -154,6 +196,8 @@ def hidden_grad_gemm(
         hidden_width,
         down_proj.shape[1],
         pre.shape[0],
+        stride,
+        span,
         num_warps=8,
         TOP_K=routing.top_k,
         GATED=is_gated(activation),
@@ -190,8 +234,10 @@ def weight_gemm(
     # Only the operand with the narrower tile can be gathered fast enough: the product is transposed on its way out.
     transposed = gather and gathered_right
     a, b = (right, left) if transposed else (left, right)
+    most_tiles = num_experts * -(-a.shape[1] // BM) * -(-b.shape[1] // BN)
+    grid, stride, span = _schedule(left.device, most_tiles)
     _weight_gemm(
-        _grid(left.device),
+        grid,
         a if gather else box(a, (BK, BM)),
         routing.order,
         box(b, (BK, BN)),
@@ -201,6 +247,8 @@ def weight_gemm(
         num_experts,
         a.shape[1],
         b.shape[1],
+        stride,
+        span,
         num_warps=8,
         TOP_K=routing.top_k if gather else 0,
         TRANSPOSED=transposed,
