@@ -69,10 +69,12 @@ class Group:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
+        # One thread a rank, as torchrun does: Lightning would share out all cores, and others would not.
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in ranks.items()}
         with (self.folder / f"log.rank{rank}.txt").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "lightning_swiftmoe.cli._peers.worker", str(self.folder), str(rank)],
-                env={**os.environ, **{key: str(value) for key, value in ranks.items()}},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -76,6 +76,7 @@ def progress_line(name: str, result: dict[str, Any]) -> str:
 def kernels_table(results: dict[str, dict[str, Any]]) -> Table | None:
     """Kernel time by kind and what the GPU did beside, ms a step of rank 0; None where nothing was profiled."""
     profiles = {name: result["profile"][0] for name, result in results.items() if result.get("profile")}
+    profiles = {name: profile for name, profile in profiles.items() if profile["kernel_ms"]}  # none on a CPU
     if not profiles:
         return None
     kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile["kernel_ms"]))
