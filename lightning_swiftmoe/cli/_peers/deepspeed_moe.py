@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from typing import Any
 
@@ -29,7 +28,6 @@ from lightning_swiftmoe.models.module import decay_groups
 
 def run(job: Job, meter: Meter) -> None:
     """Train."""
-    os.environ["DS_ACCELERATOR"] = job.device.type
     warnings.simplefilter("ignore")
     start_ranks(job)
     check(job)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -30,7 +30,7 @@ def run(job: Job, meter: Meter) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # it logs through the root logger
     start_ranks(job)
     if job.device.type == "cpu":
-        permute_without_triton()
+        make_do_without_cuda()
     gpt = job.build_gpt()
     check(gpt)
     for block in gpt.blocks:
@@ -127,8 +127,14 @@ def make_clip(gpt: GPT, job: Job) -> Any:
     return lambda: clip_grad_norm_(gpt.parameters(), limit, ep_enabled=True)
 
 
-def permute_without_triton() -> None:
-    """On a CPU, for tests: its layer always asks for the Triton kernel."""
+def make_do_without_cuda() -> None:
+    """On a CPU, for tests: its layer asks for a Triton kernel and for histograms of integers."""
     from torchtitan.models.moe import utils
 
     utils.generate_permute_indices = partial(utils.generate_permute_indices, use_cpu=True)
+    histogram = torch.histc
+
+    def histc(values: Tensor, **bins: int) -> Tensor:
+        return histogram(values.float(), **bins).to(values.dtype)
+
+    torch.histc = histc  # type: ignore[assignment]

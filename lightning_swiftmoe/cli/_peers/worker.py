@@ -13,12 +13,13 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter, Result, barrier
-from lightning_swiftmoe.cli._peers.systems import PEERS
+from lightning_swiftmoe.cli._peers.systems import EXTRAS, PEERS
 
 TURN = "turn"  # the file that says that the system before has left
 POLL_S = 0.02
@@ -27,13 +28,6 @@ POLL_S = 0.02
 def main(folder: Path, rank: int) -> None:
     """Run the rank; never returns."""
     be_quiet()
-    job = Job.read(folder, rank)
-    peer = importlib.import_module(f"lightning_swiftmoe.cli._peers.{PEERS[job.name]}")
-    wait_for(folder / TURN)
-    if job.device.type == "cuda":
-        torch.cuda.set_device(job.device)
-    else:
-        torch.set_num_threads(1)
 
     def done(result: Result) -> None:
         result.write(folder / f"result.rank{rank}.json")
@@ -41,12 +35,28 @@ def main(folder: Path, rank: int) -> None:
         leave(0)
 
     try:
+        job = Job.read(folder, rank)
+        peer = load(job)
+        wait_for(folder / TURN)
+        if job.device.type == "cuda":
+            torch.cuda.set_device(job.device)
+        else:
+            torch.set_num_threads(1)
         peer.run(job, Meter(job, done))
         raise RuntimeError("training ended before its last step")
     except BaseException as error:
         traceback.print_exc()
         (folder / f"error.rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         leave(1)
+
+
+def load(job: Job) -> Any:
+    """The peer's module, with the packages that take seconds to import. The GPU is left alone."""
+    os.environ["DS_ACCELERATOR"] = job.device.type
+    package = EXTRAS.get(job.name)
+    if package is not None:
+        importlib.import_module(package)
+    return importlib.import_module(f"lightning_swiftmoe.cli._peers.{PEERS[job.name]}")
 
 
 def be_quiet() -> None:
