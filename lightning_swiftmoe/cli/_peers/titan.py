@@ -134,7 +134,7 @@ def make_do_without_cuda() -> None:
     utils.generate_permute_indices = partial(utils.generate_permute_indices, use_cpu=True)
     histogram = torch.histc
 
-    def histc(values: Tensor, **bins: int) -> Tensor:
+    def histc(values: Tensor, **bins: Any) -> Tensor:
         return histogram(values.float(), **bins).to(values.dtype)
 
     torch.histc = histc  # type: ignore[assignment]
