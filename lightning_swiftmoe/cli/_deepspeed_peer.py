@@ -219,6 +219,7 @@ class DeepSpeedFFN(nn.Module):
             min_capacity=0,
             drop_tokens=capacity_factor is not None,
             use_rts=False,
+            top2_2nd_expert_sampling=False,  # else its top-2 draws the second expert at random
         )
         layer = self.moe.deepspeed_moe
         layer.gate.wg.weight.data.copy_(ours.router.weight.data)
