@@ -149,9 +149,10 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        # With nothing dense to train there is nothing to reduce, and DDP would refuse.
+        # With one rank, or nothing dense to train, there is nothing to reduce; DDP would copy, or refuse.
         experts = owners(self._experts)
-        if any(param.requires_grad and param not in experts for param in self._module.parameters()):
+        trains_dense = any(param.requires_grad and param not in experts for param in self._module.parameters())
+        if trains_dense and self.num_nodes * self.num_processes > 1:
             super().configure_ddp()
 
     @override

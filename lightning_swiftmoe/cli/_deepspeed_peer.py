@@ -158,7 +158,7 @@ def build(config: DictConfig, model: GPTConfig, total_steps: int) -> tuple[GPT, 
     gpt, layers = module.gpt, []
     for block in gpt.blocks:
         if isinstance(block.ffn, MoE):
-            block.ffn = DeepSpeedFFN(block.ffn, model, expert_parallel_size(config, model))
+            block.ffn = DeepSpeedFFN(block.ffn, model, expert_parallel_size(config, model), block.ffn.capacity_factor)
             layers.append(block.ffn)
     groups = [{**group, "name": str(number)} for number, group in enumerate(decay_groups(gpt))]
     if layers:
@@ -195,13 +195,17 @@ class DeepSpeedFFN(nn.Module):
         ours: the layer it replaces, with all experts.
         config: sizes.
         ep_size: consecutive ranks that share one copy of all experts.
+        capacity_factor: None drops nothing.
+        count: note how many assignments are kept; the host then waits for the device.
 
     Attributes:
         aux_loss: of the last forward, over the tokens of this rank.
         num_routed, num_kept: assignments of the last forward on this rank, before and after drops.
     """
 
-    def __init__(self, ours: MoE, config: GPTConfig, ep_size: int) -> None:
+    def __init__(
+        self, ours: MoE, config: GPTConfig, ep_size: int, capacity_factor: float | None, count: bool = True
+    ) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
@@ -210,11 +214,12 @@ class DeepSpeedFFN(nn.Module):
             DenseMLP(replace(config, ffn_size=ours.ffn_size)),
             num_experts=ours.num_experts,
             ep_size=ep_size,
-            k=1,
-            capacity_factor=ours.capacity_factor or 1.0,
+            k=ours.top_k,
+            capacity_factor=capacity_factor or 1.0,
             min_capacity=0,
-            drop_tokens=ours.capacity_factor is not None,
+            drop_tokens=capacity_factor is not None,
             use_rts=False,
+            top2_2nd_expert_sampling=False,  # else its top-2 draws the second expert at random
         )
         layer = self.moe.deepspeed_moe
         layer.gate.wg.weight.data.copy_(ours.router.weight.data)
@@ -224,7 +229,8 @@ class DeepSpeedFFN(nn.Module):
         for number, expert in enumerate(local, start=first):
             expert.up.weight.data.copy_(up.data[number])
             expert.down.weight.data.copy_(ours.experts.down_proj.data[number])
-        layer.gate.register_forward_hook(self._count)
+        if count:
+            layer.gate.register_forward_hook(self._count)
         self.aux_loss = torch.zeros(())
         self.num_routed = self.num_kept = 0
 

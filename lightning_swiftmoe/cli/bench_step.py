@@ -12,9 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +25,15 @@ from rich.table import Table
 
 from lightning_swiftmoe.cli import _deepspeed_peer
 from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._kernel_kinds import category
 from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload, talks_through_tcp
+from lightning_swiftmoe.cli._peers.command import side_by_side
+from lightning_swiftmoe.cli._peers.options import OPTION_NAMES, Options
 from lightning_swiftmoe.cli.train import build_trainer, check_fit, forget_ranks, name_this_job_to_children
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 
 PROFILED = 5  # steps under the profiler, after the timed ones
 RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-# What a kernel's name tells, first match wins.
-CATEGORIES = {
-    "attention": (
-        *("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
-        *("cudnn::fusion", "compute_dot_do_o", "convert_dq"),  # cuDNN's helpers around its own
-    ),
-    "optimizer": ("multi_tensor", "adam", "foreach"),
-    # cunn_SoftMax is the loss's: a router's few experts take softmax_warp.
-    "embedding and loss": ("embedding", "compute_grad_weight", "sum_and_scatter", "cunn_softmax", "nll_loss"),
-    # hidden_grad is ours: it multiplies by the down projection and applies the activation's gradient on the way out.
-    "matrix products": (
-        *("gemm", "hidden_grad", "cutlass", "nvjet", "grouped", "matmul", "wgrad", "dgrad", "cublas"),
-        *("_nt_", "_nn_"),
-    ),
-}
 
 
 class StepTimer(pl.Callback):
@@ -102,47 +87,27 @@ class StepTimer(pl.Callback):
             self.measured.write(self.output)
 
 
-@dataclass(frozen=True)
-class Options:
-    """``conf/bench/step.yaml``.
-
-    Raises:
-        ValueError: a value that means nothing.
-    """
-
-    peers: list[str]
-    warmup: int
-    steps: int
-    rounds: int
-
-    def __post_init__(self) -> None:
-        for key, least in {"warmup": 0, "steps": 1, "rounds": 1}.items():
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
-        if self.peers not in ([], ["deepspeed"]):
-            raise ValueError(f"peers must be [deepspeed] or [], got {self.peers!r}")
-
-
 def main(argv: list[str]) -> int:
     """Overrides as for ``swiftmoe train``, and those of ``conf/bench/step.yaml``."""
     if {"-h", "--help"} & set(argv):
         print(help_text("bench/step"))
         return 0
-    names = {field.name for field in fields(Options)}
-    own = [word for word in argv if word.split("=")[0] in names]
+    argv = ["profile=true" if word == "--profile" else word for word in argv]
+    own = [word for word in argv if word.split("=")[0] in OPTION_NAMES]
     return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
 
 
 def bench(config: DictConfig, own: list[str]) -> None:
-    """Train a few steps of ``config`` and print the table; results as ``step.json`` in the run folder.
+    """Train a few steps of ``config`` and print the table; results as ``step.json`` in the run folder, or ``output``.
 
     Args:
         config: of ``swiftmoe train``.
         own: overrides of ``conf/bench/step.yaml``.
     """
-    defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / "bench/step.yaml").read_text())
-    options = Options(**OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(own))))  # type: ignore[arg-type]
+    options = Options.of(config, own)
+    if options.in_processes_of_their_own(config):
+        side_by_side(config, options)
+        return
     train_and_nothing_else(config, options.warmup + options.steps + PROFILED)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips
@@ -161,7 +126,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
             return  # a rank that Lightning started: rank 0 reports
         result = summarize(measured, model, config.data.batch_size, config.data.seq_len)
         table = step_table(result)
-    Path(config.run_dir, "step.json").write_text(json.dumps(result, indent=1))
+    Path(options.output or Path(config.run_dir, "step.json")).write_text(json.dumps(result, indent=1))
     Console().print(table)
 
 
@@ -259,12 +224,6 @@ def step_flops(model: GPTConfig, tokens: int, seq_len: int) -> float:
     if not model.tie_embeddings:
         active -= model.vocab_size * model.hidden_size
     return tokens * (6.0 * active + 6.0 * model.num_layers * model.num_heads * model.channels * seq_len)
-
-
-def category(kernel: str) -> str:
-    """Which part of a step a kernel belongs to."""
-    low = kernel.lower()
-    return next((name for name, words in CATEGORIES.items() if any(word in low for word in words)), "other")
 
 
 def step_table(result: dict[str, Any]) -> Table:

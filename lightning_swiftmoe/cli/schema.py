@@ -57,6 +57,7 @@ class TrainConf:
     seed: int = 0
     paper: str | None = None
     report: bool = True
+    bench: dict[str, Any] = field(default_factory=dict)  # of conf/bench/step.yaml, for `swiftmoe bench step` alone
 
 
 def register() -> None:

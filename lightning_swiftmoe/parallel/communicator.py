@@ -211,9 +211,12 @@ class Communicator:
             result = then(arrived)
             done = torch.cuda.Event()
             done.record()
+        held = [make, then]
 
         def finish() -> T:
             torch.cuda.current_stream(self.device).wait_event(done)
+            # Until here nobody else may have the memory that our stream was reading.
+            held.clear()
             return result
 
         return Pending(finish)

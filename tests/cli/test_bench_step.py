@@ -54,7 +54,10 @@ def test_what_rank_0_measured_arrives(tmp_path, start_method):
     [
         ("steps=0", "steps must be an integer of at least 1, got 0"),
         ("warmup=x", "warmup must be an integer"),
-        ("peers=[megatron]", "peers must be [deepspeed] or [], got ['megatron']"),
+        ("batch_per_rank=0", "batch_per_rank must be a positive integer or null, got 0"),
+        ("peers=[ours+transport]", "an override in peers is written +KEY=VALUE, got 'transport'"),
+        ("+bench.paers=[]", "bench.paers is unknown; there are"),
+        ("peers=[megatron]", "peers must be among none, ours1, "),
         pytest.param(
             "peers=[deepspeed]",
             "lightning-swiftmoe[deepspeed]",

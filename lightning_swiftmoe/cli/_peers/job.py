@@ -1,0 +1,138 @@
+"""What one rank of one system is told: files in a folder, since ranks are other processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_swiftmoe.models import GPT, GPTConfig
+from lightning_swiftmoe.models.module import decay_groups
+
+PROFILER_WARMUP = 1  # steps under the profiler that are thrown away: its first one is slow
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, the same for all systems.
+
+    Args:
+        warmup: steps before the timed block.
+        steps: steps of the timed block.
+        profiled: steps under the profiler, behind it; 0: none.
+        stacks: whether the profiler also notes which line of Python asked for what (slower).
+        batch_per_rank: sequences of one step on one rank.
+        reshard: whether FSDP2 frees gathered parameters behind the forward pass.
+    """
+
+    warmup: int
+    steps: int
+    profiled: int
+    stacks: bool
+    batch_per_rank: int
+    reshard: bool
+
+    @property
+    def total_steps(self) -> int:
+        """All steps that are trained."""
+        return self.warmup + self.steps + (self.profiled + PROFILER_WARMUP if self.profiled else 0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank of one system.
+
+    Args:
+        name: the system, a key of ``systems.PEERS``.
+        rank, num_ranks: of this process.
+        config: of ``swiftmoe train``, for this system.
+        plan: what is measured.
+        folder: where results go.
+    """
+
+    name: str
+    rank: int
+    num_ranks: int
+    config: DictConfig
+    plan: Plan
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device("cuda", self.rank) if self.config.cluster.accelerator == "gpu" else torch.device("cpu")
+
+    @property
+    def model(self) -> GPTConfig:
+        """Sizes of the model."""
+        return GPTConfig(**OmegaConf.to_container(self.config.model, resolve=True))  # type: ignore[arg-type]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether matrix products run in bf16 above fp32 master weights.
+
+        Raises:
+            ValueError: a precision for which the systems have no common meaning.
+        """
+        precision = str(self.config.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"peers are compared with trainer.precision=32-true or bf16-mixed, got {precision}")
+        return precision == "bf16-mixed"
+
+    def build_gpt(self) -> GPT:
+        """The model with the weights that all systems start from, on this rank's device.
+
+        Drawn on the device: a billion parameters take a second there and half a minute on one core.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
+            torch.manual_seed(self.config.seed)
+            return GPT(self.model)
+
+    def build_optimizer(self, model: torch.nn.Module) -> Optimizer:
+        """The configured optimizer over ``decay_groups``."""
+        return self.make_optimizer([group for group in decay_groups(model) if group["params"]])
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The configured optimizer over these groups."""
+        return instantiate(self.config.optimizer)(groups)
+
+    def batches(self) -> list[Tensor]:
+        """This rank's ``[B, T + 1]`` tokens of every step, on its device before the first one."""
+        batch, length = self.plan.batch_per_rank, self.config.data.seq_len + 1
+        generator = torch.Generator().manual_seed(self.config.seed)
+        vocab = self.model.vocab_size
+        shape = (self.num_ranks * batch, length)
+        mine = slice(self.rank * batch, (self.rank + 1) * batch)
+        every = [made_up_text(shape, vocab, generator)[mine] for _ in range(self.plan.total_steps)]
+        return list(torch.stack(every).to(self.device))
+
+    def write(self) -> None:
+        """For ``read`` in the rank's process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "config.yaml")
+        told = {"name": self.name, "num_ranks": self.num_ranks, "plan": asdict(self.plan)}
+        (self.folder / "job.json").write_text(json.dumps(told))
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> Job:
+        """What ``write`` wrote."""
+        told: dict[str, Any] = json.loads((folder / "job.json").read_text())
+        config = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(config, DictConfig)
+        return cls(told["name"], rank, told["num_ranks"], config, Plan(**told["plan"]), folder)
+
+
+def made_up_text(shape: tuple[int, int], vocab: int, generator: torch.Generator) -> Tensor:
+    """Tokens with something to learn: some are frequent, and every second one follows from the one before it."""
+    uniform = torch.rand(shape, generator=generator)
+    tokens = (vocab * uniform**3).long().clamp_(max=vocab - 1)
+    followers = tokens[:, 1::2]
+    followers.copy_((tokens[:, 0::2][:, : followers.shape[1]] * 7 + 3) % vocab)
+    return tokens

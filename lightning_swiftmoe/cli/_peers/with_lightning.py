@@ -1,0 +1,125 @@
+"""Lightning's Trainer: our layer without a strategy, under DDP, and under our strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import open_dict
+from torch import Tensor
+
+from lightning_swiftmoe.cli._peers.job import Job
+from lightning_swiftmoe.cli._peers.meter import Meter
+from lightning_swiftmoe.layers.moe import moe_layers
+
+
+class BenchModule(pl.LightningModule):
+    """The loss, the optimizer, and nothing that logs.
+
+    Args:
+        job: this rank.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job, self.gpt = job, job.build_gpt()
+        self.loss: Tensor | None = None
+        self._loss_of = torch.compile(self.gpt.loss) if job.config.module.get("compile") else self.gpt.loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean loss in nats per token."""
+        loss = self._loss_of(batch)
+        self.loss = loss.detach()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Without a schedule."""
+        return self.job.build_optimizer(self)
+
+
+class Batches:
+    """An iterable that Lightning does not take for several loaders, as it would a list.
+
+    Args:
+        batches: in order.
+    """
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+class Ticks(pl.Callback):
+    """Tells the meter of every step."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """In front of a step."""
+        self.meter.before_step(batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Behind it."""
+        assert isinstance(pl_module, BenchModule)
+        assert pl_module.loss is not None
+        self.meter.after_step(batch_idx, pl_module.loss)
+
+
+def run(job: Job, meter: Meter) -> None:
+    """Train."""
+    module = BenchModule(job)
+    trainer = make_trainer(job, meter)
+    meter.survival = lambda: survival(trainer, module)
+    trainer.fit(module, Batches(job.batches()))
+
+
+def make_trainer(job: Job, meter: Meter) -> pl.Trainer:
+    """The configured Trainer with the system's strategy and callbacks."""
+    config = job.config
+    with open_dict(config):
+        config.trainer.devices = job.num_ranks
+        config.trainer.max_steps = job.plan.total_steps
+        config.trainer.enable_checkpointing = config.trainer.enable_progress_bar = False
+    callbacks: list[pl.Callback] = [Ticks(meter)]
+    if job.name.startswith("ours"):
+        with open_dict(config):
+            config.callbacks.rebalancer.trace = None
+        callbacks.append(instantiate(config.callbacks.rebalancer))
+    return instantiate(config.trainer, strategy=strategy_of(job), callbacks=callbacks, logger=False)
+
+
+def strategy_of(job: Job) -> Any:
+    """What ``Trainer(strategy=...)`` gets."""
+    if job.name == "none":
+        return "auto"
+    if job.name == "ddp":
+        backend = job.config.cluster.process_group_backend
+        # Every parameter takes part in every step, and gradients need no second copy.
+        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, static_graph=True)
+    return instantiate(job.config.strategy)
+
+
+def survival(trainer: pl.Trainer, module: BenchModule) -> float | None:
+    """Our strategy logs it; a layer alone counts what it routed and what it processed."""
+    logged = trainer.callback_metrics.get("moe/token_survival")
+    if logged is not None:
+        return float(logged)
+    loads = [load for layer in moe_layers(module).values() if (load := layer._load) is not None]
+    if not loads:
+        return None
+    processed = sum(float(load.rank_load.sum()) for load in loads)
+    return processed / sum(float(load.counts.sum()) for load in loads)

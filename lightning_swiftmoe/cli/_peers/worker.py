@@ -1,0 +1,86 @@
+"""One rank of one system: ``python -m lightning_swiftmoe.cli._peers.worker FOLDER RANK``.
+
+It loads what it needs, waits for its turn, trains, writes ``result.rank<r>.json`` and leaves without tidying up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_swiftmoe.cli._peers.job import Job
+from lightning_swiftmoe.cli._peers.meter import Meter, Result, barrier
+from lightning_swiftmoe.cli._peers.systems import EXTRAS, PEERS
+
+TURN = "turn"  # the file that says that the system before has left
+POLL_S = 0.02
+
+
+def main(folder: Path, rank: int) -> None:
+    """Run the rank; never returns."""
+    be_quiet()
+
+    def done(result: Result) -> None:
+        result.write(folder / f"result.rank{rank}.json")
+        barrier()
+        leave(0)
+
+    try:
+        job = Job.read(folder, rank)
+        peer = load(job)
+        wait_for(folder / TURN)
+        if job.device.type == "cuda":
+            torch.cuda.set_device(job.device)
+        else:
+            torch.set_num_threads(1)
+        peer.run(job, Meter(job, done))
+        raise RuntimeError("training ended before its last step")
+    except BaseException as error:
+        traceback.print_exc()
+        (folder / f"error.rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        leave(1)
+
+
+def load(job: Job) -> Any:
+    """The peer's module, with the packages that take seconds to import. The GPU is left alone."""
+    os.environ["DS_ACCELERATOR"] = job.device.type
+    package = EXTRAS.get(job.name)
+    if package is not None:
+        importlib.import_module(package)
+    return importlib.import_module(f"lightning_swiftmoe.cli._peers.{PEERS[job.name]}")
+
+
+def be_quiet() -> None:
+    """What frameworks say on every start, and nobody needs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def wait_for(path: Path) -> None:
+    """Look until the file is there, or nobody is left who could make it."""
+    parent = os.getppid()
+    while not path.exists():
+        if os.getppid() != parent:
+            leave(1)
+        time.sleep(POLL_S)
+
+
+def leave(status: int) -> None:
+    """At once: tearing down process groups and frameworks can take long, or hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

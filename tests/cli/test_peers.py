@@ -1,0 +1,132 @@
+"""``swiftmoe bench step peers=[...]``: systems in processes of their own, on gloo ranks."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lightning_swiftmoe.cli._peers.driver import Row, summary
+from lightning_swiftmoe.cli._peers.job import made_up_text
+from lightning_swiftmoe.cli._peers.meter import Result
+from lightning_swiftmoe.cli._peers.systems import System, expand, parse, slots_of
+from lightning_swiftmoe.cli._peers.table import with_differences
+from tests.cli.test_bench_step import bench
+
+SMALL = [
+    *("data.seq_len=32", "data.batch_size=8", "warmup=1", "steps=5", "rounds=1"),
+    *("model.aux_loss_coef=0", "model.activation=swiglu", "model.top_k=2", "optimizer.lr=0.005"),
+]
+
+
+def run(folder, *args):
+    status, text = bench(folder, *SMALL, *args)
+    assert status == 0, text
+    return json.loads((folder / "run/step.json").read_text()), text
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_systems_train_alike(tmp_path):
+    found, text = run(tmp_path, "peers=[ours_ep,ddp,fsdp2]")
+    systems = found["systems"]
+    losses = systems["ours_ep"]["losses"]
+    assert len(losses) == 6
+    assert max(losses) - min(losses) > 0.2
+    for name in ("ddp", "fsdp2"):
+        assert systems[name]["losses"] == pytest.approx(losses, rel=1e-5)
+        assert systems[name]["loss_reference"] == "ours_ep"
+        assert systems[name]["loss_difference"] < 1e-5
+        assert systems[name]["gpus"] == 2
+    assert "ours_ep: mean" in text
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_rounds_add_up_and_the_first_is_profiled(tmp_path):
+    found, _ = run(tmp_path, "peers=[none]", "rounds=2", "--profile")
+    system = found["systems"]["none"]
+    assert (system["gpus"], system["rounds"], len(system["steps_ms"])) == (1, 2, 10)
+    assert system["tokens_per_s"] * system["wall_ms"] / 1e3 == pytest.approx(4 * 32)
+    assert (tmp_path / "run/peers/none-0/trace_rank0.json.gz").exists()
+    assert not (tmp_path / "run/peers/none-1/trace_rank0.json.gz").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["torchtitan", "deepspeed"])
+def test_other_projects_train_alike(tmp_path, peer):
+    pytest.importorskip(peer, reason=f"needs lightning-swiftmoe[{peer}]")
+    found, _ = run(tmp_path, f"peers=[ours_ep,{peer}]", "trainer.gradient_clip_val=0.5")
+    assert found["systems"][peer]["losses"] == pytest.approx(found["systems"]["ours_ep"]["losses"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_peer_that_fails_is_a_line_and_the_rest_goes_on(tmp_path):
+    found, text = run(tmp_path, "peers=[ours1+strategy.nonsense=1,none]")
+    assert "unexpected keyword argument 'nonsense'" in found["systems"]["ours1+strategy.nonsense=1"]["error"]
+    assert "losses" in found["systems"]["none"]
+    assert "ours1+strategy.nonsense=1: TypeError: " in text
+
+
+@pytest.mark.distributed
+def test_behind_the_budget_nothing_starts_and_what_runs_is_stopped(tmp_path):
+    status, text = bench(tmp_path, *SMALL, "peers=[none,ours1]", "budget_s=1.5", f"output={tmp_path}/there.json")
+    assert status == 2, text
+    found = json.loads((tmp_path / "there.json").read_text())["systems"]
+    assert found["none"]["error"] == "stopped after 1 s"
+    assert found["ours1"]["error"] == "skipped: the budget of 2 s is spent"
+
+
+def test_entries_of_peers():
+    assert expand(["ours", "ours+policy.name=static", "none"], "auto") == [
+        *("ours_all", "ours_ep", "ours_all+policy.name=static", "ours_ep+policy.name=static", "none")
+    ]
+    assert expand(["ours", "deepspeed"], 4) == ["ours", "deepspeed", "deepspeed_cap1"]
+    system = parse("ours_ep+strategy.transport=nccl+policy.every_n_steps=2", 4)
+    assert system.overrides == {"strategy.transport": "nccl", "policy.every_n_steps": 2}
+    assert (system.name, system.num_ranks) == ("ours_ep", 4)
+    assert parse("none", 4).num_ranks == parse("ours1", 4).num_ranks == 1
+
+
+def test_slots_of_our_variants():
+    assert slots_of("ours_all", 16, 2) == slots_of("ours1", 16, 1) == 16
+    assert slots_of("ours_ep", 16, 2) == 8
+    assert slots_of("ours_ep", 16, 3) == 6
+    assert slots_of("ddp", 16, 2) is None
+
+
+@pytest.mark.skipif(find_spec("torchtitan") is not None, reason="torchtitan is installed")
+def test_a_package_that_lacks():
+    assert parse("torchtitan", 2).missing() == "not installed: pip install 'lightning-swiftmoe[torchtitan]'"
+    assert parse("ddp", 2).missing() is None
+
+
+def test_a_step_takes_as_long_as_on_the_slowest_rank():
+    fast = Result([1.0, 2.0, 3.0], block_s=0.006, losses=[2.0, 1.0], allocated_gib=1.0)
+    slow = Result([2.0, 1.0, 9.0], block_s=0.012, losses=[2.0, 1.0], allocated_gib=3.0)
+    found = summary(Row(System("ddp", "ddp", 2), [[fast, slow]]), tokens_per_rank=100)
+    assert found["steps_ms"] == [2.0, 2.0, 9.0]
+    assert found["step_ms"] == pytest.approx({"mean": 13 / 3, "median": 2.0, "worst": 9.0})
+    assert found["tokens_per_s"] == pytest.approx(3 * 200 / 0.012)
+    assert found["allocated_gib"] == 3.0
+
+
+def test_losses_are_compared_with_ours_on_as_many_ranks():
+    rows = {
+        "none": {"gpus": 1, "losses": [4.0]},
+        "ddp": {"gpus": 2, "losses": [2.0, 1.1]},
+        "ours_ep": {"gpus": 2, "losses": [2.0, 1.0]},
+        "fsdp2": {"gpus": 2, "error": "no"},
+    }
+    found = with_differences(rows)
+    assert found["ddp"]["loss_difference"] == pytest.approx(0.1)
+    assert found["none"]["loss_reference"] == "none"
+    assert "loss_difference" not in found["fsdp2"]
+
+
+def test_batches_can_be_learnt_and_every_second_token_follows():
+    tokens = made_up_text((3, 33), 256, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens[:, 1::2], (tokens[:, 0:32:2] * 7 + 3) % 256)
+    assert tokens.min() >= 0
+    assert tokens.max() < 256
