@@ -65,9 +65,7 @@ def trainer_of(system: System, job: Job) -> pl.Trainer:
     kwargs: dict[str, Any] = {}
     if system.name == "ddp":
         # Frozen and toggled parameters are "unused" to DDP, which finds that out only on demand.
-        strategy = DDPStrategy(
-            process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=True
-        )
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=True)
         kwargs = {"num_nodes": dist.get_world_size(), "plugins": [Ranks()]}
     return make_trainer(job, strategy, callbacks=[*job.callbacks(), Baseline()], **kwargs)
 
