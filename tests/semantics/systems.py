@@ -20,17 +20,24 @@ from tests.ranks import Ranks, run_ranks
 
 @dataclass(frozen=True)
 class System:
-    """Who trains, on how many ranks. DDP replicates every layer; ``alone`` is one process without a strategy."""
+    """Who trains, on how many ranks. DDP replicates every layer; ``alone`` is one process without a strategy.
+
+    Args:
+        name: ``"alone"``, ``"ddp"`` or ``"ours"``.
+        num_ranks: how many train.
+        slots: per rank; None leaves one more than needed.
+    """
 
     name: str
     num_ranks: int
+    slots: int | None = None
 
     def __str__(self) -> str:
         return f"{self.name}{self.num_ranks}"
 
     def job(self, job: Job) -> Job:
         """``job`` on this system: room for every expert, and no global auxiliary loss where replicas have none."""
-        job = dataclasses.replace(job, slots=-(-job.num_experts // self.num_ranks) + 1)
+        job = dataclasses.replace(job, slots=self.slots or -(-job.num_experts // self.num_ranks) + 1)
         if self.name == "ddp":
             # A replica sees its own tokens only. All other losses are means, which DDP's mean over ranks leaves right.
             job = dataclasses.replace(job, moe={**job.moe, "aux_loss_coef": 0.0})
@@ -59,12 +66,13 @@ class Baseline(pl.Callback):
 
 def trainer_of(system: System, job: Job) -> pl.Trainer:
     """A Trainer on this rank."""
+    # Frozen and toggled parameters are "unused" to DDP, which finds that out only on demand; ours is one for the rest.
     if system.name == "ours":
-        return our_trainer(dataclasses.replace(job, strategy={"timeout": 20, **job.strategy}))
+        options = {"timeout": 20, "find_unused_parameters": True, **job.strategy}
+        return our_trainer(dataclasses.replace(job, strategy=options))
     strategy: Any = "auto"
     kwargs: dict[str, Any] = {}
     if system.name == "ddp":
-        # Frozen and toggled parameters are "unused" to DDP, which finds that out only on demand.
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=True)
         kwargs = {"num_nodes": dist.get_world_size(), "plugins": [Ranks()]}
     return make_trainer(job, strategy, callbacks=[*job.callbacks(), Baseline()], **kwargs)
