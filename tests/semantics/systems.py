@@ -44,6 +44,8 @@ class System:
         return job
 
 
+TIMEOUT_S = 30  # of a fit that takes one
+
 ALONE = System("alone", 1)
 OURS = [System("ours", n) for n in (1, 2, 3)]  # on three ranks no matrix divides: 5 rows are 2, 2 and 1
 SHARDED = OURS[1:]
@@ -67,13 +69,13 @@ class Baseline(pl.Callback):
 def trainer_of(system: System, job: Job) -> pl.Trainer:
     """A Trainer on this rank."""
     # Frozen and toggled parameters are "unused" to DDP, which finds that out only on demand; ours is one for the rest.
+    options = {"timeout": timedelta(seconds=20), "find_unused_parameters": True, **job.strategy}
     if system.name == "ours":
-        options = {"timeout": 20, "find_unused_parameters": True, **job.strategy}
         return our_trainer(dataclasses.replace(job, strategy=options))
     strategy: Any = "auto"
     kwargs: dict[str, Any] = {}
     if system.name == "ddp":
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=20), find_unused_parameters=True)
+        strategy = DDPStrategy(process_group_backend="gloo", **options)
         kwargs = {"num_nodes": dist.get_world_size(), "plugins": [Ranks()]}
     return make_trainer(job, strategy, callbacks=[*job.callbacks(), Baseline()], **kwargs)
 
@@ -112,7 +114,7 @@ def check(system: System, job: Job, bound: float = 1e-9, without: type[Net] | No
     if without is not None:
         other = alone(system, dataclasses.replace(job, module=without))
         assert difference(other["weights"], expected["weights"]) > 1e-4, "the test is about nothing"
-    for rank, result in enumerate(run_ranks(system.num_ranks, fit, system, job, timeout_s=40)):
+    for rank, result in enumerate(run_ranks(system.num_ranks, fit, system, job, timeout_s=TIMEOUT_S)):
         where = f"rank {rank} of {system}"
         assert difference(result["weights"], expected["weights"]) < bound, where
         same(result["seen"], expected["seen"], bound, where)

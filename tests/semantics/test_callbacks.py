@@ -6,10 +6,11 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
 
 from tests.jobs import Job, Net, data, sgd
 from tests.ranks import run_ranks
-from tests.semantics.systems import ALONE, check, difference, same, trainer_of
+from tests.semantics.systems import ALONE, TIMEOUT_S, check, difference, same, trainer_of
 
 pytestmark = pytest.mark.distributed
 
@@ -67,7 +68,7 @@ def find_then_fit(system, job):
     job = system.job(job)
     rank, num_ranks = (0, 1) if system is ALONE else (dist.get_rank(), dist.get_world_size())
     trainer, module = trainer_of(system, job), job.module(job)
-    batches = list(data(job, rank, num_ranks))
+    batches = DataLoader(list(data(job, rank, num_ranks)), batch_size=None)
     found = Tuner(trainer).lr_find(module, batches, num_training=3, update_attr=False)
     trainer.fit(module, batches)
     return {"weights": module.state_dict(), "seen": [found.results["lr"], trainer.global_step]}
@@ -76,7 +77,7 @@ def find_then_fit(system, job):
 def test_tuner(system, tmp_path):
     job = finding_job(tmp_path)
     expected = find_then_fit(ALONE, system.job(job))
-    for result in run_ranks(system.num_ranks, find_then_fit, system, job, timeout_s=40):
+    for result in run_ranks(system.num_ranks, find_then_fit, system, job, timeout_s=TIMEOUT_S):
         assert difference(result["weights"], expected["weights"]) < 1e-9
         same(result["seen"], expected["seen"], 1e-9, str(system))
     # Nothing of the search is left: the weights are those of training alone.
@@ -86,5 +87,5 @@ def test_tuner(system, tmp_path):
 
 def fit_plainly(job):
     module = job.module(job)
-    trainer_of(ALONE, job).fit(module, list(data(job)))
+    trainer_of(ALONE, job).fit(module, DataLoader(list(data(job)), batch_size=None))
     return module.state_dict()

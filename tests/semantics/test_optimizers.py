@@ -6,7 +6,7 @@ import torch
 
 from tests.jobs import Job, Net, adamw, full, sgd
 from tests.ranks import run_ranks
-from tests.semantics.systems import OURS, SHARDED, alone, check, fit, on, same
+from tests.semantics.systems import OURS, SHARDED, TIMEOUT_S, alone, check, fit, on, same
 
 pytestmark = pytest.mark.distributed
 
@@ -90,7 +90,7 @@ def fit_or_refuse(system, job):
 def test_parameters_older_than_fit_work_or_are_refused_by_name(system, module):
     job = Job(steps=3, optimizer=sgd, module=module)
     expected = alone(system, job)
-    for result in run_ranks(system.num_ranks, fit_or_refuse, system, job, timeout_s=40):
+    for result in run_ranks(system.num_ranks, fit_or_refuse, system, job, timeout_s=TIMEOUT_S):
         if isinstance(result, str) and system in SHARDED:
             assert "moes.0.experts." in result
             assert "\n" not in result
@@ -121,7 +121,7 @@ def test_hooks_on_expert_parameters(module):
     job = Job(steps=3, optimizer=sgd, module=module)
     check(OURS[0], job, without=Net)
     for system in SHARDED:
-        for result in run_ranks(system.num_ranks, fit_or_refuse, system, job, timeout_s=40):
+        for result in run_ranks(system.num_ranks, fit_or_refuse, system, job, timeout_s=TIMEOUT_S):
             assert isinstance(result, str), "neither refused nor heard"
             assert "moes.1.experts.down_proj" in result
             assert "hook" in result
@@ -205,7 +205,7 @@ def test_two_optimizers_that_hold_experts(system, module, tmp_path):
     job = Job(steps=4, module=module, trainer={"max_steps": 8 if module is not EveryOther else 6})
     job.rebalancer = {"trace": tmp_path / "trace.npz"}
     expected = alone(system, job)
-    results = run_ranks(system.num_ranks, fit, system, job, timeout_s=40)
+    results = run_ranks(system.num_ranks, fit, system, job, timeout_s=TIMEOUT_S)
     for result in results:
         same(result["weights"], expected["weights"], 1e-9, str(system))
     seen = np.array([result["seen"] for result in results])  # [ranks, forwards, layers, experts]
