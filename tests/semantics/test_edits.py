@@ -134,7 +134,7 @@ def test_at_the_end_of_a_batch(system, edit):
     check(system, job_of(AtEnd, edit), without=Net)
 
 
-@pytest.mark.parametrize("edit", [copy_whole, scale_data, load])
+@pytest.mark.parametrize("edit", [scale_data, load])
 @pytest.mark.parametrize("when", [AtStart, AfterValidation, BeforeValidation])
 def test_at_other_times(system, when, edit):
     expected = check(system, job_of(when, edit, trainer=VALIDATED), without=Net)

@@ -11,10 +11,16 @@ from torch.utils.data import DataLoader
 from lightning_swiftmoe import MoE
 from tests.jobs import WIDTH, Job, Net, adamw, data, sgd
 from tests.ranks import run_ranks
-from tests.semantics.systems import ALONE, TIMEOUT_S, check, difference, trainer_of
+from tests.semantics.systems import ALONE, OURS, TIMEOUT_S, check, difference, trainer_of
 from tests.strategy.test_bad_input import Lion
 
 pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(params=[OURS[0], OURS[2]], ids=str)
+def system(request):
+    """DDP passes all of these too; they are many, and about us."""
+    return request.param
 
 
 def scheduled(make, **config):
