@@ -29,6 +29,7 @@ class Net(pl.LightningModule):
         self.moes = nn.ModuleList([MoE(WIDTH, **moe) for _ in range(2)])
         self.out = nn.Linear(WIDTH, 1)
         self.losses: list[float] = []
+        self.seen: list[Any] = []  # what a test wants compared besides the weights
 
     def forward(self, x):
         x = self.inp(x)
@@ -90,6 +91,8 @@ class Job:
     strategy: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Any]] = list
+    module: type[Net] = Net
+    rebalancer: dict[str, Any] = field(default_factory=dict)
 
 
 class Batches:
@@ -144,8 +147,8 @@ def make_trainer(job: Job, strategy: Any = "auto", **kwargs: Any) -> pl.Trainer:
 
 
 def our_trainer(job: Job, **kwargs: Any) -> pl.Trainer:
-    strategy = SwiftMoEStrategy(slots_per_rank=job.slots, timeout=30, **job.strategy)
-    callbacks = [*job.callbacks(), ExpertRebalancer(job.policy)]
+    strategy = SwiftMoEStrategy(slots_per_rank=job.slots, **{"timeout": 30, **job.strategy})
+    callbacks = [*job.callbacks(), ExpertRebalancer(job.policy, **job.rebalancer)]
     return make_trainer(
         job, strategy, num_nodes=dist.get_world_size(), plugins=[Ranks()], callbacks=callbacks, **kwargs
     )
@@ -153,7 +156,7 @@ def our_trainer(job: Job, **kwargs: Any) -> pl.Trainer:
 
 def train(job: Job, ckpt_path: str | None = None, save: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
     """On every rank: train with the strategy; the state dict of the user's module afterwards."""
-    trainer, module = our_trainer(job, **kwargs), Net(job)
+    trainer, module = our_trainer(job, **kwargs), job.module(job)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=ckpt_path)
     if save is not None:
         trainer.save_checkpoint(save)
@@ -162,7 +165,7 @@ def train(job: Job, ckpt_path: str | None = None, save: str | None = None, **kwa
 
 def train_alone(job: Job, ckpt_path: str | None = None, save: str | None = None) -> dict[str, torch.Tensor]:
     """In this process, with no strategy."""
-    trainer, module = make_trainer(job, callbacks=job.callbacks()), Net(job)
+    trainer, module = make_trainer(job, callbacks=job.callbacks()), job.module(job)
     if job.precision == "64-true":
         module.double()  # stock strategies load a checkpoint first and convert afterwards, which rounds to fp32
     for moe in module.moes:
@@ -181,3 +184,8 @@ def largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> flo
     assert a.keys() == b.keys()
     keys = [key for key in a if not key.endswith("expert_bias")]
     return max(((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30)).item() for k in keys)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, wherever its parts are; collective inside ``fit``."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

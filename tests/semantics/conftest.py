@@ -1,0 +1,10 @@
+"""Unless a test says otherwise, it runs on each of our systems and under DDP."""
+
+import pytest
+
+from tests.semantics.systems import DDP, OURS
+
+
+@pytest.fixture(params=[*OURS, DDP], ids=str)
+def system(request):
+    return request.param
