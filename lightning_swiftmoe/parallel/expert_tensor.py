@@ -25,6 +25,16 @@ _IN_PLACE = {torch._foreach_mul_, torch._foreach_div_, torch._foreach_zero_} | {
 }
 
 
+# Asked for often, and nothing to add up: the short cut keeps a step's bookkeeping cheap.
+_FACTS = {
+    torch.Tensor.requires_grad.__get__,
+    torch.Tensor.shape.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.is_leaf.__get__,
+}
+
+
 class ExpertTensor(DTensor):
     """A part of a canonical tensor; see the module. Make one with ``wrap``."""
 
@@ -33,6 +43,8 @@ class ExpertTensor(DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args)
             if func is torch._foreach_norm:
                 return _norms(*args, **(kwargs or {}))
             if func in _IN_PLACE and not any(isinstance(arg, DTensor) for arg in args[1:]):
