@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -92,6 +94,7 @@ class SwiftMoEStrategy(DDPStrategy):
         check_transport(transport)
         if optimizer_state not in _STATES:
             raise ValueError(f"optimizer_state must be one of {', '.join(_STATES)}, got {optimizer_state!r}")
+        _check_names(kwargs)
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
         self.slots_per_rank = slots_per_rank
@@ -375,3 +378,19 @@ class SwiftMoEStrategy(DDPStrategy):
         """Whether gradients of several backwards may add up before they are exchanged."""
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in trainer_callbacks(self._trainer))
         return self._micro_batches > 1 or schedules
+
+
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    """``DDPStrategy`` hands what it does not know on to DDP, which is not made on one rank.
+
+    Raises:
+        TypeError: neither of them has an argument of that name; says which one may have been meant.
+    """
+    ours, lightnings, torchs = (
+        set(signature(cls.__init__).parameters) - {"self", "kwargs", "module"}
+        for cls in (SwiftMoEStrategy, DDPStrategy, DistributedDataParallel)
+    )
+    for name in kwargs.keys() - lightnings - torchs:
+        close = get_close_matches(name, sorted(ours | lightnings), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(ours))} and DDPStrategy's"
+        raise TypeError(f"SwiftMoEStrategy got an unexpected keyword argument {name!r}{hint}")

@@ -8,10 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightning_swiftmoe.functional import expert_mlp, pack_shards, place_shards, sum_shards
+from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels import dispatch, hopper, rows_mlp, warmup
 from lightning_swiftmoe.kernels.row_layout import row_layout_reference
-from lightning_swiftmoe.kernels.shards import pack_shards_reference, place_shards_reference, sum_shards_reference
 from tests.kernels.rows_oracle import Case, loop_over_residents, make_case, make_layout, relative_errors, run_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -141,17 +140,3 @@ def test_rows_do_not_wait_for_the_host() -> None:
         mlp_step(0, 256, 384, 3, 2, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_shards_of_an_expert_with_more_than_65535_blocks() -> None:
-    elements, ranks = 65_536 * 1024 * 2 + 5, 2
-    grads = torch.randn(1, elements, device=CUDA)
-    blocks = pack_shards(grads, ranks, torch.bfloat16)
-    assert blocks.shape[2] > 65_535 * 1024
-    assert torch.equal(blocks, pack_shards_reference(grads, ranks, torch.bfloat16))
-    assert torch.equal(
-        place_shards(blocks, elements, torch.float32), place_shards_reference(blocks, elements, torch.float32)
-    )
-    received, experts = blocks.squeeze(1), torch.tensor([1, 1], device=CUDA)
-    want = sum_shards_reference(received, experts, 2, torch.float32)
-    assert torch.equal(sum_shards(received, experts, 2, torch.float32), want)

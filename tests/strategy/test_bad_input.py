@@ -43,6 +43,12 @@ def test_slots_argument(slots):
         SwiftMoEStrategy(slots_per_rank=slots)
 
 
+def test_names_of_arguments_also_where_ddp_would_not_look_at_them():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'slot_per_rank'; did you mean 'slots_per_rank'"):
+        SwiftMoEStrategy(slot_per_rank=4)
+    SwiftMoEStrategy(find_unused_parameters=True, start_method="fork")
+
+
 def test_callback_arguments():
     with pytest.raises(ValueError, match="unknown placement policy 'hottest'; there are auto"):
         ExpertRebalancer(policy="hottest")
