@@ -50,7 +50,7 @@ def _places(optimizer: Optimizer) -> Iterator[tuple[list[Any], int, ExpertTensor
 
 
 def _local(param: ExpertTensor) -> nn.Parameter:
-    local = nn.Parameter(local_part(param.detach()), requires_grad=param.requires_grad)
+    local = nn.Parameter(local_part(param), requires_grad=param.requires_grad)
     if param.grad is not None:
         local.grad = local_part(param.grad)
     return local

@@ -1,20 +1,32 @@
 """``ExpertTensor``: a canonical ``[E, rows, cols]`` tensor of which this rank holds a part.
 
-What users see of expert weights, gradients and optimizer state inside ``fit`` on several ranks. A ``DTensor`` with two
-differences: what is added up over ranks (norms, sums, maxima, whether anything is NaN) is added up before anybody sees it,
-so that no number is ever one rank's part; and plain tensors beside it count as replicated, so that
-``clip_grad_norm_(self.parameters())`` or an L2 term over all parameters are right without a context manager.
+What users see of expert weights, gradients and optimizer state inside ``fit`` on several ranks. A ``DTensor`` with three
+differences:
+
+* what is added up over ranks (norms, sums, maxima, whether anything is NaN) is added up before anybody sees it, so that no
+  number is ever one rank's part;
+* plain tensors beside it count as replicated, so that ``clip_grad_norm_(self.parameters())`` or an L2 term over all
+  parameters are right without a context manager;
+* what is not known to be right on parts (random draws, sorting, maxima where a rank has no rows) runs on the whole tensor,
+  on every rank alike. So does writing by index.
+
+One thing is lost, as with any ``DTensor``: reading by an index along the rows, or reshaping where rows do not divide, copies
+instead of looking into the same memory, so that changing the result in place changes nothing else. Write by index.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.utils._pytree import tree_map
 
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 
@@ -23,6 +35,14 @@ _IN_PLACE = {torch._foreach_mul_, torch._foreach_div_, torch._foreach_zero_} | {
     torch._foreach_clamp_min_,
     torch._foreach_clamp_max_,
 }
+# Right on parts, whatever their number of rows, besides what torch itself tags as pointwise.
+_BY_PARTS = {
+    *("detach", "alias", "_to_copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"),
+    *("select", "slice", "transpose", "permute", "t", "unsqueeze", "expand", "sum"),
+}
+# Torch gets these wrong, or refuses them, where the ranks' numbers of rows differ.
+_BY_EQUAL_PARTS = {"view", "_unsafe_view", "squeeze", "mean", "linalg_vector_norm", "mm", "bmm", "unbind", "split"}
 
 
 class ExpertTensor(DTensor):
@@ -32,13 +52,24 @@ class ExpertTensor(DTensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch._foreach_norm:
-                return _norms(*args, **(kwargs or {}))
+            if func in _INSTEAD:
+                return _INSTEAD[func](*args, **kwargs)
             if func in _IN_PLACE and not any(isinstance(arg, DTensor) for arg in args[1:]):
-                return func([local_part(tensor) for tensor in args[0]], *args[1:], **(kwargs or {}))
+                return func([local_part(tensor) for tensor in args[0]], *args[1:], **kwargs)
             with implicit_replication():
-                return _settled(func(*args, **(kwargs or {})))
+                return _settled(func(*args, **kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _runs_on_parts(func, args, kwargs):
+            args, kwargs = _beside_parts(func, args, kwargs)
+            return tree_map(_as_ours, super().__torch_dispatch__(func, types, args, kwargs))
+        return _on_whole(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertTensor:
         if id(self) not in memo:
@@ -75,13 +106,191 @@ def replace_local(tensor: Tensor, local: Tensor) -> None:
     tensor._local_tensor = local
 
 
+def edits(tensor: Tensor) -> tuple[int, ...]:
+    """Changes whenever elements of ``tensor`` were changed in place, also through ``.data`` of an ``ExpertTensor``."""
+    if not isinstance(tensor, ExpertTensor):
+        return (tensor._version,)
+    with torch._C.DisableTorchFunctionSubclass():
+        data = getattr(tensor, "_seen_data", tensor)
+        return tensor._version, data._version, tensor._local_tensor._version
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    """``tensor.requires_grad``, at a fraction of the time where it is an ``ExpertTensor``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad
+
+
+# -- whole tensors -------------------------------------------------------------------------------------------------------
+
+
+def _runs_on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    return _right_on_parts(func, any(_is_uneven(tensor) for tensor in _sharded(args, kwargs)))
+
+
+@cache
+def _right_on_parts(func: Any, uneven: bool) -> bool:
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    name = func._schema.name.removeprefix("aten::")
+    if torch.Tag.pointwise in func.tags or name in _BY_PARTS:
+        return True
+    if name.startswith("_foreach_"):
+        return name not in ("_foreach_norm", "_foreach_max")
+    return name in _BY_EQUAL_PARTS and not uneven
+
+
+def _beside_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The arguments, with plain tensors cut or marked where torch would not know, or warn, what they are.
+
+    What is written into one sharded tensor is cut as that is: torch may decide to cut the sharded one anew, and refuse.
+    """
+    target = args[0] if args and func._schema.is_mutable and isinstance(args[0], DTensor) else None
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, DTensor) or not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if target is not None:
+            return DTensor(_part_of(target, value.expand(target.shape)), target._spec, requires_grad=False)
+        if value.numel() == 1:
+            return _replicated(value, next(_sharded(args, kwargs)))
+        return value
+
+    return tree_map(beside, (args, kwargs))
+
+
+def _replicated(value: Any, beside: DTensor) -> Any:
+    """A plain tensor that every rank has, as torch wants it beside ``beside``; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    everywhere = [Replicate()] * beside.device_mesh.ndim
+    return DTensor.from_local(value, beside.device_mesh, everywhere, run_check=False)
+
+
+def _sharded(*containers: Any) -> Iterator[DTensor]:
+    """Those among arguments, also in lists of them."""
+    for item in containers:
+        if isinstance(item, DTensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _sharded(*item)
+        elif isinstance(item, dict):
+            yield from _sharded(*item.values())
+
+
+def _is_uneven(tensor: DTensor) -> bool:
+    cuts = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(placement.is_shard() and tensor.shape[placement.dim] % size for size, placement in cuts)  # type: ignore[attr-defined]
+
+
+def _on_whole(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``func`` on whole tensors, on every rank alike: the same draws, the same result. Collective."""
+    some = next(_sharded(args, kwargs))
+    whole_args, whole_kwargs = tree_map(_whole, (args, kwargs))
+    result = func(*whole_args, **whole_kwargs)
+    changed = [argument for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    for argument in changed:
+        for tensor, whole in _pairs(func, argument.name, args, kwargs, whole_args, whole_kwargs):
+            _keep_part(tensor, whole)
+    if changed:
+        return args[0] if len(func._schema.returns) else None
+
+    return tree_map(lambda value: _replicated(value, some), result)
+
+
+def _pairs(func: Any, name: str, args: Any, kwargs: Any, whole_args: Any, whole_kwargs: Any) -> Iterator[Any]:
+    """What was given under ``name``, with the whole tensors in its place."""
+    position = [argument.name for argument in func._schema.arguments].index(name)
+    given = args[position] if position < len(args) else kwargs.get(name)
+    wholes = whole_args[position] if position < len(args) else whole_kwargs.get(name)
+    if isinstance(given, (list, tuple)):
+        yield from zip(given, wholes, strict=True)
+    else:
+        yield given, wholes
+
+
+def _whole(tensor: Any) -> Any:
+    """The canonical tensor itself; anything else as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    return tensor.detach().redistribute(placements=everywhere)._local_tensor
+
+
+def _part_of(tensor: DTensor, whole: Tensor) -> Tensor:
+    """What this rank holds of ``whole`` where ``tensor`` is cut; sends nothing."""
+    return _replicated(whole, tensor).redistribute(placements=tensor.placements)._local_tensor
+
+
+def _keep_part(tensor: Any, whole: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor.copy_(_part_of(tensor, whole))
+
+
+# -- what needs other means than torch's -----------------------------------------------------------------------------------
+
+
+def _get_data(tensor: Tensor) -> Tensor:
+    """``tensor.data``. Whoever changes it in place leaves no trace in ``tensor`` itself, but does in ``_seen_data``."""
+    if not isinstance(tensor, ExpertTensor):
+        return tensor.data
+    if not hasattr(tensor, "_seen_data"):
+        tensor._seen_data = ExpertTensor(tensor._local_tensor, tensor._spec, requires_grad=False)  # type: ignore[attr-defined]
+    return _as_ours(tensor._seen_data.detach())  # type: ignore[attr-defined]
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``: from now on they share memory, as far as this rank holds it."""
+    if not isinstance(tensor, ExpertTensor):
+        tensor.data = value
+        return
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise ValueError(
+            f".data of an expert Parameter of shape {tuple(tensor.shape)} and {tensor.dtype} was set to "
+            f"{tuple(value.shape)} and {value.dtype}: on several ranks neither may change in fit"
+        )
+    local = value._local_tensor if isinstance(value, DTensor) else _part_of(tensor, value.detach())
+    tensor._local_tensor.data = local.to(tensor._local_tensor.device)
+    increment_version(tensor._local_tensor)
+    if hasattr(tensor, "_seen_data"):
+        del tensor._seen_data
+
+
+def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
+    """``tensor[index] = value``. An index along the rows would write into a copy."""
+    if not isinstance(tensor, ExpertTensor):
+        tensor[_whole(index)] = _whole(value)
+        return
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("an expert tensor that requires grad is written to by index: do it under torch.no_grad()")
+    whole = _whole(tensor).clone()
+    whole[tree_map(_whole, index)] = _whole(value)
+    tensor._local_tensor.copy_(_part_of(tensor, whole))
+    increment_version(tensor)
+
+
+def _to_list(tensor: Tensor) -> Any:
+    return _whole(tensor).tolist()
+
+
+def _to_numpy(tensor: Tensor, **kwargs: Any) -> Any:
+    if tensor.requires_grad and not kwargs.get("force"):
+        raise RuntimeError("an expert tensor that requires grad is turned into an array: use .detach().numpy()")
+    return _whole(tensor).numpy(**kwargs)
+
+
 def _norms(tensors: list[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
     """``torch._foreach_norm`` of plain and sharded tensors, with one all-reduce for all of them.
 
     Each expert counts once, whatever its replicas. Powers are added up in fp64: parts of different ranks round alike,
     however they are cut.
     """
-    norms = list(torch._foreach_norm([local_part(tensor) for tensor in tensors], ord, dtype=dtype))
+    if ord <= 0:
+        return [torch.linalg.vector_norm(_whole(tensor), ord, dtype=dtype) for tensor in tensors]
+    # Where this rank has no rows, a zero stands in: it changes neither sums nor the largest magnitude.
+    parts_here = [local_part(tensor) for tensor in tensors]
+    filled = [part if part.numel() else part.new_zeros(1) for part in parts_here]
+    norms = list(torch._foreach_norm(filled, ord, dtype=dtype))
     sharded = [i for i, tensor in enumerate(tensors) if isinstance(tensor, DTensor)]
     first = tensors[sharded[0]]
     assert isinstance(first, DTensor)
@@ -108,8 +317,9 @@ def _settled(result: Any) -> Any:
     """Results as users may see them: nothing left to be added up over ranks."""
     if isinstance(result, DTensor):
         return _settled_tensor(result)
-    if type(result) in (list, tuple):
-        return type(result)(_settled(item) for item in result)
+    if isinstance(result, (list, tuple)):
+        items = [_settled(item) for item in result]
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
     return result
 
 
@@ -119,6 +329,21 @@ def _settled_tensor(tensor: DTensor) -> Tensor:
         tensor = tensor.redistribute(placements=whole)
     if all(placement.is_replicate() for placement in tensor.placements):
         return tensor.to_local()
-    if type(tensor) is DTensor:
-        tensor.__class__ = ExpertTensor
-    return tensor
+    return _as_ours(tensor)
+
+
+def _as_ours(value: Any) -> Any:
+    if type(value) is DTensor:
+        value.__class__ = ExpertTensor
+    return value
+
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch._foreach_norm: _norms,
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.__setitem__: _set_item,
+    Tensor.tolist: _to_list,
+    Tensor.numpy: _to_numpy,
+}
+"""Where torch's own way would give a part, or leave no trace of an edit."""
