@@ -130,9 +130,10 @@ def _runs_on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 @cache
 def _right_on_parts(func: Any, uneven: bool) -> bool:
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        return False
     name = func._schema.name.removeprefix("aten::")
+    # One answer, though torch tags it as pointwise.
+    if torch.Tag.nondeterministic_seeded in func.tags or name == "equal":
+        return False
     if torch.Tag.pointwise in func.tags or name in _BY_PARTS:
         return True
     if name.startswith("_foreach_"):
