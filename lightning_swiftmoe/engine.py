@@ -180,7 +180,7 @@ class ExpertEngine:
         self._gradients.reset()
 
     def end_step(self) -> None:
-        """Decide the next placements and tell the observers; does nothing where no optimizer stepped since the last one.
+        """Decide the next placements and tell the observers; does nothing where no optimizer stepped since last time.
 
         Raises:
             RuntimeError: ranks decided differently.
@@ -255,8 +255,9 @@ class ExpertEngine:
             name = getattr(policy, "__name__", type(policy).__name__)
             odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
             raise RuntimeError(
-                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step {self._steps}, "
-                "from the same loads. A policy must be deterministic: no clock, no global random state, no set order"
+                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
+                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random state, "
+                "no set order"
             )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -272,8 +273,8 @@ class ExpertEngine:
 class GradientPhase:
     """Brings gradients of residents to the shards while the backward still runs.
 
-    Layers start in one fixed order, the reverse of their forwards, whatever the order in which autograd reaches them: all
-    ranks then issue the same collectives, also where a rank's loss does not reach a layer.
+    Layers start in one fixed order, the reverse of their forwards, whatever the order in which autograd reaches them:
+    all ranks then issue the same collectives, also where a rank's loss does not reach a layer.
 
     Args:
         layers: in the order of their forwards.

@@ -1,17 +1,17 @@
 """``ExpertTensor``: a canonical ``[E, rows, cols]`` tensor of which this rank holds a part.
 
-What users see of expert weights, gradients and optimizer state inside ``fit`` on several ranks. A ``DTensor`` with three
-differences:
+What users see of expert weights, gradients and optimizer state inside ``fit`` on several ranks. A ``DTensor`` with
+three differences:
 
-* what is added up over ranks (norms, sums, maxima, whether anything is NaN) is added up before anybody sees it, so that no
-  number is ever one rank's part;
+* what is added up over ranks (norms, sums, maxima, whether anything is NaN) is added up before anybody sees it, so that
+  no number is ever one rank's part;
 * plain tensors beside it count as replicated, so that ``clip_grad_norm_(self.parameters())`` or an L2 term over all
   parameters are right without a context manager;
-* what is not known to be right on parts (random draws, sorting, maxima where a rank has no rows) runs on the whole tensor,
-  on every rank alike. So does writing by index.
+* what is not known to be right on parts (random draws, sorting, maxima where a rank has no rows) runs on the whole
+  tensor, on every rank alike. So does writing by index.
 
-One thing is lost, as with any ``DTensor``: reading by an index along the rows, or reshaping where rows do not divide, copies
-instead of looking into the same memory, so that changing the result in place changes nothing else. Write by index.
+One thing is lost, as with any ``DTensor``: an index along the rows (``w[:, 0]``), or another shape where rows do not
+divide by the ranks, makes a copy. Changing that in place leaves ``w`` as it was; ``w[:, 0] = ...`` is heard.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ExpertTensor(DTensor):
                 return _settled(func(*args, **kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -80,8 +80,8 @@ class ExpertTensor(DTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(
-            f"a tensor of shape {tuple(self.shape)} is spread over {self.device_mesh.size()} ranks and cannot be pickled "
-            "from one of them. Save with trainer.save_checkpoint, or call .full_tensor() on every rank first"
+            f"a tensor of shape {tuple(self.shape)} is spread over {self.device_mesh.size()} ranks and cannot be "
+            "pickled from one of them. Save with trainer.save_checkpoint, or call .full_tensor() on every rank first"
         )
 
 
@@ -121,7 +121,7 @@ def wants_gradient(tensor: Tensor) -> bool:
         return tensor.requires_grad
 
 
-# -- whole tensors -------------------------------------------------------------------------------------------------------
+# -- whole tensors -----------------------------------------------------------------------------------------------------
 
 
 def _runs_on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -215,7 +215,7 @@ def _whole(tensor: Any) -> Any:
     if not isinstance(tensor, DTensor):
         return tensor
     everywhere = [Replicate()] * tensor.device_mesh.ndim
-    return tensor.detach().redistribute(placements=everywhere)._local_tensor
+    return DTensor.redistribute(tensor.detach(), placements=everywhere)._local_tensor  # type: ignore[arg-type]
 
 
 def _part_of(tensor: DTensor, whole: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def _keep_part(tensor: Any, whole: Tensor) -> None:
         tensor._local_tensor.copy_(_part_of(tensor, whole))
 
 
-# -- what needs other means than torch's -----------------------------------------------------------------------------------
+# -- what needs other means than torch's -------------------------------------------------------------------------------
 
 
 def _get_data(tensor: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The experts of one or more MoE layers on several ranks, wherever their optimizer state lives.
 
-*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard. *Residents*
-are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they belong to this
-class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for all;
-``BoundExperts`` keeps them on the hosts of each expert.
+*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard.
+*Residents* are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they
+belong to this class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for
+all; ``BoundExperts`` keeps them on the hosts of each expert.
 
 Shape suffixes: N ranks, E experts, R residents of this rank.
 """
@@ -126,7 +126,7 @@ class HostedExperts(ABC):
 
     @abstractmethod
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where not received (``to``)."""
+        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where it goes elsewhere."""
 
     @abstractmethod
     def part(self, key: str, canonical: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class HostedExperts(ABC):
     def edited(self) -> bool:
         """Whether somebody changed Parameters since ``start_weights``, so that it is needed again: a local look.
 
-        Edits are made on every rank alike, or ranks would wait for each other. With one rank, whose Parameters are plain
-        tensors, those through ``.data`` leave no trace; they count until the first forward, which copies.
+        Edits are made on every rank alike, or ranks would wait for each other. With one rank, whose Parameters are
+        plain tensors, those through ``.data`` leave no trace; they count until the first forward, which copies.
         """
         return bool(self._residents) and self._sent != self._edits()
 

@@ -204,8 +204,8 @@ def check_references(module: nn.Module) -> None:
         for key, param in part._parameters.items():
             if param in owners and owners[param] is not part:
                 raise ValueError(
-                    f"{owner}.{key} and {names[param]} are one Parameter, but on several ranks each module of experts is "
-                    "placed on its own: share the whole experts module instead, or give each a Parameter of its own"
+                    f"{owner}.{key} and {names[param]} are one Parameter, but on several ranks each module of experts "
+                    "is placed on its own: share the whole experts module instead, or give each a Parameter of its own"
                 )
         for attribute, value in vars(part).items():
             if attribute in ("_parameters", "_modules", "_buffers"):
