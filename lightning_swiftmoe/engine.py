@@ -256,8 +256,8 @@ class ExpertEngine:
             odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
             raise RuntimeError(
                 f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
-                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random state, "
-                "no set order"
+                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random "
+                "state, no set order"
             )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

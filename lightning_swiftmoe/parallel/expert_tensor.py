@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.utils._pytree import tree_map
 
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 
@@ -66,10 +65,11 @@ class ExpertTensor(DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _runs_on_parts(func, args, kwargs):
-            args, kwargs = _beside_parts(func, args, kwargs)
-            return tree_map(_as_ours, super().__torch_dispatch__(func, types, args, kwargs))
-        return _on_whole(func, args, kwargs)
+        run = _on_parts if _runs_on_parts(func, args, kwargs) else _on_whole
+        result = run(func, args, kwargs)
+        if func._schema.is_mutable:
+            return _changed(func, args, kwargs)[0] if func._schema.returns else None
+        return _each(_as_ours, result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertTensor:
         if id(self) not in memo:
@@ -141,23 +141,36 @@ def _right_on_parts(func: Any, uneven: bool) -> bool:
     return name in _BY_EQUAL_PARTS and not uneven
 
 
-def _beside_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The arguments, with plain tensors cut or marked where torch would not know, or warn, what they are.
+def _on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``func`` as torch runs it on a plain ``DTensor``, with plain tensors beside it cut or marked as it wants them.
 
-    What is written into one sharded tensor is cut as that is: torch may decide to cut the sharded one anew, and refuse.
+    What is written into a sharded tensor is cut as that is: torch may decide to cut the sharded one anew, and refuse.
     """
-    target = args[0] if args and func._schema.is_mutable and isinstance(args[0], DTensor) else None
+    some = next(_sharded(args, kwargs))
+    target = args[0] if func._schema.is_mutable and isinstance(args[0], DTensor) else None
 
-    def beside(value: Any) -> Any:
-        if isinstance(value, DTensor) or not isinstance(value, Tensor) or value.ndim == 0:
+    def for_torch(value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return value
-        if target is not None:
+        if isinstance(value, DTensor):
+            # Of another class torch would come back to us.
+            return DTensor(value._local_tensor, value._spec, requires_grad=False)
+        if value.ndim and target is not None:
             return DTensor(_part_of(target, value.expand(target.shape)), target._spec, requires_grad=False)
-        if value.numel() == 1:
-            return _replicated(value, next(_sharded(args, kwargs)))
+        if value.ndim and value.numel() == 1:
+            return _replicated(value, some)
         return value
 
-    return tree_map(beside, (args, kwargs))
+    return func(*_each(for_torch, args), **_each(for_torch, kwargs))
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``change`` applied to what is in it; operators take and give lists, and no deeper trees."""
+    if type(value) in (list, tuple):
+        return type(value)(_each(change, item) for item in value)
+    if type(value) is dict:
+        return {key: _each(change, item) for key, item in value.items()}
+    return change(value)
 
 
 def _replicated(value: Any, beside: DTensor) -> Any:
@@ -187,27 +200,23 @@ def _is_uneven(tensor: DTensor) -> bool:
 def _on_whole(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """``func`` on whole tensors, on every rank alike: the same draws, the same result. Collective."""
     some = next(_sharded(args, kwargs))
-    whole_args, whole_kwargs = tree_map(_whole, (args, kwargs))
+    whole_args, whole_kwargs = _each(_whole, args), _each(_whole, kwargs)
     result = func(*whole_args, **whole_kwargs)
-    changed = [argument for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
-    for argument in changed:
-        for tensor, whole in _pairs(func, argument.name, args, kwargs, whole_args, whole_kwargs):
-            _keep_part(tensor, whole)
-    if changed:
-        return args[0] if len(func._schema.returns) else None
-
-    return tree_map(lambda value: _replicated(value, some), result)
+    given, wholes = _changed(func, args, kwargs), _changed(func, whole_args, whole_kwargs)
+    for tensor, whole in zip(given, wholes, strict=True):
+        _keep_part(tensor, whole)
+    return _each(lambda value: _replicated(value, some), result)
 
 
-def _pairs(func: Any, name: str, args: Any, kwargs: Any, whole_args: Any, whole_kwargs: Any) -> Iterator[Any]:
-    """What was given under ``name``, with the whole tensors in its place."""
-    position = [argument.name for argument in func._schema.arguments].index(name)
-    given = args[position] if position < len(args) else kwargs.get(name)
-    wholes = whole_args[position] if position < len(args) else whole_kwargs.get(name)
-    if isinstance(given, (list, tuple)):
-        yield from zip(given, wholes, strict=True)
-    else:
-        yield given, wholes
+def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that ``func`` writes into."""
+    tensors: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        tensors += value if isinstance(value, (list, tuple)) else [value]
+    return tensors
 
 
 def _whole(tensor: Any) -> Any:
@@ -265,7 +274,7 @@ def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("an expert tensor that requires grad is written to by index: do it under torch.no_grad()")
     whole = _whole(tensor).clone()
-    whole[tree_map(_whole, index)] = _whole(value)
+    whole[_each(_whole, index)] = _whole(value)
     tensor._local_tensor.copy_(_part_of(tensor, whole))
     increment_version(tensor)
 
