@@ -32,7 +32,16 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def runs_on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operator gives the same on parts, put together again, as on whole tensors."""
-    return _right_on_parts(func, any(_is_uneven(tensor) for tensor in _sharded(args, kwargs)))
+    return _is_total_norm(func, args) or _right_on_parts(
+        func, any(_is_uneven(tensor) for tensor in _sharded(args, kwargs))
+    )
+
+
+def _is_total_norm(func: Any, args: Any) -> bool:
+    """Whether it is a norm over all elements, for which ``norms_of`` needs no more than parts."""
+    if func is not torch.ops.aten.linalg_vector_norm.default or (len(args) > 2 and args[2] is not None):
+        return False
+    return any(placement.is_shard() for placement in args[0].placements)
 
 
 @cache
@@ -79,7 +88,7 @@ def is_in_pieces(tensor: DTensor) -> bool:
 
 def _right_on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     name = func._schema.name.removeprefix("aten::")
-    if func is torch.ops.aten.sum.default:
+    if func is torch.ops.aten.sum.default or _is_total_norm(func, args):
         return True
     if name in ("select", "slice", "transpose", "permute", "t", "unsqueeze", "expand", "sum", "new_empty", "new_full"):
         return False
@@ -94,6 +103,9 @@ def on_parts(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     What is written into a sharded tensor is cut as that is: torch may decide to cut the sharded one anew, and refuse.
     """
     some = next(_sharded(args, kwargs))
+    if _is_total_norm(func, args):
+        (norm,) = norms_of([args[0]], *args[1:2], **kwargs)
+        return _replicated(norm, some)
     target = args[0] if func._schema.is_mutable and isinstance(args[0], DTensor) else None
 
     def for_torch(value: Any) -> Any:
