@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_swiftmoe.kernels.activations import is_gated
 
@@ -32,6 +33,13 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def needs_dispatcher(*tensors: Tensor) -> bool:
+    """Whether something must see the op as an op: a compiler, a dispatch mode or a tensor subclass."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def on_device(tensor: Tensor) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_swiftmoe.kernels import dispatch, reference
 from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
@@ -180,18 +179,11 @@ class _EagerExpertMLP(torch.autograd.Function):
         return grad_x, None, grad_weights, grad_up, grad_down, None, None
 
 
-def _needs_dispatcher(*tensors: Tensor) -> bool:
-    """Whether something must see the op as an op: a compiler, a dispatch mode or a tensor subclass."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
 def expert_mlp(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str, backend: str
 ) -> Tensor:
     """`y[T, d]`; see `lightning_swiftmoe.functional.expert_mlp`, which validates."""
     args = (x, topk_idx, topk_weights, up_proj, down_proj, activation, backend)
-    if _needs_dispatcher(*args[:5]):
+    if dispatch.needs_dispatcher(*args[:5]):
         return torch.ops.lightning_swiftmoe.expert_mlp_forward(*args)[0]
     return _EagerExpertMLP.apply(*args)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, on_device
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, needs_dispatcher, on_device
 
 SCORES = ("softmax", "sigmoid")
 MOST_EXPERTS = 1024  # of which one program holds the scores of a token
@@ -158,28 +158,56 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.mark_non_differentiable(output[0], output[4])
 
 
-def _backward(
-    ctx: Any, _: Any, grad_weights: Tensor | None, grad_prob_sum: Tensor | None, grad_z_sum: Tensor | None, *__: Any
-) -> tuple[Tensor | None, ...]:
-    logits, topk_idx = ctx.saved_tensors
+def _filled(
+    logits: Tensor,
+    topk_idx: Tensor,
+    grad_weights: Tensor | None,
+    grad_prob_sum: Tensor | None,
+    grad_z_sum: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for outputs that nobody used."""
     if grad_weights is None:
         grad_weights = logits.new_zeros(topk_idx.shape)
     if grad_prob_sum is None:
         grad_prob_sum = logits.new_zeros(logits.shape[1])
     if grad_z_sum is None:
         grad_z_sum = logits.new_zeros(())
-    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(
-        logits, topk_idx, grad_weights, grad_prob_sum, grad_z_sum, ctx.score, ctx.normalize
-    )
+    return grad_weights, grad_prob_sum, grad_z_sum
+
+
+def _backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    logits, topk_idx = ctx.saved_tensors
+    grads = _filled(logits, topk_idx, *grads[:3])
+    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(logits, topk_idx, *grads, ctx.score, ctx.normalize)
     return grad, None, None, None, None
 
 
 route_tokens_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _EagerRouteTokens(torch.autograd.Function):
+    """The op without the dispatcher, whose Python wrappers take longer than the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launch_route_tokens(*inputs)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        logits, topk_idx = ctx.saved_tensors
+        grads = _filled(logits, topk_idx, *grads[:3])
+        return launch_route_tokens_backward(logits, topk_idx, *grads, ctx.score, ctx.normalize), None, None, None, None
+
+
 def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
     """See `lightning_swiftmoe.functional.route_tokens`, which validates."""
     here = has_triton() and (logits.device.type == "cuda" or interpreted())
     if here and logits.dtype == torch.float32 and logits.numel() and logits.shape[1] <= MOST_EXPERTS:
-        return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
+        if needs_dispatcher(logits):
+            return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
+        return RoutedTokens(*_EagerRouteTokens.apply(logits, bias, top_k, score, normalize))
     return route_tokens_reference(logits, bias, top_k, score, normalize)

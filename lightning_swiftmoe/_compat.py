@@ -24,6 +24,7 @@ __all__ = [
     "register_strategy",
     "run_closure",
     "trainer_callbacks",
+    "will_log",
 ]
 
 
@@ -41,6 +42,11 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
 def run_closure(precision: Precision, module: Any, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
     """Forward, backward and clipping of a step, with all hooks up to the optimizer's own step."""
     return precision._wrap_closure(module, optimizer, closure)
+
+
+def will_log(trainer: Trainer) -> bool:
+    """Whether Lightning hands the values of this step to the loggers."""
+    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
 
 
 def is_weight_averaging(callback: Callback) -> bool:

@@ -11,13 +11,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_swiftmoe._compat import Callback
+from lightning_swiftmoe._compat import Callback, will_log
 from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
 from lightning_swiftmoe.metrics import load_metrics
+from lightning_swiftmoe.parallel.communicator import to_device
 from lightning_swiftmoe.placement import PlacementPolicy, get_policy
 from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 
+IN_PROGRESS_BAR = ("moe/token_survival", "moe/rank_imbalance", "moe/tokens_per_s")
 LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight")
 
 
@@ -94,7 +96,7 @@ class ExpertRebalancer(Callback):
                 continue
             if self._trace is not None and trainer.is_global_zero:
                 self._trace.add(trainer.global_step, step)
-            self._log(pl_module, step)
+            self._log(trainer, pl_module, step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,21 +118,31 @@ class ExpertRebalancer(Callback):
         if self._trace is not None and trainer.is_global_zero:
             self._trace.write()
 
-    def _log(self, pl_module: LightningModule, step: Step) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        values = self._values(step)
+        # Always to be read there; the rest of Lightning's logging costs a copy to the device and kernels for each value.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        if will_log(trainer):
+            self._log_values(pl_module, values)
+        elif trainer.progress_bar_callback is not None:
+            self._log_values(pl_module, {name: values[name] for name in IN_PROGRESS_BAR if name in values})
+
+    def _log_values(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+        """Through Lightning, as tensors on its device: from a number it would make one and wait for it."""
+        on_device = to_device(torch.tensor(list(values.values())), pl_module.device)
+        for name, value in zip(values, on_device.unbind(), strict=True):
+            pl_module.log(name, value, prog_bar=name in IN_PROGRESS_BAR)
+
+    def _values(self, step: Step) -> dict[str, float]:
         self._metrics.reset()
-        for layer in step.layers:
-            self._metrics.update(layer)
-        values = {name: value.float() for name, value in self._metrics.compute().items()}
-        for name, value in values.items():
-            pl_module.log(name, value, prog_bar=name in ("moe/token_survival", "moe/rank_imbalance"))
-        mean_aux = sum(layer.aux_loss for layer in step.layers) / len(step.layers)
-        pl_module.log("moe/aux_loss", torch.tensor(mean_aux, device=pl_module.device), sync_dist=True)
+        self._metrics.update(*step.layers)
+        values = {name: float(value) for name, value in self._metrics.compute().items()}
+        values["moe/aux_loss"] = sum(layer.aux_loss for layer in step.layers) / len(step.layers)
         for phase in LOGGED_PHASES:
-            traffic = step.traffic[phase]
-            pl_module.log(f"moe/bytes_{phase}", float(traffic.sent_bytes))
-            pl_module.log(f"moe/ms_{phase}", traffic.seconds * 1e3)
+            values[f"moe/bytes_{phase}"] = float(step.traffic[phase].sent_bytes)
+            values[f"moe/ms_{phase}"] = step.traffic[phase].seconds * 1e3
         now = time.perf_counter()
         if self._last_time is not None:
-            tokens = step.layers[0].num_tokens
-            pl_module.log("moe/tokens_per_s", tokens / (now - self._last_time), prog_bar=True)
+            values["moe/tokens_per_s"] = step.layers[0].num_tokens / (now - self._last_time)
         self._last_time = now
+        return values

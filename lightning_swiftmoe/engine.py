@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -197,7 +197,7 @@ class ExpertEngine:
         self._host_loads = None
         self._steps += 1
         steps = [self._decide(layer, [on_host[name] for name in layer.moes]) for layer in self.layers]
-        self._agree(steps)
+        steps = self._agreed(steps)
         for layer, step in zip(self.layers, steps, strict=True):
             layer.adopt(step.next_placement, self._optimizer_states)
         finished = Step(self._steps, tuple(steps), self.meter.pop())
@@ -243,22 +243,25 @@ class ExpertEngine:
         top_k = next(iter(layer.moes.values())).top_k
         return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
 
-    def _agree(self, steps: Sequence[LayerStep]) -> None:
-        """Before anything is sent: every rank must have chosen the same placements."""
-        if self._control is None or not self._decides_now:
-            return
+    def _agreed(self, steps: Sequence[LayerStep]) -> list[LayerStep]:
+        """Before anything is sent: every rank must have chosen the same placements. Losses become all ranks'."""
+        if self._control is None:
+            return list(steps)
         tables = b"".join(step.next_placement.table.tobytes() for step in steps)
-        digest = int.from_bytes(hashlib.blake2b(tables, digest_size=7).digest(), "little")
-        digests = self._control.gather_counts(torch.tensor([digest]), "placement").flatten().tolist()
-        if len(set(digests)) > 1:
+        digest = int.from_bytes(hashlib.blake2b(tables, digest_size=6).digest(), "little")
+        mine = torch.tensor([digest, *(step.aux_loss for step in steps)], dtype=torch.float64)
+        everybody = self._control.gather_counts(mine, "placement")
+        odd = torch.nonzero(everybody[:, 0] != everybody[0, 0]).flatten().tolist()
+        if odd:
             policy = self.rebalancing.policy
             name = getattr(policy, "__name__", type(policy).__name__)
-            odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
             raise RuntimeError(
                 f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
                 f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random "
                 "state, no set order"
             )
+        losses = everybody[:, 1:].mean(dim=0).tolist()
+        return [replace(step, aux_loss=loss) for step, loss in zip(steps, losses, strict=True)]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

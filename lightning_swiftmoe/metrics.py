@@ -23,10 +23,10 @@ class TokenSurvival(Metric):
         self.add_state("processed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("routed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, layer: LayerStep) -> None:
-        """Add one layer of one step."""
-        self.processed += float(layer.rank_load.sum())
-        self.routed += float(layer.counts.sum())
+    def update(self, *layers: LayerStep) -> None:
+        """Add the layers of one step."""
+        self.processed += float(sum(layer.rank_load.sum() for layer in layers))
+        self.routed += float(sum(layer.counts.sum() for layer in layers))
 
     def compute(self) -> Tensor:
         """Scalar in 0 .. 1."""
@@ -40,8 +40,9 @@ class _LayerMean(MeanMetric):
         super().__init__(nan_strategy="ignore", sync_on_compute=False)
         self.value = value
 
-    def update(self, layer: LayerStep) -> None:  # type: ignore[override]
-        super().update(getattr(layer, self.value))
+    def update(self, *layers: LayerStep) -> None:  # type: ignore[override]
+        """Add the layers of one step."""
+        super().update(torch.tensor([getattr(layer, self.value) for layer in layers]))
 
 
 class RankImbalance(_LayerMean):
@@ -68,9 +69,9 @@ class ReplicasMoved(Metric):
         super().__init__(sync_on_compute=False, **kwargs)
         self.add_state("moved", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, layer: LayerStep) -> None:
-        """Add one layer of one step."""
-        self.moved += layer.next_placement.moved_from(layer.placement)
+    def update(self, *layers: LayerStep) -> None:
+        """Add the layers of one step."""
+        self.moved += sum(layer.next_placement.moved_from(layer.placement) for layer in layers)
 
     def compute(self) -> Tensor:
         """A count."""

@@ -14,13 +14,13 @@ from lightning_swiftmoe.placement.placement import IntArray
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One MoE layer in one step; the same on every rank except ``aux_loss``.
+    """One MoE layer in one step; the same on every rank.
 
     Args:
         name: the layer's name in the user's module.
         counts: ``[N, E]`` assignments routed by each rank, before drops.
         rank_load: ``[N]`` assignments processed by each rank.
-        aux_loss: this rank's share of the load-balance loss, averaged over the step's forwards.
+        aux_loss: the load-balance loss, averaged over the step's forwards.
         placement: in force during the step.
         next_placement: in force from now on.
         top_k: assignments per token.

@@ -60,8 +60,9 @@ def _places(optimizer: Optimizer) -> Iterator[tuple[list[Any], int, ExpertTensor
 
 def _local(param: ExpertTensor) -> nn.Parameter:
     local = nn.Parameter(local_part(param), requires_grad=param.requires_grad)
-    if param.grad is not None:
-        local.grad = local_part(param.grad)
+    grad = param.grad
+    if grad is not None:
+        local.grad = local_part(grad)
     return local
 
 

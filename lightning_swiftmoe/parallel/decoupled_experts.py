@@ -106,7 +106,7 @@ class DecoupledExperts(HostedExperts):
 
     def _blocks(self, device: torch.device) -> Blocks:
         """What the blocks on the wire are of: the residents of every rank, rank by rank."""
-        if self._known_blocks is None or self._known_blocks[0] is not self.placement:
+        if self._known_blocks is None or not self._known_blocks[0].same_residents(self.placement):
             experts = np.concatenate([self.placement.residents(rank) for rank in self._ranks])
             blocks = Blocks.of(torch.from_numpy(experts), self.placement.num_experts)
             on = {device: blocks.to(device) for device in {self.communicator.device, self.state_device}}

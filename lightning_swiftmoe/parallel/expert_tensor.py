@@ -48,6 +48,10 @@ _IN_PLACE = {torch._foreach_mul_, torch._foreach_div_, torch._foreach_zero_} | {
 }
 
 
+# Asked for often, and nothing to add up: the short cut keeps a step's bookkeeping cheap.
+_FACTS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "shape", "dtype", "device", "is_leaf")}
+
+
 class ExpertTensor(DTensor):
     """A part of a canonical tensor; see the module. Make one with ``wrap``."""
 
@@ -57,6 +61,8 @@ class ExpertTensor(DTensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args)
             if func in _INSTEAD:
                 return _INSTEAD[func](*args, **kwargs)
             if func in _IN_PLACE and not any(isinstance(arg, DTensor) for arg in args[1:]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
-from lightning_swiftmoe.parallel.expert_tensor import edits, local_part, wants_gradient, wrap
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.placement import Placement
 
@@ -74,6 +74,7 @@ class HostedExperts(ABC):
         self.dtypes = {key: param.dtype for key, param in self.originals.items()}
         self.cuts = {key: self._make_cut(shape) for key, shape in self.shapes.items()}
         self.on_gradient: Callable[[], None] = lambda: None
+        self._specs: dict[str, Any] = {}
         self.parameters = {
             key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
             for key, param in self.originals.items()
@@ -105,7 +106,7 @@ class HostedExperts(ABC):
         """Give the user's Parameters their full canonical weights back, on every rank. Collective."""
         for key, original in self.originals.items():
             param = self.parameters[key]
-            full = self.gather(key, local_part(param.detach()), "setup")
+            full = self.gather(key, self.local(key), "setup")
             assert full is not None
             original.data = full.to(self.communicator.device, self.dtypes[key])
             original.grad = None
@@ -134,7 +135,11 @@ class HostedExperts(ABC):
 
     def wrapped(self, key: str, local: Tensor) -> Tensor:
         """``local``, in the shape of ``local(key)``, as users see it."""
-        return local if self.mesh is None else wrap(local, self.shapes[key], self.mesh)
+        if self.mesh is None:
+            return local
+        if key not in self._specs:
+            self._specs[key] = wrap(local, self.shapes[key], self.mesh)._spec
+        return ExpertTensor(local, self._specs[key], requires_grad=False)
 
     # -- residents, for computing ------------------------------------------------------------------------------------
 

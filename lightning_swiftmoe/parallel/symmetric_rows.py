@@ -46,10 +46,12 @@ class SharedTensor:
     Args:
         local: this rank's.
         peers: ``[N]`` int64 on the device, the address of every rank's.
+        handle: keeps the peers' memory mapped.
     """
 
     local: Tensor
     peers: Tensor
+    handle: Any
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any) -> SharedTensor:
@@ -58,7 +60,7 @@ class SharedTensor:
 
         local = symmetric_memory.empty(shape, dtype=dtype, device=device)
         handle = symmetric_memory.rendezvous(local, group)
-        return cls(local, peer_addresses(list(handle.buffer_ptrs), device))
+        return cls(local, peer_addresses(list(handle.buffer_ptrs), device), handle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,7 @@ class SymmetricRows(RowExchange):
         self._control = control
         self._group = communicator.group
         self._signals: Signals | None = None
+        self._pads: SharedTensor | None = None
         self._counts: dict[int, list[SharedTensor]] = {}
         self._buffers: dict[tuple[int, torch.dtype], _Buffers] = {}
         self._turn = 0
@@ -98,7 +101,7 @@ class SymmetricRows(RowExchange):
         tile = tile_rows(self.device)
         most = self.communicator.num_ranks * self.bound.of(topk_idx.numel(), name)
         size = PlanSize(tables.max_residents, tables.max_rows(most, tile), tile)
-        buffers = self._buffers_for(like_TD, most + tables.max_residents * tile)
+        buffers = self._buffers_for(like_TD, most + (tables.max_residents + 1) * tile)
         gathered = self._gather(counts)
         plan = plan_tokens(
             gathered, tables.multiplicity, tables.replicas, self.communicator.rank, size, tables.capacity
@@ -134,6 +137,7 @@ class SymmetricRows(RowExchange):
     def _make_signals(self) -> Signals:
         pads = self._shared((pad_size(self.communicator.num_ranks, _NUM_CHANNELS),), torch.int32)
         pads.local.zero_()
+        self._pads = pads  # signals are addresses: somebody must hold the memory
         self._synchronize()
         epochs = torch.zeros(_NUM_CHANNELS, dtype=torch.int32, device=self.device)
         return Signals(pads.peers, epochs, self.communicator.rank)

@@ -106,8 +106,9 @@ class DeviceDispatcher:
         return y_TD.to(x_TD.dtype), counts.clone(), trip.rank_load
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
-        if self._tables is None or self._tables.placement is not self.layer.placement:
-            self._tables = PlacementTables.on(device, self.layer.placement, capacity_factor, self.capacity_scope)
+        placement = self.layer.placement
+        if self._tables is None or not self._tables.placement.same_residents(placement):
+            self._tables = PlacementTables.on(device, placement, capacity_factor, self.capacity_scope)
         return self._tables
 
 

@@ -92,6 +92,10 @@ class Placement:
         """Residents here that were not resident on the same rank before: weights that reach a new rank."""
         return int(((self.multiplicity > 0) & (previous.multiplicity == 0)).sum())
 
+    def same_residents(self, other: Placement) -> bool:
+        """Whether every rank holds as many of each expert: the order of its slots changes nothing."""
+        return self is other or np.array_equal(self.multiplicity, other.multiplicity)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented

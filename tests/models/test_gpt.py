@@ -92,7 +92,7 @@ def test_activation_checkpointing_changes_nothing(extra):
             model.zero_grad()
             loss = model.loss(batch)
             loss.backward()
-        loads = [block.ffn.pop_load(1) for block in model.blocks]
+        loads = [block.ffn.pop_load() for block in model.blocks]
         results.append(
             (loss, [p.grad for p in model.parameters()], [x.counts for x in loads], dict(model.named_buffers()))
         )
@@ -177,11 +177,11 @@ def test_compiles_as_one_graph_with_the_same_numbers(capacity_factor):
     model, batch = gpt({**SMALL, "capacity_factor": capacity_factor}), tokens()
     want = model.loss(batch)
     grads = torch.autograd.grad(want, list(model.parameters()))
-    load = model.blocks[0].ffn.pop_load(1)
+    load = model.blocks[0].ffn.pop_load()
     got = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(batch)
     assert torch.equal(got, want)
     assert all(map(torch.equal, torch.autograd.grad(got, list(model.parameters())), grads))
-    again = model.blocks[0].ffn.pop_load(1)
+    again = model.blocks[0].ffn.pop_load()
     assert torch.equal(again.counts, load.counts)
     assert again.num_forwards == 1
 

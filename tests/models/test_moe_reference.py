@@ -103,7 +103,7 @@ def test_values_and_all_gradients(case):
     torch.testing.assert_close(moe.z_loss, z.detach(), rtol=1e-12, atol=0)
     for (name, param), grad in zip(wanted.items(), expected, strict=True):
         torch.testing.assert_close(param.grad, grad, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    load = moe.pop_load(1)
+    load = moe.pop_load()
     assert load.counts.sum() == NUM_TOKENS * moe.top_k
     assert load.rank_load.sum() == NUM_TOKENS * moe.top_k - dropped
 
@@ -154,7 +154,7 @@ def test_aux_loss_alone_spreads_the_tokens():
         optimizer.zero_grad()
         (moe(x) * 0).sum().backward()
         optimizer.step()
-        largest.append(moe.pop_load(1).counts.max().item())
+        largest.append(moe.pop_load().counts.max().item())
     assert largest[-1] < 0.75 * largest[0]
 
 
@@ -166,7 +166,7 @@ def test_loss_free_bias_moves_towards_balance():
         counts = torch.bincount((F.linear(x, moe.router.weight).softmax(-1) + before).argmax(-1), minlength=NUM_EXPERTS)
         moe(x)
         largest.append(counts.max().item())
-        moe.router.update_bias(moe.pop_load(1).counts.sum(0))
+        moe.router.update_bias(moe.pop_load().counts.sum(0))
         moved = moe.router.expert_bias - before
         torch.testing.assert_close(moved, 0.005 * torch.sign(counts.double().mean() - counts).float())
     assert largest[0] > 1.4 * 64

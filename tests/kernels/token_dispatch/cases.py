@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
-from lightning_swiftmoe.layers.dispatchers import send_order
+from lightning_swiftmoe.parallel.token_dispatcher import send_order
 from lightning_swiftmoe.placement import Placement, host_share, kept_counts, plan_dispatch
 
 
