@@ -180,7 +180,7 @@ class ExpertEngine:
         self._gradients.reset()
 
     def end_step(self) -> None:
-        """Decide the next placements and tell the observers; does nothing where no optimizer stepped since the last one.
+        """Decide the next placements and tell the observers; does nothing where no optimizer stepped since last time.
 
         Raises:
             RuntimeError: ranks decided differently.
@@ -244,7 +244,7 @@ class ExpertEngine:
         return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
 
     def _agreed(self, steps: Sequence[LayerStep]) -> list[LayerStep]:
-        """Before anything is sent: every rank must have chosen the same placements. Losses become those of all ranks."""
+        """Before anything is sent: every rank must have chosen the same placements. Losses become all ranks'."""
         if self._control is None:
             return list(steps)
         tables = b"".join(step.next_placement.table.tobytes() for step in steps)
@@ -257,8 +257,8 @@ class ExpertEngine:
             name = getattr(policy, "__name__", type(policy).__name__)
             raise RuntimeError(
                 f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
-                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random state, "
-                "no set order"
+                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random "
+                "state, no set order"
             )
         losses = everybody[:, 1:].mean(dim=0).tolist()
         return [replace(step, aux_loss=loss) for step, loss in zip(steps, losses, strict=True)]
@@ -276,8 +276,8 @@ class ExpertEngine:
 class GradientPhase:
     """Brings gradients of residents to the shards while the backward still runs.
 
-    Layers start in one fixed order, the reverse of their forwards, whatever the order in which autograd reaches them: all
-    ranks then issue the same collectives, also where a rank's loss does not reach a layer.
+    Layers start in one fixed order, the reverse of their forwards, whatever the order in which autograd reaches them:
+    all ranks then issue the same collectives, also where a rank's loss does not reach a layer.
 
     Args:
         layers: in the order of their forwards.

@@ -103,7 +103,7 @@ class VirtualLayer:
         self, name: str, moe: MoE, cluster: ClusterShape, placement: Placement, capacity_scope: CapacityScope
     ) -> None:
         self.name = name
-        self.moes = {name: moe}
+        self.moes: Mapping[str, MoE] = {name: moe}
         self.cluster = cluster
         self.placement = placement
         self._dispatcher = VirtualDispatcher(placement, capacity_scope)

@@ -91,7 +91,7 @@ def load_full_optimizer_state(
     states = {}
     for index, state in state_dict["state"].items():
         param = params.get(int(index))
-        states[index] = _part(*of[param], state) if param in of else state
+        states[index] = _part(*of[param], state) if param is not None and param in of else state
     optimizer.load_state_dict({**state_dict, "state": states})
 
 

@@ -1,7 +1,7 @@
 """The expert weights of one MoE layer.
 
-The Parameters are canonical, ``[E, ...]``, inside a strategy too, where each rank may hold a part of them only and computes
-with residents instead: working copies ``[R, ...]`` of some experts.
+The Parameters are canonical, ``[E, ...]``, inside a strategy too, where each rank may hold a part of them only and
+computes with residents instead: working copies ``[R, ...]`` of some experts.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class MoE(nn.Module):
 
     Attributes:
         aux_loss_scale: multiplies the gradient of the auxiliary losses. Set it to ``1/n`` where you divide your loss by
-            ``n`` to accumulate gradients; the strategy does.
+            ``n`` to accumulate gradients; where Lightning divides the loss, it is set for you (``AuxLossScale``).
 
     Raises:
         ValueError: an argument out of range; says what was expected.
@@ -118,6 +118,11 @@ class MoE(nn.Module):
         self.dispatcher = LocalDispatcher(self.num_experts)
         self._attached = False
         self.aux_loss_scale = 1.0
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a strategy or a virtual cluster drives the layer."""
+        return self._attached
 
     def pop_load(self) -> LayerLoad | None:
         """Loads of the training forwards since the last call; None where there was no forward."""

@@ -1,7 +1,7 @@
 """Decoupled state: the rows of every expert are cut evenly over all ranks and never move (SwiftMoE).
 
-The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the next
-placement wants them. Both are one all-to-all a layer.
+The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the
+next placement wants them. Both are one all-to-all a layer.
 
 Shape suffixes: N ranks, E experts, R residents of this rank.
 """

@@ -32,7 +32,7 @@ class ExpertLayer:
 
     def __init__(self, name: str, moes: Mapping[str, MoE], cluster: ClusterShape, hosted: HostedExperts) -> None:
         self.name = name
-        self.moes = dict(moes)
+        self.moes: Mapping[str, MoE] = dict(moes)
         self.cluster = cluster
         self.hosted = hosted
         self.placement = hosted.placement
@@ -40,10 +40,12 @@ class ExpertLayer:
         self.local_dispatchers: list[LocalDispatcher] = []
 
     def residents(self) -> Locals:
-        """Weights to compute a forward with; the engine is told, so that it sends them if need be."""
+        """Weights to compute a forward with; the engine is told, so that it sends them if need be. Late edits count."""
         if self.hosted.experts.training and not in_backward():
             self.hosted.count_forward()
         self.before_forward()
+        if self.hosted.edited:
+            self.start_weights()
         return self.hosted.residents()
 
     def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -1,9 +1,9 @@
 """The experts of one or more MoE layers on several ranks, wherever their optimizer state lives.
 
-*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard. *Residents*
-are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they belong to this
-class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for all;
-``BoundExperts`` keeps them on the hosts of each expert.
+*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard.
+*Residents* are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they
+belong to this class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for
+all; ``BoundExperts`` keeps them on the hosts of each expert.
 
 Shape suffixes: N ranks, E experts, R residents of this rank.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
-from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part, wrap
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.placement import Placement
 
@@ -85,6 +85,7 @@ class HostedExperts(ABC):
         self._gradients: Locals = {}
         self._held: set[str] = set()
         self._weights: Pending[None] | None = None
+        self._sent: list[tuple[int, ...]] = []
 
     # -- parameters, as users see them -------------------------------------------------------------------------------
 
@@ -122,11 +123,11 @@ class HostedExperts(ABC):
     @property
     def trainable(self) -> list[str]:
         """Names of the Parameters that want a gradient."""
-        return [key for key, param in self.parameters.items() if param.requires_grad]
+        return [key for key, param in self.parameters.items() if wants_gradient(param)]
 
     @abstractmethod
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where not received (``to``)."""
+        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where it goes elsewhere."""
 
     @abstractmethod
     def part(self, key: str, canonical: Tensor) -> Tensor:
@@ -151,10 +152,29 @@ class HostedExperts(ABC):
         """``[>= R, rows, cols]`` weights by resident, experts ascending, once they have arrived."""
         if self.computes_with_parameters:
             return dict(self.parameters)
+        self._finish_weights()
+        for key, resident in self._residents.items():
+            wanted = wants_gradient(self.parameters[key])
+            if resident.requires_grad != wanted:
+                resident.requires_grad_(wanted)
+        return self._residents
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody changed Parameters since ``start_weights``, so that it is needed again: a local look.
+
+        Edits are made on every rank alike, or ranks would wait for each other. With one rank, whose Parameters are
+        plain tensors, those through ``.data`` leave no trace; they count until the first forward, which copies.
+        """
+        return bool(self._residents) and self._sent != self._edits()
+
+    def _edits(self) -> list[tuple[int, ...]]:
+        return [edits(param) for param in self.parameters.values()]
+
+    def _finish_weights(self) -> None:
         if self._weights is not None:
             self._weights.wait()
             self._weights = None
-        return self._residents
 
     def count_forward(self) -> None:
         """Take note of a training forward with the residents."""
@@ -163,15 +183,11 @@ class HostedExperts(ABC):
 
     def start_weights(self, placement: Placement) -> None:
         """Weight phase: every shard starts on its way to all hosts of its expert under ``placement``, now in force."""
+        self._finish_weights()
         self.placement = placement
-        for key, resident in self._residents.items():
-            resident.requires_grad_(self.parameters[key].requires_grad)
-        if not self._residents:
-            return
-        if self.communicator.num_ranks > 1:
-            self._weights = self._start_weights()
-        else:
-            self._copy_weights()
+        if self._residents:
+            self._sent = self._edits()
+            self._weights = self._start_weights() if self.communicator.num_ranks > 1 else Pending(self._copy_weights)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 

@@ -186,7 +186,7 @@ def check_references(module: nn.Module) -> None:
     """Expert Parameters are replaced by sharded ones in ``fit``: refuse where somebody would go on using the old ones.
 
     Raises:
-        ValueError: a hook waits for the gradient of an expert Parameter, or a container of the module holds it.
+        ValueError: a hook waits for the gradient of an expert Parameter, or another module or a container holds it.
     """
     names = {
         param: f"{name}.experts.{key}"
@@ -196,18 +196,25 @@ def check_references(module: nn.Module) -> None:
     for param, name in names.items():
         if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"{name} has a hook on its gradient, which would never be called: on several ranks expert gradients reach "
-                "the Parameters by an exchange. Read them in on_after_backward, where they are complete"
+                f"{name} has a hook on its gradient, which would never be called: on several ranks expert gradients "
+                "reach the Parameters by an exchange. Read them in on_after_backward, where they are complete"
             )
+    owners = {param: moe.experts for moe in moe_layers(module).values() for param in moe.experts.parameters()}
     for owner, part in module.named_modules():
+        for key, param in part._parameters.items():
+            if param in owners and owners[param] is not part:
+                raise ValueError(
+                    f"{owner}.{key} and {names[param]} are one Parameter, but on several ranks each module of experts "
+                    "is placed on its own: share the whole experts module instead, or give each a Parameter of its own"
+                )
         for attribute, value in vars(part).items():
             if attribute in ("_parameters", "_modules", "_buffers"):
                 continue
             for held in _tensors_in(value):
                 if held in names:
                     raise ValueError(
-                        f"{owner or type(module).__name__}.{attribute} holds {names[held]}, which is replaced by a sharded "
-                        "Parameter in fit: look it up in the module when it is needed"
+                        f"{owner or type(module).__name__}.{attribute} holds {names[held]}, which is replaced by a "
+                        "sharded Parameter in fit: look it up in the module when it is needed"
                     )
 
 

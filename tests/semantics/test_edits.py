@@ -165,6 +165,53 @@ def test_at_the_head_of_training_step(system):
     check(system, Job(steps=4, optimizer=sgd, module=InsideTrainingStep), without=Net)
 
 
+class ThroughDataKeptBefore(Net):
+    """``.data`` of long ago still is the weights."""
+
+    def on_train_start(self):
+        self.kept = [p.data for p in experts(self)]
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            for data in self.kept:
+                data.mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+class ReplacesDataInside(Net):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            replace_data(self)
+        return super().training_step(batch, batch_idx)
+
+
+class BetweenForwards(Net):
+    """The second forward of a step sees what changed since the first."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.loss(batch)
+            for p in experts(self):
+                p.mul_(0.9)
+        return super().training_step(batch, batch_idx)
+
+
+class WritesByIndex(Net):
+    """Along the rows, which are cut: by numbers, slices and masks."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for w in experts(self):
+            w[:, -1] = 0.1
+            w[2, 0, 1:] *= 2
+            w[w > 0.3] = 0.3
+
+
+@pytest.mark.parametrize("module", [ThroughDataKeptBefore, ReplacesDataInside, BetweenForwards, WritesByIndex])
+def test_other_ways(system, module):
+    check(system, Job(steps=4, optimizer=sgd, module=module), without=Net)
+
+
 class InsideOptimizerStep(Net):
     """A projection after the update, as proximal methods have it."""
 

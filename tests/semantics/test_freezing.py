@@ -155,7 +155,7 @@ class ExpertsFrozen(Net):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         # Here a step's end has moved the bias in every system: alone it happens in the forward before this line.
-        self.seen.append([moe.router.expert_bias.double() for moe in self.moes])
+        self.seen.append([moe.router.expert_bias.double().clone() for moe in self.moes])
         return loss
 
 

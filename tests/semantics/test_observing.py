@@ -261,6 +261,39 @@ def test_comparisons(system):
     assert seen == [True, True, True, 0, False, False, False, 1]
 
 
+class LooksAtPieces(Net):
+    """What can be had of experts in pieces, and what would need rows."""
+
+    def on_before_optimizer_step(self, optimizer):
+        up = self.moes[0].experts.up_proj
+        self.seen += [up.sum().item(), up.detach().square().sum().sqrt().item()]
+        self.seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+        for look in (
+            lambda: up[2].sum(),
+            lambda: up.abs().max(),
+            lambda: full(up),
+            lambda: up.data.copy_(torch.ones(up.shape)),
+            lambda: up.tolist(),
+            lambda: up + torch.ones(up.shape),
+        ):
+            try:
+                look()
+            except RuntimeError as error:
+                self.seen.append(str(error))
+            else:
+                self.seen.append("had")
+
+
+@on(SHARDED)
+def test_experts_in_pieces_tell_sums_and_refuse_the_rest(system):
+    job = Job(steps=1, module=LooksAtPieces, strategy={"optimizer_state": "bound"})
+    numbers = alone(system, job)["seen"][:3]
+    for result in run_ranks(system.num_ranks, fit, system, job):
+        same(result["seen"][:3], numbers, 1e-9, "numbers")
+        assert len(result["seen"]) == 9
+        assert all("optimizer_state='bound'" in message for message in result["seen"][3:])
+
+
 class Copies(Net):
     """Values for histograms, and copies for teachers and references."""
 
