@@ -98,9 +98,9 @@ class Parallelism:
         if self.num_ranks == 1:
             return None
         _, state, control = self.groups
-        if on_host:
-            return ExpertMesh(DeviceMesh.from_group(control, "cpu"))
-        return ExpertMesh(DeviceMesh.from_group(state, self.device.type))
+        group, kind = (control, "cpu") if on_host else (state, self.device.type)
+        # torch takes meshes of equal names for the same one and would go on using the groups of an earlier fit.
+        return ExpertMesh(DeviceMesh.from_group(group, kind, mesh_dim_names=(f"experts_{group.group_name}",)))
 
     def close(self) -> None:
         """Destroy our process groups. Collective."""
