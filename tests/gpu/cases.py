@@ -32,6 +32,8 @@ class GpuJob(Job):
         transport: of the strategy.
         empty_rank: has no tokens in any batch.
         validates: runs two validation batches every second step.
+        on_device: batches are on the rank's device before the first step.
+        sizes: tokens of this rank in each batch; None: its part of ``batch``.
     """
 
     num_experts: int = 5
@@ -42,6 +44,8 @@ class GpuJob(Job):
     transport: str = "auto"
     empty_rank: int | None = None
     validates: bool = False
+    on_device: bool = False
+    sizes: list[int] | None = None
 
 
 @dataclass
@@ -97,9 +101,14 @@ class Recorder(pl.Callback):
                 callback.engine.observers.append(self.steps.append)
 
 
+def on_gpus() -> bool:
+    """Whether this rank has a GPU."""
+    return dist.get_backend() == "nccl"
+
+
 def placed() -> dict[str, Any]:
     """Trainer arguments that put this rank where it belongs."""
-    return {"accelerator": "gpu", "devices": [dist.get_rank()]} if DEVICE == "cuda" else {}
+    return {"accelerator": "gpu", "devices": [dist.get_rank()]} if on_gpus() else {}
 
 
 def strategy_options(job: GpuJob) -> dict[str, Any]:
@@ -150,11 +159,20 @@ def _train(
 
 def batches(job: GpuJob, rank: int, num_ranks: int) -> Batches:
     """This rank's batches; with an empty rank the others share nothing with it."""
-    if job.empty_rank is None:
-        return data(job, rank, num_ranks)
-    whole = data(job)
-    keep = 0 if rank == job.empty_rank else job.batch
-    return Batches(whole.x[:, :keep], whole.y[:, :keep])
+    if job.empty_rank is not None:
+        whole = data(job)
+        keep = 0 if rank == job.empty_rank else job.batch
+        return Batches(whole.x[:, :keep], whole.y[:, :keep])
+    part = data(job, rank, num_ranks)
+    if job.on_device and on_gpus():
+        part = Batches(part.x.cuda(), part.y.cuda())
+    if job.sizes is not None:
+        part = Batches(_cut(part.x, job.sizes), _cut(part.y, job.sizes))
+    return part
+
+
+def _cut(batches: Tensor, sizes: list[int]) -> Any:
+    return [batch[:size] for batch, size in zip(batches, sizes, strict=True)]
 
 
 class Validation:

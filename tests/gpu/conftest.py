@@ -12,7 +12,7 @@ def pytest_collection_modifyitems(items):
         return
     gpus = torch.cuda.device_count()
     for item in items:
-        if "gpu" not in item.keywords or "tests/gpu/" not in item.path.as_posix():
+        if item.get_closest_marker("gpu") is None or "tests/gpu/" not in item.path.as_posix():
             continue
         needed = 2 if {"two", "two_gpus"} & set(item.fixturenames) else 1
         if gpus < needed:
