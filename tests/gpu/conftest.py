@@ -1,5 +1,7 @@
 """One rank and two ranks, shared by all tests of this folder."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -28,11 +30,18 @@ def one():
 
 
 @pytest.fixture(scope="session")
-def two():
+def pairs():
+    """Two ranks for each transport, so that one that breaks does not take the others along."""
+    pools = defaultdict(lambda: RankPool(2))
+    yield pools
+    for pool in pools.values():
+        pool.stop()
+
+
+@pytest.fixture
+def two(pairs, transport):
     """Two ranks, each with a GPU."""
-    pool = RankPool(2)
-    yield pool
-    pool.stop()
+    return pairs[transport]
 
 
 @pytest.fixture
