@@ -138,7 +138,8 @@ class ForkLauncher(MultiProcessingLauncher):
             raise
 
     def _rank(self, process_idx: int) -> int:
-        return self._strategy.node_rank * self._strategy.num_processes + process_idx
+        strategy: Any = self._strategy
+        return strategy.node_rank * strategy.num_processes + process_idx
 
     def _tell(self) -> bool:
         assert self._board is not None
