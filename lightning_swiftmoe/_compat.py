@@ -6,23 +6,29 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
 __all__ = [
     "Callback",
     "LightningOptimizer",
+    "MultiProcessingLauncher",
+    "SubprocessScriptLauncher",
     "TrainerFn",
     "TrainerStatus",
     "is_weight_averaging",
     "refuse_other_namespace",
     "register_strategy",
     "run_closure",
+    "set_num_threads",
     "trainer_callbacks",
     "will_log",
 ]

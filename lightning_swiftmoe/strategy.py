@@ -35,6 +35,7 @@ from lightning_swiftmoe.checkpoint.full import (
 )
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
+from lightning_swiftmoe.launcher import ForkLauncher, ScriptLauncher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
     check_optimizers,
@@ -110,6 +111,14 @@ class SwiftMoEStrategy(DDPStrategy):
         self._failed = False
 
     # -- connecting and setting up -----------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = ForkLauncher(self, start_method=self._start_method)
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -338,6 +347,8 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)) and not isinstance(exception, KeyboardInterrupt):
+            self._launcher.failed(self.global_rank, exception)
         super().on_exception(exception)
 
     @override

@@ -24,10 +24,10 @@ class Net(pl.LightningModule):
         super().__init__()
         self.job = job
         torch.manual_seed(7)
-        self.inp = nn.Linear(WIDTH, WIDTH)
+        self.inp = nn.Linear(job.width, job.width)
         moe = {"ffn_size": 5, "num_experts": job.num_experts, "top_k": job.top_k, **job.moe}
-        self.moes = nn.ModuleList([MoE(WIDTH, **moe) for _ in range(2)])
-        self.out = nn.Linear(WIDTH, 1)
+        self.moes = nn.ModuleList([MoE(job.width, **moe) for _ in range(2)])
+        self.out = nn.Linear(job.width, 1)
         self.losses: list[float] = []
         self.seen: list[Any] = []  # what a test wants compared besides the weights
 
@@ -93,6 +93,7 @@ class Job:
     callbacks: Callable[[], list[Any]] = list
     module: type[Net] = Net
     rebalancer: dict[str, Any] = field(default_factory=dict)
+    width: int = WIDTH
 
 
 class Batches:
@@ -122,7 +123,7 @@ def data(job: Job, rank: int = 0, num_ranks: int = 1) -> Batches:
     generator = torch.Generator().manual_seed(3)
     accumulate = job.trainer.get("accumulate_grad_batches", 1)
     num_batches = job.steps * accumulate
-    x = torch.randn(num_batches, job.batch, WIDTH, generator=generator, dtype=torch.float64)
+    x = torch.randn(num_batches, job.batch, job.width, generator=generator, dtype=torch.float64)
     x[..., 0] += 2  # a common direction, so that experts draw uneven loads
     y = x.square().sum(-1).sin()
     if job.precision != "64-true":

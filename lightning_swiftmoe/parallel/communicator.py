@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
+from lightning_swiftmoe.parallel.watchdog import Watchdog
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -57,6 +58,7 @@ class Communicator:
         group: process group over all ranks; None with a single rank.
         device: where this rank computes; tensors elsewhere are staged through it when the backend needs that.
         meter: counts what is sent; shared by the communicators of a rank.
+        watchdog: watches exchanges on a GPU; None: nobody does.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Communicator:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         meter: TrafficMeter | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.group = group
+        self.watchdog = watchdog
         self.device = torch.device(device)
         self.meter = meter or TrafficMeter()
         self.rank = dist.get_rank(group) if group is not None else 0
@@ -246,7 +250,10 @@ class Communicator:
                 f"{where} failed: {error}. If another rank raised an error first, that one is the cause."
             ) from error
         if isinstance(start, torch.cuda.Event):
-            self.meter.add_events(phase, start, _event())
+            end = _event()
+            self.meter.add_events(phase, start, end)
+            if self.watchdog is not None:
+                self.watchdog.watch(phase, layer, end)
         else:
             self.meter.add(phase, seconds=time.perf_counter() - start)
 

@@ -26,6 +26,7 @@ from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
 from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostDispatcher
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.transports import choose_transport
+from lightning_swiftmoe.parallel.watchdog import Watchdog
 from lightning_swiftmoe.placement import CapacityScope, Placement
 
 _HOSTED: dict[str, type[HostedExperts]] = {"decoupled": DecoupledExperts, "bound": BoundExperts}
@@ -48,6 +49,7 @@ class Parallelism:
         transport: how rows and expert state travel: ``"gloo"``, ``"nccl"`` or ``"symmetric"``.
         rows: carries rows planned on the device; None with ``"gloo"`` and with one rank.
         bound: of the assignments of a rank; None with one rank.
+        watchdog: of exchanges on GPUs; None where the host waits for them, and so hears of a timeout itself.
     """
 
     num_ranks: int
@@ -60,6 +62,7 @@ class Parallelism:
     transport: str = "gloo"
     rows: RowExchange | None = None
     bound: TokenBound | None = None
+    watchdog: Watchdog | None = None
 
     @classmethod
     def on(cls, device: torch.device, timeout: timedelta | None, transport: str = "auto") -> Parallelism:
@@ -79,18 +82,20 @@ class Parallelism:
         on_host = Communicator(control)
         chosen = choose_transport(transport, device, on_host)
         bound = TokenBound(on_host)
-        of_tokens = Communicator(tokens, device, meter)
+        watchdog = _watchdog(device, timeout, on_host)
+        of_tokens = Communicator(tokens, device, meter, watchdog)
         return cls(
             num_ranks,
             device,
             of_tokens,
-            Communicator(state, device, meter),
+            Communicator(state, device, meter, watchdog),
             on_host,
             meter,
             (tokens, state, control),
             chosen,
             _row_exchange(chosen, of_tokens, on_host, bound),
             bound,
+            watchdog,
         )
 
     def expert_mesh(self, *, on_host: bool) -> ExpertMesh | None:
@@ -98,12 +103,14 @@ class Parallelism:
         if self.num_ranks == 1:
             return None
         _, state, control = self.groups
-        if on_host:
-            return ExpertMesh(DeviceMesh.from_group(control, "cpu"))
-        return ExpertMesh(DeviceMesh.from_group(state, self.device.type))
+        group, kind = (control, "cpu") if on_host else (state, self.device.type)
+        # torch takes meshes of equal names for the same one and would go on using the groups of an earlier fit.
+        return ExpertMesh(DeviceMesh.from_group(group, kind, mesh_dim_names=(f"experts_{group.group_name}",)))
 
     def close(self) -> None:
         """Destroy our process groups. Collective."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         for group in self.groups:
             dist.destroy_process_group(group)
 
@@ -180,6 +187,14 @@ def _row_exchange(transport: str, tokens: Communicator, control: Communicator, b
 
         return SymmetricRows(tokens, control, bound)
     return None
+
+
+def _watchdog(device: torch.device, timeout: timedelta | None, control: Communicator) -> Watchdog | None:
+    if device.type != "cuda" or timeout is None:
+        return None
+    watchdog = Watchdog(timeout.total_seconds(), control.rank, control.num_ranks)
+    watchdog.start()
+    return watchdog
 
 
 def check_references(module: nn.Module) -> None:

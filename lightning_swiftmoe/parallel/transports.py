@@ -30,12 +30,10 @@ def choose_transport(transport: str, device: torch.device, control: Communicator
         return best
     if transport not in available:
         reason = {
-            "nccl": "there is no NCCL process group of GPUs",
-            "symmetric": "ranks cannot reach each other's memory",
+            "gloo": "there is no NCCL process group of GPUs on every rank",
+            "nccl": "ranks cannot reach each other's memory",
         }
-        raise ValueError(
-            f"transport={transport!r} is not available here: {reason[transport]}; transport={best!r} works"
-        )
+        raise ValueError(f"transport={transport!r} is not available here: {reason[best]}; transport={best!r} works")
     return transport
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from tests.jobs import Job, Net, adamw, sgd
+from tests.jobs import Job, Net, adamw, sgd, train
+from tests.ranks import run_ranks
 from tests.semantics.systems import OURS, check, on
 
 pytestmark = pytest.mark.distributed
@@ -132,3 +133,14 @@ def test_frozen_matrix_is_left_out_of_the_norm(system):
         return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
 
     check(system, Job(steps=3, optimizer=frozen_down, module=ClipsItself))
+
+
+def fit_twice():
+    job = Job(slots=3, trainer={"gradient_clip_val": 0.05})
+    return [train(job) for _ in range(2)]
+
+
+def test_clipping_in_two_fits_of_one_process():
+    """Each fit has process groups of its own; torch remembers meshes."""
+    for first, again in run_ranks(2, fit_twice):
+        assert all(torch.equal(first[key], again[key]) for key in first)

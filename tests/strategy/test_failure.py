@@ -1,4 +1,4 @@
-"""A rank that raises or dies ends the job on every rank, and its error is the one that is shown."""
+"""A rank that raises or dies ends the job on every rank, and its error is what is shown, last and in few lines."""
 
 import os
 import signal
@@ -66,5 +66,9 @@ def test_the_job_ends_with_the_first_cause(tmp_path, start, rank, action):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert time.monotonic() - began < 75
-    if action == "raises":
-        assert "ArithmeticError: the first cause" in output
+    lines = output.splitlines()
+    assert f"The job ended because of rank {rank}:" in lines[-30:], output
+    last = {"raises": "ArithmeticError: the first cause", "dies": f"rank {rank} was killed by SIGKILL"}[action]
+    assert lines[-1].startswith(last)
+    assert output.count("Traceback (most recent call last)") == (action == "raises"), output
+    assert len(lines) < 60

@@ -1,0 +1,157 @@
+"""Starting ranks as Lightning does, and telling at the end which of them failed first.
+
+Lightning's own observer kills the process the user started, without a word, some seconds after another rank ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_swiftmoe._compat import MultiProcessingLauncher, SubprocessScriptLauncher, set_num_threads
+from lightning_swiftmoe.failures import FailureBoard, show_instead
+
+_FOLDER = "SWIFTMOE_FAILURES"
+_GRACE_S = 5.0  # as long as Lightning gives the first process to end by itself
+_PERIOD_S = 0.2
+
+
+class ScriptLauncher(SubprocessScriptLauncher):
+    """Runs the user's script once more for each further rank of this host, and watches them.
+
+    Ranks that somebody else started are left alone.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Only for this process: whatever it starts by itself is no rank.
+        folder = os.environ.pop(_FOLDER, None)
+        self._parent = os.getppid() if folder is not None else None
+        self._board = FailureBoard(folder) if folder is not None else None
+        self._telling = threading.Lock()
+        self._told = False
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._start_children()
+        set_num_threads(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def failed(self, rank: int, error: BaseException) -> None:
+        """This rank raised ``error``: write it down, and see that it is told once."""
+        if self._board is not None:
+            self._board.note(rank, error)
+            show_instead(error, self._tell if self._parent is None else self._leave_to_parent)
+
+    def _start_children(self) -> None:
+        if self.num_processes == 1:
+            self._call_children_scripts()
+            return
+        self._board = FailureBoard()
+        os.environ[_FOLDER] = str(self._board.folder)
+        try:
+            self._call_children_scripts()
+        finally:
+            del os.environ[_FOLDER]
+        threading.Thread(target=self._observe, name="swiftmoe-observer", daemon=True).start()
+
+    def _observe(self) -> None:
+        """End this process where another rank failed and it does not end by itself."""
+        codes = [process.poll() for process in self.procs]
+        while not any(codes):
+            if all(code == 0 for code in codes):
+                self._forget()
+                return
+            time.sleep(_PERIOD_S)
+            codes = [process.poll() for process in self.procs]
+        time.sleep(_GRACE_S)
+        self._tell()
+        os._exit(1)
+
+    def _leave_to_parent(self) -> bool:
+        """Whether the process that tells is still there."""
+        return os.getppid() == self._parent
+
+    def _tell(self) -> bool:
+        """Print the summary, whichever thread comes first."""
+        with self._telling:
+            if not self._told and self._board is not None:
+                self._told = True
+                _print_and_remove(self._board, self._end_children())
+            return self._told
+
+    def _forget(self) -> None:
+        with self._telling:
+            if self._board is not None:
+                self._board.remove()
+            self._board = None
+
+    def _end_children(self) -> dict[int, int]:
+        """Give other ranks a moment to write down their errors; exit codes of those that ended by themselves."""
+        deadline = time.monotonic() + _GRACE_S / 2
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.procs):
+            time.sleep(_PERIOD_S)
+        first = self.cluster_environment.node_rank() * self.num_processes + 1
+        codes = {rank: process.poll() for rank, process in enumerate(self.procs, start=first)}
+        for process in self.procs:
+            process.kill()
+            process.wait()
+        return {rank: code for rank, code in codes.items() if code is not None}
+
+
+class ForkLauncher(MultiProcessingLauncher):
+    """Forks or spawns the ranks; the process the user started only waits for them."""
+
+    _board: FailureBoard | None = None
+    _main: int | None = None
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self._board, self._main = FailureBoard(), os.getpid()
+        result = super().launch(function, *args, trainer=trainer, **kwargs)
+        self._board.remove()
+        return result
+
+    def failed(self, rank: int, error: BaseException) -> None:
+        """The user's own process has heard, by ``error``, that some rank failed."""
+        if os.getpid() == self._main:
+            show_instead(error, self._tell)
+
+    @override
+    def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._wrapping_function(process_idx, *args, **kwargs)
+        except BaseException as error:
+            # Lightning's handler talks to the other ranks, which are about to end.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            assert self._board is not None
+            self._board.note(self._rank(process_idx), error)
+            raise
+
+    def _rank(self, process_idx: int) -> int:
+        strategy: Any = self._strategy
+        return strategy.node_rank * strategy.num_processes + process_idx
+
+    def _tell(self) -> bool:
+        assert self._board is not None
+        codes = {self._rank(index): process.exitcode for index, process in enumerate(self.procs)}
+        # Torch ends the other ranks by SIGTERM.
+        ended = {rank: code for rank, code in codes.items() if code is not None and code != -signal.SIGTERM}
+        return _print_and_remove(self._board, ended)
+
+
+def _print_and_remove(board: FailureBoard, codes: Mapping[int, int]) -> bool:
+    text = board.summary(codes)
+    board.remove()
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    return bool(text)

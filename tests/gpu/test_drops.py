@@ -1,0 +1,36 @@
+"""A capacity counted over the cluster: two GPUs drop as one process that acts as two ranks, on a GPU or on the host."""
+
+import pytest
+
+from tests.gpu.cases import HOPPER, TRANSPORTS, GpuJob, fit, fit_virtually, placed
+from tests.jobs import largest_error
+
+pytestmark = pytest.mark.gpu
+
+PLACES = ("device", "host")
+
+
+def make(policy, top_k, transport="auto"):
+    moe = {**HOPPER, "capacity_factor": 1.0}
+    return GpuJob(width=64, moe=moe, policy=policy, top_k=top_k, transport=transport, steps=4)
+
+
+def fit_virtually_at(job, place):
+    return fit_virtually(job, 2, placed() if place == "device" else {})
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("policy", ["proportional", "static"])
+def test_the_same_drops_and_weights(one, two, policy, top_k, transport):
+    real = two.run(fit, make(policy, top_k, transport))[0]
+    assert min(layer.survival for step in real.steps for layer in step.layers) < 0.95
+    for place in PLACES:
+        virtual = one.run(fit_virtually_at, make(policy, top_k), place)[0]
+        assert len(real.steps) == len(virtual.steps) == 4
+        for step, other in zip(real.steps, virtual.steps, strict=True):
+            for a, b in zip(step.layers, other.layers, strict=True):
+                assert a.counts.tolist() == b.counts.tolist(), place
+                assert a.rank_load.tolist() == b.rank_load.tolist(), place
+                assert a.next_placement == b.next_placement, place
+        assert largest_error(real.weights, virtual.weights) < 1e-5

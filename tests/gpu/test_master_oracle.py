@@ -1,0 +1,87 @@
+"""Ranks on GPUs, an arbitrary placement on every step, and the weights of one GPU without the strategy."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.gpu.cases import (
+    HOPPER,
+    TRANSPORTS,
+    Checkpointed,
+    GpuJob,
+    Halved,
+    ReentrantCheckpointed,
+    Starved,
+    fit,
+    fit_alone,
+)
+from tests.jobs import largest_error
+
+pytestmark = pytest.mark.gpu
+
+BOUND = {"32-true": 1e-5, "bf16-mixed": 2e-2}
+WIDE = {"width": 64, "moe": HOPPER}
+STARVED = {**HOPPER, "bias_update_rate": 1e-3}
+
+# By precision, so that both have each.
+SHAPES = {
+    "hopper_k1": {"top_k": 1, **WIDE},
+    "hopper_k2": {"top_k": 2, **WIDE},
+    "odd_k1": {"top_k": 1},
+    "odd_k2": {"top_k": 2},
+    "grouped": {"width": 24, "moe": {"ffn_size": 40}},
+}
+VARIANTS = {
+    "accumulate": {"trainer": {"accumulate_grad_batches": 2}, **WIDE},
+    "clip": {"trainer": {"gradient_clip_val": 0.05}, **WIDE},
+    "empty_rank": {"empty_rank": 1, **WIDE},
+    "starved": {"module": Starved, "width": 64, "moe": STARVED},
+    "validates": {"validates": True, **WIDE},
+    "checkpointed": {"module": Checkpointed, **WIDE},
+    "reentrant": {"module": ReentrantCheckpointed, **WIDE},
+}
+CASES = {**SHAPES, **VARIANTS}
+ONE_RANK = ["hopper_k1", "hopper_k2", "odd_k2", "accumulate", "starved", "checkpointed"]
+
+
+def make(case, precision, transport="auto"):
+    return GpuJob(precision=precision, transport=transport, **copy.deepcopy(CASES[case]))
+
+
+@pytest.fixture(scope="module")
+def expected(one):
+    """The weights of one process without the strategy, trained once."""
+    known = {}
+
+    def of(case, precision):
+        if (case, precision) not in known:
+            job = make(case, precision)
+            if job.empty_rank is not None:
+                job.module, job.empty_rank = Halved, None
+            known[case, precision] = one.run(fit_alone, job)[0]
+        return known[case, precision]
+
+    return of
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
+    want = expected(case, precision)
+    first, second = two.run(fit, make(case, precision, transport))
+    assert all(torch.equal(first.weights[key], second.weights[key]) for key in first.weights)
+    assert largest_error(first.weights, want.weights) < BOUND[precision]
+    assert first.metrics == pytest.approx(want.metrics, rel=BOUND[precision])
+    if case == "starved":
+        assert all((layer.loads[-2:] == 0).all() for step in first.steps for layer in step.layers)
+
+
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize("case", ONE_RANK)
+def test_one_rank_equals_one_process(one, expected, case, precision):
+    want = expected(case, precision)
+    job = make(case, precision)
+    job.slots = 6
+    assert largest_error(one.run(fit, job)[0].weights, want.weights) < BOUND[precision]

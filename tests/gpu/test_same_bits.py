@@ -1,0 +1,56 @@
+"""The same bits again: of a fit that is repeated, and of one that is interrupted and resumed."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.gpu.cases import HOPPER, TRANSPORTS, GpuJob, fit
+from tests.jobs import adamw
+
+pytestmark = pytest.mark.gpu
+
+
+def make(precision, transport, **kwargs):
+    return GpuJob(width=64, moe=HOPPER, precision=precision, transport=transport, optimizer=adamw, steps=6, **kwargs)
+
+
+class SaveAt(pl.Callback):
+    """A checkpoint in the middle of ``fit``, where slots are in force."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_and_save(job, path):
+    return fit(job, callbacks=[SaveAt(path, 3)])
+
+
+def resume(job, path):
+    return fit(job, ckpt_path=path)
+
+
+def assert_same_bits(first, again):
+    for one, other in zip(first, again, strict=True):
+        different = [key for key in one.weights if not torch.equal(one.weights[key], other.weights[key])]
+        assert not different
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_repeated_fit(two, precision, transport):
+    first, again = (two.run(fit, make(precision, transport)) for _ in range(2))
+    assert_same_bits(first, again)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_resumed_fit(two, tmp_path, precision, transport):
+    path = str(tmp_path / "half.ckpt")
+    whole = two.run(fit, make(precision, transport, policy="proportional"))
+    two.run(fit_and_save, make(precision, transport, policy="proportional", trainer={"max_steps": 3}), path)
+    resumed = two.run(resume, make(precision, transport, policy="proportional"), path)
+    assert_same_bits(whole, resumed)
