@@ -120,7 +120,7 @@ class ExpertRebalancer(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         values = self._values(step)
-        # Always to be read there; the rest of Lightning's logging costs a copy to the device and kernels for each value.
+        # Always to be read there; all else of Lightning's logging costs a copy to the device and kernels for a value.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         if will_log(trainer):
             self._log_values(pl_module, values)

@@ -1,7 +1,7 @@
-"""Rows to the ranks that host their experts and results back, planned on the device: what the transports have in common.
+"""Rows to the ranks that host their experts and back, planned on the device: what the transports have in common.
 
-A token's row travels twice in the forward (to its expert and back) and twice in the backward, each time between the same
-two places. A ``RowTrip`` knows both for one forward of one layer; the transports differ in how they carry rows.
+A token's row travels twice in the forward (to its expert and back) and twice in the backward, each time between the
+same two places. A ``RowTrip`` knows both for one forward of one layer; the transports differ in how they carry rows.
 
 Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded rows of this rank as a host.
 """
@@ -36,8 +36,8 @@ class RowTrip(ABC):
             weights_TK: a number for each assignment that travels along, or None.
 
         Returns:
-            ``[P, D]`` what arrives here, zeros in the padding, and the numbers in fp32 at least, ``[P]``, anything in the
-            padding. Both are to be used up before the second call from now, of whatever trip.
+            ``[P, D]`` what arrives here, zeros in the padding, and the numbers in fp32 at least, ``[P]``, anything in
+            the padding. Both are to be used up before the second call from now, of whatever trip.
         """
 
     @abstractmethod
@@ -87,8 +87,9 @@ class TokenBound:
             self._most = max(self._most, self._control.largest(num_assignments, name), 1)
         if num_assignments > self._most:
             raise ValueError(
-                f"layer {name!r} routes {num_assignments} assignments, more than the {self._most} that the ranks agreed "
-                "on for this forward: give all MoE layers of a forward the same number of tokens, or the largest first"
+                f"layer {name!r} routes {num_assignments} assignments, more than the {self._most} that the ranks "
+                "agreed on for this forward: give all MoE layers of a forward the same number of tokens, or the "
+                "largest first"
             )
         return self._most
 
@@ -154,9 +155,9 @@ class PlacementTables:
     def max_rows(self, num_assignments: int, tile: int) -> int:
         """Rows, in whole tiles, that no rank can exceed whatever is routed: a bound known without the counts.
 
-        A rank with ``m`` of the ``r`` replicas of an expert processes at most ``ceil(m / r)`` of its assignments, so all of
-        them together at most the largest ``m / r`` of all assignments, and one more for each resident. With a capacity
-        counted over the cluster its slots bound it too.
+        A rank with ``m`` of the ``r`` replicas of an expert processes at most ``ceil(m / r)`` of its assignments, so
+        all of them together at most the largest ``m / r`` of all assignments, and one more for each resident. With a
+        capacity counted over the cluster its slots bound it too.
 
         Args:
             num_assignments: ``tokens * top_k`` of all ranks, or more.

@@ -1,10 +1,10 @@
 """Rows straight into peers' memory, for ranks that reach each other's: no host anywhere, nothing packed.
 
-Tokens are written to their padded, expert-ordered place at the host of their expert, and results are read from there. One
-set of buffers serves all layers of a width; barriers on the device keep one layer's rows apart from the next's:
+Tokens are written to their padded, expert-ordered place at the host of their expert, and results are read from there.
+One set of buffers serves all layers of a width; barriers on the device keep one layer's rows apart from the next's:
 
-* before rows are written, ``exchange_counts`` (forward) or the barriers of the layer before (backward: two buffers in turn)
-  say that the peers have used up what was there;
+* before rows are written, ``exchange_counts`` (forward) or the barriers of the layer before (backward: two buffers in
+  turn) say that the peers have used up what was there;
 * after rows are written, and again after results are, a barrier.
 
 Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded rows of this rank as a host.

@@ -19,7 +19,8 @@ def check_transport(transport: str) -> None:
 def choose_transport(transport: str, device: torch.device, control: Communicator) -> str:
     """``"gloo"``, ``"nccl"`` or ``"symmetric"``, the same on every rank. Collective.
 
-    ``"auto"`` takes ``"symmetric"`` where all ranks reach each other's memory, else ``"nccl"`` on GPUs, else ``"gloo"``.
+    ``"auto"`` takes ``"symmetric"`` where all ranks reach each other's memory, else ``"nccl"`` on GPUs, else
+    ``"gloo"``.
 
     Raises:
         ValueError: what was asked for is not available; says what is.

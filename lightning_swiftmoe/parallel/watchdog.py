@@ -1,7 +1,7 @@
 """Ends this process when an exchange on the device does not: its launch succeeds whatever the other ranks do.
 
-A rank whose peer is gone waits for it inside a kernel, where no exception reaches. A thread looks at the oldest exchange
-once a second; a step only appends to a queue.
+A rank whose peer is gone waits for it inside a kernel, where no exception reaches. A thread looks at the oldest
+exchange once a second; a step only appends to a queue.
 """
 
 from __future__ import annotations
