@@ -10,15 +10,18 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 __all__ = [
     "Callback",
+    "EpochLoop",
     "LightningOptimizer",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
@@ -30,6 +33,7 @@ __all__ = [
     "run_closure",
     "set_num_threads",
     "trainer_callbacks",
+    "use_epoch_loop",
     "will_log",
 ]
 
@@ -38,6 +42,28 @@ def register_strategy(name: str, cls: type, description: str, **init: Any) -> No
     """``StrategyRegistry.register``, which raises when a module is imported twice, made repeatable."""
     if name not in StrategyRegistry:
         StrategyRegistry.register(name, cls, description=description, **init)
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's, but ranks ask each other on their hosts whether one of them was told to end.
+
+    Its own loop does so through the device at the head of every step and waits for the answer (2.6.6,
+    ``_broadcast_sigterm_tensor``), so that no host can prepare a step while the device works on the one before.
+    """
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        if self.trainer.strategy.any_rank_must_end():  # type: ignore[attr-defined]
+            raise SIGTERMException
+
+
+def use_epoch_loop(trainer: Trainer) -> None:
+    """Let ``trainer`` train by an ``EpochLoop``, with everything that its own loop knows already."""
+    theirs = trainer.fit_loop.epoch_loop
+    if isinstance(theirs, EpochLoop):
+        return
+    ours = EpochLoop(trainer, theirs.min_steps, theirs.max_steps)
+    vars(ours).update(vars(theirs))
+    trainer.fit_loop.epoch_loop = ours
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:

@@ -24,6 +24,7 @@ from lightning_swiftmoe._compat import (
     is_weight_averaging,
     run_closure,
     trainer_callbacks,
+    use_epoch_loop,
 )
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.checkpoint.full import (
@@ -143,6 +144,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
+            use_epoch_loop(trainer)
         if not any(isinstance(callback, ExpertRebalancer) for callback in callbacks):
             callbacks.append(ExpertRebalancer())
         self._rebalancer = next(callback for callback in callbacks if isinstance(callback, ExpertRebalancer))
@@ -237,6 +239,12 @@ class SwiftMoEStrategy(DDPStrategy):
         if self.engine is not None:
             self._begin_forward(training=False)
         return super().validation_step(*args, **kwargs)
+
+    def any_rank_must_end(self) -> bool:
+        """Whether a signal reached some rank; asked at the head of every step. The hosts wait for each other."""
+        assert self.parallelism is not None
+        assert self.parallelism.control is not None
+        return self.parallelism.control.largest(int(self._trainer.received_sigterm), "signal") > 0
 
     def _begin_forward(self, *, training: bool) -> None:
         assert self.engine is not None

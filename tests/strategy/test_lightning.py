@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from lightning_swiftmoe import ExpertRebalancer
@@ -211,3 +212,23 @@ def test_trace_and_metrics(tmp_path):
     assert metrics["moe/expert_imbalance"] == pytest.approx((last.max(1) / last.mean(1)).mean(), rel=1e-6)
     names = {"moe/rank_imbalance", "moe/replicas_moved", "moe/aux_loss", "moe/bytes_gradient", "moe/ms_weight"}
     assert names <= metrics.keys()
+
+
+class ToldToEnd(pl.Callback):
+    """What Lightning's handler of SIGTERM leaves behind, on rank 1 alone, just before a step's head."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            trainer._signal_connector.received_sigterm = trainer.global_rank == 1
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+
+
+def fit_until_told():
+    trainer = our_trainer(dataclasses.replace(JOB, callbacks=lambda: [ToldToEnd()]))
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Net(JOB), data(JOB, dist.get_rank(), dist.get_world_size()))
+    return trainer.global_step
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_head_of_a_step():
+    assert run_ranks(2, fit_until_told) == [2, 2]
