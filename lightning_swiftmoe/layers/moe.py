@@ -9,7 +9,7 @@ from lightning_swiftmoe.functional import activation_names
 from lightning_swiftmoe.layers.dispatchers import Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import LayerLoad, in_backward
-from lightning_swiftmoe.layers.losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_swiftmoe.layers.losses import attach_loss, auxiliary_losses
 from lightning_swiftmoe.layers.router import SCORES, Router, Routing
 
 
@@ -131,8 +131,7 @@ class MoE(nn.Module):
 
     def _with_losses(self, y_TD: Tensor, routing: Routing, counts: Tensor, rank_load: Tensor) -> Tensor:
         num_processes = self.dispatcher.num_processes
-        aux = load_balance_loss(routing.prob_sum, counts, self.top_k, num_processes)
-        z = router_z_loss(routing.z_sum, counts, self.top_k, num_processes)
+        aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, counts, self.top_k, num_processes)
         if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
             load = LayerLoad(counts, rank_load, self.aux_loss)

@@ -23,6 +23,7 @@ from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
+from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
 from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostDispatcher
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.transports import choose_transport
@@ -50,6 +51,7 @@ class Parallelism:
         rows: carries rows planned on the device; None with ``"gloo"`` and with one rank.
         bound: of the assignments of a rank; None with one rank.
         watchdog: of exchanges on GPUs; None where the host waits for them, and so hears of a timeout itself.
+        make_exchange: of expert state through memory that all ranks reach; None: it travels by all-to-all.
     """
 
     num_ranks: int
@@ -63,6 +65,7 @@ class Parallelism:
     rows: RowExchange | None = None
     bound: TokenBound | None = None
     watchdog: Watchdog | None = None
+    make_exchange: ShardExchangeFactory | None = None
 
     @classmethod
     def on(cls, device: torch.device, timeout: timedelta | None, transport: str = "auto") -> Parallelism:
@@ -84,6 +87,7 @@ class Parallelism:
         bound = TokenBound(on_host)
         watchdog = _watchdog(device, timeout, on_host)
         of_tokens = Communicator(tokens, device, meter, watchdog)
+        rows, make_exchange = _device_exchanges(chosen, of_tokens, on_host, bound)
         return cls(
             num_ranks,
             device,
@@ -93,9 +97,10 @@ class Parallelism:
             meter,
             (tokens, state, control),
             chosen,
-            _row_exchange(chosen, of_tokens, on_host, bound),
+            rows,
             bound,
             watchdog,
+            make_exchange,
         )
 
     def expert_mesh(self, *, on_host: bool) -> ExpertMesh | None:
@@ -169,6 +174,7 @@ def build_layers(
             compute_dtype=_COMPUTE_DTYPES.get(compute_dtype),
             accumulates=accumulates,
             offload=offload,
+            make_exchange=parallelism.make_exchange,
             masters={
                 key: masters[n] for key, _ in moe.experts.named_parameters() if (n := f"{prefix}.{key}") in masters
             },
@@ -179,14 +185,21 @@ def build_layers(
     return layers
 
 
-def _row_exchange(transport: str, tokens: Communicator, control: Communicator, bound: TokenBound) -> RowExchange | None:
+def _device_exchanges(
+    transport: str, tokens: Communicator, control: Communicator, bound: TokenBound
+) -> tuple[RowExchange | None, ShardExchangeFactory | None]:
+    """What is planned or done on the device: of rows and of expert state."""
     if transport == "nccl":
-        return NcclRows(tokens, bound)
+        return NcclRows(tokens, bound), None
     if transport == "symmetric":
+        from lightning_swiftmoe.parallel.peer_memory import PeerMemory
         from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
+        from lightning_swiftmoe.parallel.symmetric_shards import SymmetricState
 
-        return SymmetricRows(tokens, control, bound)
-    return None
+        assert tokens.group is not None
+        memory = PeerMemory(tokens.group, tokens.device, control)
+        return SymmetricRows(tokens, memory, bound), SymmetricState(memory)
+    return None, None
 
 
 def _watchdog(device: torch.device, timeout: timedelta | None, control: Communicator) -> Watchdog | None:
