@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_swiftmoe.kernels.grouped import kept_in
+from lightning_swiftmoe.kernels.launch import is_recording
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.rows import act_backward, act_forward, expert_rows
@@ -18,7 +19,10 @@ def rows_gemm(
     rows: Tensor, weight: Tensor, routing: PaddedRouting | RowLayout, transposed: bool, out: Tensor | None = None
 ) -> Tensor:
     """`out[p] = rows[p] @ weight[e]` for `weight[E, K, N]`, or with `weight[e].T` for `[E, N, K]` when transposed."""
-    return kept_in(out, F.grouped_mm(rows, weight.mT if transposed else weight, offs=routing.padded_ends))
+    weight = weight.mT if transposed else weight
+    if is_recording():  # torch would read bounds that no kernel has written
+        return rows.new_empty(rows.shape[0], weight.shape[2]) if out is None else out
+    return kept_in(out, F.grouped_mm(rows, weight, offs=routing.padded_ends))
 
 
 def up_gemm(
@@ -54,6 +58,6 @@ def weight_gemm(
 
     `in_token_order` names the operand that came from `expert_rows`; here both stand in expert order.
     """
-    if left.is_meta:  # torch knows the shape for bf16 only
-        return left.new_empty(routing.ends.shape[0], left.shape[1], right.shape[1])
+    if is_recording():
+        return left.new_empty(routing.ends.shape[0], left.shape[1], right.shape[1]) if out is None else out
     return kept_in(out, F.grouped_mm(left.mT, right, offs=routing.padded_ends))

@@ -131,6 +131,9 @@ class Communicator:
             with self.phase(phase, layer):
                 return work()
 
+        if self._stream is None:
+            result = timed()
+            return Pending(lambda: result)
         return self._run_on_stream(timed, [holding])
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], recv: Sequence[int], phase: str, layer: str) -> Tensor:

@@ -85,6 +85,16 @@ class PeerMemory:
         epochs = torch.zeros(len(Channel), dtype=torch.int32, device=self.device)
         return Signals(pads.peers, epochs, self.rank)
 
+    def mark(self) -> torch.cuda.Event:
+        """The point that the current stream has reached, for ``wait_for``."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait_for(self, mark: torch.cuda.Event) -> None:
+        """Let the current stream go on once another has passed ``mark``."""
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
     def barrier(self, channel: Channel) -> None:
         """Of all ranks, on the current stream."""
         barrier.barrier(self.signals, channel)

@@ -86,7 +86,7 @@ def _is_ours(moe: MoE, dtype: torch.dtype) -> bool:
     device = moe.router.weight.device
     width, hidden = experts.down_proj.shape[1:]
     path = choose_path(device, dtype, width, hidden, moe.num_experts, experts.activation, "auto")
-    return path in ("hopper", "triton")
+    return path != "torch"
 
 
 def _compile_alone(moe: MoE, dtype: torch.dtype, device: torch.device) -> int:

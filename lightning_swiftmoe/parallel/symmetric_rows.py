@@ -83,10 +83,10 @@ class _Desk:
 
     Args:
         number: of the layer, in the order of first use.
-        memory: for graphs.
+        memory: for graphs; None where there are none.
     """
 
-    def __init__(self, number: int, memory: GraphMemory) -> None:
+    def __init__(self, number: int, memory: GraphMemory | None) -> None:
         self.number = number
         self._memory = memory
         self._sections: dict[str, GraphedSection] = {}
@@ -118,6 +118,8 @@ class _Desk:
 
     def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
         """See ``GraphedSection``."""
+        if self._memory is None:
+            return work()
         if section not in self._sections:
             self._sections[section] = GraphedSection(self._memory)
         result: T = self._sections[section].run(key, work)
@@ -140,7 +142,7 @@ class SymmetricRows(RowExchange):
         self.bound = bound
         self._counts: dict[int, SharedTensor] = {}
         self._buffers: dict[tuple[int, torch.dtype], _Buffers] = {}
-        self._graph_memory = GraphMemory(self.device)
+        self._graph_memory = GraphMemory(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
         self._most_rows: dict[str, int] = {}

@@ -56,7 +56,7 @@ class GradientBuffers:
         if key not in self._buffers:
             tensors = {name: self._memory.empty(shape, dtype) for name, shape in shapes}
             self._memory.synchronize()
-            self._buffers[key] = GradientBuffer(tensors)
+            self._buffers[key] = GradientBuffer(self._memory, tensors)
         return self._buffers[key]
 
 
@@ -64,22 +64,23 @@ class GradientBuffer:
     """Room for the gradients of one layer.
 
     Args:
+        memory: of the ranks.
         tensors: ``[>= R, rows, cols]`` by parameter.
     """
 
-    def __init__(self, tensors: dict[str, SharedTensor]) -> None:
+    def __init__(self, memory: PeerMemory, tensors: dict[str, SharedTensor]) -> None:
         self.tensors = tensors
+        self._memory = memory
         self._fetched: torch.cuda.Event | None = None
 
     def fetched(self) -> None:
         """The current stream has seen that all owners have what they want."""
-        self._fetched = torch.cuda.Event()
-        self._fetched.record()
+        self._fetched = self._memory.mark()
 
     def wait(self) -> None:
         """Let the current stream write here once they do."""
         if self._fetched is not None:
-            torch.cuda.current_stream().wait_event(self._fetched)
+            self._memory.wait_for(self._fetched)
 
 
 class SymmetricShards(ShardExchange):
