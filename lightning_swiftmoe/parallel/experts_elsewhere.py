@@ -74,7 +74,8 @@ class ExpertsElsewhere(torch.autograd.Function):
 
             key = identity(arrived_PD, arrived_weights_P, up, down), activation, path
             section = "forward" if keeps else "forward without backward"
-            rows_PD, row_weights_P, pre, done_PD = trip.run(section, key, compute)
+            done = trip.run(section, key, compute) if _is_recordable(path) else compute()
+            rows_PD, row_weights_P, pre, done_PD = done
             y_TD, _ = trip.to_tokens(done_PD, x_TD.dtype, weights_TK)
         ctx.save_for_backward(rows_PD, row_weights_P, up, down, pre)
         ctx.path, ctx.dtype, ctx.weights_dtype = path, x_TD.dtype, weights_TK.dtype
@@ -112,7 +113,7 @@ class ExpertsElsewhere(torch.autograd.Function):
                 grads = weight_gradients(grad_PD, rows_PD, hidden, layout, path, wants_up, wants_down, out_up, out_down)
                 return grad_rows, grad_row_weights, *grads
 
-            if sink.is_empty:
+            if sink.is_empty and _is_recordable(path):
                 memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
                 key = (
                     identity(grad_PD, rows_PD, row_weights_P, up, down, pre, *memory),
@@ -130,3 +131,8 @@ class ExpertsElsewhere(torch.autograd.Function):
         if is_last:
             trip.end()
         return grad_x, grad_weights.to(ctx.weights_dtype), None, None, None, None, None
+
+
+def _is_recordable(path: str) -> bool:
+    """Plain torch reads bounds of experts on the host, which no CUDA graph can."""
+    return path != "torch"
