@@ -62,3 +62,27 @@ def resolve_slots(slots_per_rank: int | str, num_experts: int, num_ranks: int) -
     if isinstance(slots_per_rank, bool) or not isinstance(slots_per_rank, int) or slots_per_rank < 1:
         raise ValueError(f'slots_per_rank must be "auto" or a positive integer, got {slots_per_rank!r}')
     return slots_per_rank
+
+
+def resolve_group_size(expert_parallel_size: int | None, num_ranks: int) -> int:
+    """How many of ``num_ranks`` share one set of experts: all of them where the user named no number.
+
+    Raises:
+        ValueError: it does not divide the ranks.
+    """
+    if expert_parallel_size is None:
+        return num_ranks
+    check_group_size(expert_parallel_size)
+    if num_ranks % expert_parallel_size:
+        fitting = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+        raise ValueError(
+            f"expert_parallel_size = {expert_parallel_size} does not divide {num_ranks} ranks; {fitting} do"
+        )
+    return expert_parallel_size
+
+
+def check_group_size(expert_parallel_size: int | None) -> None:
+    """Raise a ValueError for what is neither None nor a positive integer."""
+    size = expert_parallel_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"expert_parallel_size must be None (all ranks) or a positive integer, got {size!r}")

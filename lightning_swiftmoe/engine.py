@@ -98,7 +98,8 @@ class ExpertEngine:
         rebalancing: the policy and its cadence.
         state: of a checkpoint; None starts anew.
         meter: counts what the layers' communicators send.
-        control: a communicator on the host, through which ranks make sure that they decided alike; None with one rank.
+        control: all ranks on their hosts, who make sure that expert groups decided alike; None with one rank.
+        group_size: ranks of an expert group, each of which decides from its own loads; None: all ranks are one group.
     """
 
     def __init__(
@@ -108,12 +109,14 @@ class ExpertEngine:
         state: EngineState | None = None,
         meter: TrafficMeter | None = None,
         control: Communicator | None = None,
+        group_size: int | None = None,
     ) -> None:
         self.layers = list(layers)
         self.rebalancing = rebalancing
         self.meter = meter or TrafficMeter()
         self.observers: list[Observer] = []
         self._control = control
+        self._group_size = group_size or (control.num_ranks if control is not None else 1)
         self._gradients = GradientPhase([layer for layer in layers if isinstance(layer, ExpertLayer)])
         state = state or EngineState()
         self._steps = state.steps
@@ -226,7 +229,7 @@ class ExpertEngine:
 
     def _move_biases(self) -> None:
         for name, moe in self._moes():
-            moe.router.update_bias(self._moe_loads[name].counts.sum(dim=0))
+            moe.router.update_bias(self._moe_loads[name].by_expert)
 
     def _decide(self, layer: EngineLayer, loads: list[LayerLoad]) -> LayerStep:
         load = loads[0]
@@ -244,19 +247,21 @@ class ExpertEngine:
         return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
 
     def _agreed(self, steps: Sequence[LayerStep]) -> list[LayerStep]:
-        """Before anything is sent: every rank must have chosen the same placements. Losses become all ranks'."""
+        """Before anything is sent: a group must have chosen the same placements. Losses become all ranks'."""
         if self._control is None:
             return list(steps)
         tables = b"".join(step.next_placement.table.tobytes() for step in steps)
         digest = int.from_bytes(hashlib.blake2b(tables, digest_size=6).digest(), "little")
         mine = torch.tensor([digest, *(step.aux_loss for step in steps)], dtype=torch.float64)
         everybody = self._control.gather_counts(mine, "placement")
-        odd = torch.nonzero(everybody[:, 0] != everybody[0, 0]).flatten().tolist()
+        by_group = everybody[:, 0].view(-1, self._group_size)
+        odd = torch.nonzero((by_group != by_group[:, :1]).flatten()).flatten().tolist()
         if odd:
+            first = odd[0] // self._group_size * self._group_size
             policy = self.rebalancing.policy
             name = getattr(policy, "__name__", type(policy).__name__)
             raise RuntimeError(
-                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
+                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank {first} after step "
                 f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random "
                 "state, no set order"
             )

@@ -14,7 +14,10 @@ from lightning_swiftmoe.placement.placement import IntArray
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One MoE layer in one step; the same on every rank.
+    """One MoE layer in one step; the same on every rank of an expert group.
+
+    With several groups (``expert_parallel_size``) loads and placements are those of this rank's, of ``N`` ranks; what
+    is logged and traced is rank 0's. The loss is all groups'.
 
     Args:
         name: the layer's name in the user's module.
@@ -41,7 +44,7 @@ class LayerStep:
 
     @property
     def num_tokens(self) -> float:
-        """Tokens of the global batch."""
+        """Tokens of the global batch, as far as this expert group has them."""
         return float(self.counts.sum()) / self.top_k
 
     @property

@@ -55,7 +55,7 @@ class Communicator:
     Tokens and expert state have a communicator each, so that neither waits for the other's order.
 
     Args:
-        group: process group over all ranks; None with a single rank.
+        group: process group of the ranks that talk; None with a single rank.
         device: where this rank computes; tensors elsewhere are staged through it when the backend needs that.
         meter: counts what is sent; shared by the communicators of a rank.
         watchdog: watches exchanges on a GPU; None: nobody does.
@@ -74,6 +74,8 @@ class Communicator:
         self.meter = meter or TrafficMeter()
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
+        # People know ranks of the job, not of a group.
+        self._where = f"rank {dist.get_rank()} of {dist.get_world_size()}" if group is not None else "rank 0 of 1"
         self._backend = dist.get_backend(group) if group is not None else "none"
         self._stream = torch.cuda.Stream(self.device) if self._backend == "nccl" else None
 
@@ -183,6 +185,18 @@ class Communicator:
         if staged is not tensor:
             tensor.copy_(staged)
 
+    def add_up(self, tensor: Tensor, phase: str, layer: str) -> Tensor:
+        """``tensor``, contiguous, overwritten with the sum over ranks, bit for bit the same on all of them.
+
+        On a GPU the current stream does it and the host does not wait. Bytes count as those of a ring all-reduce: of
+        ``b`` bytes, ``2 b (N - 1) / N`` leave every rank.
+        """
+        if self.num_ranks > 1:
+            self.meter.add(phase, 2 * tensor.nbytes * (self.num_ranks - 1) // self.num_ranks)
+            with self._phase(phase, layer):
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def sum_scalar(self, value: Tensor, layer: str) -> Tensor:
         """The sum of a scalar over ranks."""
         if self.num_ranks == 1:
@@ -245,7 +259,7 @@ class Communicator:
         try:
             yield
         except Exception as error:
-            where = f"{phase} exchange of layer {layer!r} on rank {self.rank} of {self.num_ranks}"
+            where = f"{phase} exchange of layer {layer!r} on {self._where}"
             raise ExchangeError(
                 f"{where} failed: {error}. If another rank raised an error first, that one is the cause."
             ) from error

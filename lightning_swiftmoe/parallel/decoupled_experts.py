@@ -3,7 +3,11 @@
 The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the
 next placement wants them. Both are one all-to-all a layer.
 
-Shape suffixes: N ranks, E experts, R residents of this rank.
+With several expert groups, "all ranks" are those of a group. Gradients of a group's tokens then take one more step: an
+all-reduce over the ranks that hold the same shards, ``2 (G - 1) / G * E * own elements`` sent by each of ``G`` groups.
+All groups then hold the same totals, and optimizers step alike.
+
+Shape suffixes: N ranks of an expert group, E experts, R residents of this rank.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ class DecoupledExperts(HostedExperts):
             rows = arrived.view(blocks.experts.numel(), sum(sizes))
             like = [self.local(key) for key in grads]
             totals = sum_shards(rows, sizes, blocks, 1 / self.num_sharers, like[0].dtype)
+            totals = self._sum_over_groups(totals)
             return {
                 key: total.view_as(local).to(local.device)
                 for key, total, local in zip(grads, totals, like, strict=True)
@@ -76,6 +81,14 @@ class DecoupledExperts(HostedExperts):
             self.name,
             then,
         )
+
+    def _sum_over_groups(self, totals: list[Tensor]) -> list[Tensor]:
+        """``totals [E, own elements]`` of this group's tokens to those of all groups: one all-reduce, on this stream."""
+        if self.replicas is None:
+            return totals
+        flat = self.replicas.add_up(torch.cat([total.flatten() for total in totals]), "gradient", self.name)
+        parts = flat.split([total.numel() for total in totals])
+        return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 
     def _start_weights(self) -> Pending[None]:
         rank = self.communicator.rank

@@ -1,0 +1,180 @@
+"""Several groups of ranks, each with a whole set of experts: the weights of one process, whatever the grouping."""
+
+import dataclasses
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard
+
+from lightning_swiftmoe import SwiftMoEStrategy
+from lightning_swiftmoe.placement import EvenShards
+from tests.jobs import Job, Net, adamw, data, full, largest_error, make_trainer, our_trainer, sgd, train, train_alone
+from tests.ranks import run_ranks
+from tests.strategy.test_bytes import record
+
+pytestmark = pytest.mark.distributed
+
+
+def grouped(size, **kwargs):
+    strategy = {"expert_parallel_size": size, **kwargs.pop("strategy", {})}
+    slots = kwargs.pop("slots", -(-kwargs.get("num_experts", 5) // size) + 1)
+    return Job(strategy=strategy, slots=slots, **kwargs)
+
+
+def compare(num_ranks, job):
+    expected = train_alone(job)
+    results = run_ranks(num_ranks, train, job)
+    for result in results:
+        assert largest_error(result, expected) < 1e-9
+    for result in results[1:]:
+        assert all(torch.equal(result[key], results[0][key]) for key in result)
+    return results[0]
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_groups_equal_one_process(num_ranks, size, optimizer):
+    compare(num_ranks, grouped(size, optimizer=optimizer))
+
+
+VARIANTS = {
+    "clip_norm": {"trainer": {"gradient_clip_val": 0.05}},
+    "clip_and_accumulate": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
+    "every_loss": {"moe": {"aux_loss_coef": 0.1, "z_loss_coef": 0.01}},
+    "bias": {"moe": {"bias_update_rate": 0.01, "score": "sigmoid"}},
+    "offload": {"strategy": {"offload_optimizer": True}},
+    "auto_slots_balanced": {"slots": "auto", "policy": "balanced"},
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, size):
+    compare(4, grouped(size, **VARIANTS[variant]))
+
+
+def test_one_group_of_all_ranks_is_as_without_groups():
+    named = run_ranks(2, train, grouped(2))
+    default = run_ranks(2, train, Job(slots=4))
+    assert all(torch.equal(named[0][key], default[0][key]) for key in default[0])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_biases_are_those_of_all_tokens(size):
+    # A rate so large that any difference in the loads of a step shows in the biases.
+    moe = {"bias_update_rate": 0.5, "score": "sigmoid"}
+    one_group = run_ranks(4, train, Job(slots=3, moe=moe))[0]
+    groups = run_ranks(4, train, grouped(size, moe=moe))
+    for key in (key for key in one_group if key.endswith("expert_bias")):
+        assert one_group[key].any()
+        for result in groups:
+            assert torch.allclose(result[key], one_group[key], atol=1e-12)
+
+
+# -- what users see ----------------------------------------------------------------------------------------------------
+
+
+class Look(pl.Callback):
+    """What a user may ask of an expert gradient."""
+
+    def on_after_backward(self, trainer, pl_module):
+        weight = pl_module.moes[0].experts.up_proj
+        whole = full(weight.grad).clone()
+        pl_module.seen.append(
+            {
+                "whole": whole,
+                "norm": weight.grad.norm().item(),
+                "mean": weight.grad.mean().item(),
+                "nan": bool(torch.isnan(weight.grad).any()),
+                "equal": torch.equal(weight, weight.detach().clone()),
+                "rows": torch.equal(full(weight.detach()[:, 1]), full(weight.detach())[:, 1]),
+                "mesh": getattr(weight, "device_mesh", None) and tuple(weight.device_mesh.shape),
+                "placements": tuple(getattr(weight, "placements", ())),
+            }
+        )
+
+
+def look(job):
+    trainer, module = our_trainer(job), Net(job)
+    trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
+    return module.seen
+
+
+@pytest.mark.parametrize(("size", "mesh", "placements"), [(1, None, ()), (2, (2, 2), (Replicate(), Shard(1)))])
+def test_users_see_whole_experts_once(size, mesh, placements):
+    for seen in run_ranks(4, look, grouped(size, callbacks=lambda: [Look()])):
+        for step in seen:
+            assert step["norm"] == pytest.approx(step["whole"].norm().item(), rel=1e-12)
+            assert step["mean"] == pytest.approx(step["whole"].mean().item(), rel=1e-9, abs=1e-15)
+            assert not step["nan"]
+            assert step["equal"]
+            assert step["rows"]
+            assert (step["mesh"], step["placements"]) == (mesh, placements)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+WHOLE = grouped(2, steps=6, policy="proportional")
+HALF = dataclasses.replace(WHOLE, trainer={"max_steps": 3})
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("half") / "half.ckpt")
+    run_ranks(4, train, HALF, None, path)
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, None])
+def test_resumed_with_groups_of_any_size(half_way, size):
+    job = dataclasses.replace(WHOLE, strategy={"expert_parallel_size": size}, slots="auto")
+    result = run_ranks(4, train, job, half_way)
+    assert largest_error(result[3], train_alone(WHOLE)) < 1e-9
+
+
+def test_resumed_in_one_process(half_way):
+    assert largest_error(train_alone(WHOLE, half_way), train_alone(WHOLE)) < 1e-9
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), [(4, 2), (3, 1)])
+def test_closed_formulas(num_ranks, size):
+    job = grouped(size, optimizer=sgd)
+    cuts = [EvenShards(*matrix, size) for matrix in [(5, 6), (6, 5)]]
+    num_groups = num_ranks // size
+    for rank, steps in run_ranks(num_ranks, record, job):
+        mine = sum(cut.size(rank % size) for cut in cuts)
+        others = sum(cut.num_elements for cut in cuts) - mine
+        for step in steps[1:-1]:
+            exchanged = sum(layer.placement.residents(rank % size).size * others * 8 for layer in step.layers)
+            # A ring all-reduce of this rank's shards of five experts.
+            summed = len(step.layers) * (2 * 5 * mine * 8 * (num_groups - 1) // num_groups)
+            counts = len(step.layers) * ((size - 1) * 5 * 8 + 2 * 5 * 8 * (num_groups - 1) // num_groups)
+            assert step.traffic["gradient"].sent_bytes == exchanged + summed
+            assert step.traffic["load"].sent_bytes == counts
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_size_that_does_not_divide_before_any_process_group():
+    job = Job()
+    trainer = make_trainer(job, SwiftMoEStrategy(expert_parallel_size=3), num_nodes=4)
+    with pytest.raises(ValueError, match="expert_parallel_size = 3 does not divide 4 ranks; 1, 2, 4 do"):
+        trainer.fit(Net(job), data(job))
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, True, "all"])
+def test_a_size_that_is_no_number_of_ranks(size):
+    with pytest.raises(ValueError, match="expert_parallel_size must be None .all ranks. or a positive integer, got"):
+        SwiftMoEStrategy(expert_parallel_size=size)
+
+
+def test_bound_state_has_no_groups():
+    with pytest.raises(ValueError, match="expert_parallel_size = 2 needs optimizer_state='decoupled'"):
+        SwiftMoEStrategy(expert_parallel_size=2, optimizer_state="bound")
