@@ -113,7 +113,7 @@ class Communicator:
             return Pending(lambda: then(rows))
         arrived = rows.new_empty(sum(recv), *rows.shape[1:])
         self._count(rows, send, phase)
-        with self._phase(phase, layer):
+        with self.phase(phase, layer):
             work = dist.all_to_all_single(
                 arrived, rows.contiguous(), list(recv), list(send), group=self.group, async_op=True
             )
@@ -126,7 +126,7 @@ class Communicator:
         staged = self._staged(rows)
         arrived = staged.new_empty(sum(recv), *rows.shape[1:])
         self._count(rows, send, phase)
-        with self._phase(phase, layer):
+        with self.phase(phase, layer):
             dist.all_to_all_single(arrived, staged, list(recv), list(send), group=self.group)
         return arrived.to(rows.device)
 
@@ -142,7 +142,7 @@ class Communicator:
             return counts[None]
         gathered = counts.new_empty(self.num_ranks, *counts.shape)
         self.meter.add("load", (self.num_ranks - 1) * counts.nbytes)
-        with self._phase("load", layer):
+        with self.phase("load", layer):
             _all_gather(gathered.view(-1), counts.contiguous(), group=self.group)
         return gathered
 
@@ -166,7 +166,7 @@ class Communicator:
         gathered = local.new_empty(self.num_ranks, *shard.shape) if receives else None
         receivers = self.num_ranks - 1 if to is None else int(to != self.rank)
         self.meter.add(phase, receivers * shard.nbytes)
-        with self._phase(phase, layer):
+        with self.phase(phase, layer):
             if to is not None:
                 parts = list(gathered.unbind(0)) if gathered is not None else None
                 dist.gather(local, parts, group=self.group, group_dst=to)
@@ -180,7 +180,7 @@ class Communicator:
             return
         staged = self._staged(tensor)
         self.meter.add(phase, tensor.nbytes * (self.num_ranks - 1) if self.rank == 0 else 0)
-        with self._phase(phase, layer):
+        with self.phase(phase, layer):
             dist.broadcast(staged, group=self.group, group_src=0)
         if staged is not tensor:
             tensor.copy_(staged)
@@ -193,18 +193,9 @@ class Communicator:
         """
         if self.num_ranks > 1:
             self.meter.add(phase, 2 * tensor.nbytes * (self.num_ranks - 1) // self.num_ranks)
-            with self._phase(phase, layer):
+            with self.phase(phase, layer):
                 dist.all_reduce(tensor, group=self.group)
         return tensor
-
-    def sum_scalar(self, value: Tensor, layer: str) -> Tensor:
-        """The sum of a scalar over ranks."""
-        if self.num_ranks == 1:
-            return value
-        staged = self._staged(value).clone()
-        with self._phase("gradient", layer):
-            dist.all_reduce(staged, group=self.group)
-        return staged.to(value.device)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +215,7 @@ class Communicator:
             rows = make()
             arrived = rows.new_empty(sum(recv), *rows.shape[1:])
             self._count(rows, send, phase)
-            with self._phase(phase, layer):
+            with self.phase(phase, layer):
                 dist.all_to_all_single(arrived, rows.contiguous(), list(recv), list(send), group=self.group)
             result = then(arrived)
             done = torch.cuda.Event()
@@ -240,7 +231,7 @@ class Communicator:
         return Pending(finish)
 
     def _awaited(self, work: Any, arrived: Tensor, phase: str, layer: str) -> Tensor:
-        with self._phase(phase, layer):
+        with self.phase(phase, layer):
             work.wait()
         return arrived
 
@@ -253,7 +244,12 @@ class Communicator:
         return tensor.to(self.device).contiguous() if self._backend == "nccl" else tensor.contiguous()
 
     @contextmanager
-    def _phase(self, phase: str, layer: str) -> Iterator[None]:
+    def phase(self, phase: str, layer: str) -> Iterator[None]:
+        """Time and watch what happens inside, and give its errors a place.
+
+        Raises:
+            ExchangeError: something inside failed.
+        """
         events = self._backend == "nccl"
         start = _event() if events else time.perf_counter()
         try:

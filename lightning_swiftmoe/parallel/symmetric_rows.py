@@ -102,12 +102,12 @@ class SymmetricRows(RowExchange):
         most = self.communicator.num_ranks * self.bound.of(topk_idx.numel(), name)
         size = PlanSize(tables.max_residents, tables.max_rows(most, tile), tile)
         buffers = self._buffers_for(like_TD, most + (tables.max_residents + 1) * tile)
-        gathered = self._gather(counts)
+        gathered = self._gather(counts, name)
         plan = plan_tokens(
             gathered, tables.multiplicity, tables.replicas, self.communicator.rank, size, tables.capacity
         )
         address = address_tokens(topk_idx, plan)
-        return SymmetricTrip(self, buffers, plan, address), gathered
+        return SymmetricTrip(self, buffers, plan, address, name), gathered
 
     def turn(self) -> int:
         """Which of two buffers is next."""
@@ -119,7 +119,7 @@ class SymmetricRows(RowExchange):
         assert self._signals is not None
         barrier(self._signals, _ROWS)
 
-    def _gather(self, counts: Tensor) -> Tensor:
+    def _gather(self, counts: Tensor, name: str) -> Tensor:
         """``[N, E]`` counts of all ranks, in one of two buffers in turn."""
         num_experts = counts.shape[0]
         if self._signals is None:
@@ -130,7 +130,8 @@ class SymmetricRows(RowExchange):
             self._synchronize()
         pair = self._counts[num_experts]
         pair.reverse()
-        exchange_counts(counts.contiguous(), pair[0].peers, self._signals, _COUNTS)
+        with self.communicator.phase("load", name):
+            exchange_counts(counts.contiguous(), pair[0].peers, self._signals, _COUNTS)
         self.communicator.meter.add("load", (self.communicator.num_ranks - 1) * counts.nbytes)
         return pair[0].local
 
@@ -168,8 +169,11 @@ class SymmetricRows(RowExchange):
 class SymmetricTrip(RowTrip):
     """Rows are written to, and results read from, the peers' buffers."""
 
-    def __init__(self, exchange: SymmetricRows, buffers: _Buffers, plan: TokenPlan, address: Address) -> None:
+    def __init__(
+        self, exchange: SymmetricRows, buffers: _Buffers, plan: TokenPlan, address: Address, name: str
+    ) -> None:
         self._exchange = exchange
+        self._name = name
         self._buffers = buffers
         self._plan = plan
         self._address = address
@@ -182,8 +186,9 @@ class SymmetricTrip(RowTrip):
         rows = arriving.local[: self._plan.size.max_rows]
         clear_padding(rows, self._plan.starts, self._plan.ends)
         places = None if weights_TK is None else self._buffers.weights.peers
-        push_rows(tokens_TD.contiguous(), self._address, arriving.peers, weights_TK, places)
-        self._exchange.barrier()
+        with self._exchange.communicator.phase("dispatch", self._name):
+            push_rows(tokens_TD.contiguous(), self._address, arriving.peers, weights_TK, places)
+            self._exchange.barrier()
         return rows, None if weights_TK is None else self._buffers.weights.local[: self._plan.size.max_rows]
 
     def to_tokens(
@@ -195,9 +200,10 @@ class SymmetricTrip(RowTrip):
             results.local[: rows_PD.shape[0]].copy_(rows_PD)
         if scalars_P is not None:
             scalars.local[: scalars_P.shape[0]].copy_(scalars_P)
-        self._exchange.barrier()
         out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1])
-        pull_rows(self._address, results.peers, weights_TK, out)
+        with self._exchange.communicator.phase("combine", self._name):
+            self._exchange.barrier()
+            pull_rows(self._address, results.peers, weights_TK, out)
         return out, None if scalars_P is None else pull_scalars(self._address, scalars.peers)
 
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:

@@ -71,7 +71,7 @@ def test_a_fit(hosts):
 
 @pytest.mark.slow
 def test_a_profile_of_three_steps(hosts):
-    waits, num_events = hosts.run(profiled, GpuJob(module=Quiet, steps=14))[0]
+    waits, num_events = hosts.run(profiled, GpuJob(module=Quiet, steps=18))[0]
     assert waits == []
     assert num_events > 100
 

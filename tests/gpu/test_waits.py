@@ -13,7 +13,7 @@ ALLOWED = {"symmetric": 0, "nccl": STEPS * LAYERS, "gloo": 0}
 
 def make(module, transport, **kwargs):
     # Batches are there already: bringing them is the loader's business.
-    shape = {"width": 64, "moe": HOPPER, "precision": "bf16-mixed", "batch": 512, "steps": 14}
+    shape = {"width": 64, "moe": HOPPER, "precision": "bf16-mixed", "batch": 512, "steps": 18}
     return GpuJob(transport=transport, module=module, on_device=True, **shape, **kwargs)
 
 

@@ -52,7 +52,7 @@ def site(tmp_path_factory):
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in SHIPPED:
         shutil.copytree(ROOT / name, source / name, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "lightning_swiftmoe_callbacks.py"):
         shutil.copy(ROOT / name, source)
     pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
     call(*pip, "wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", tmp / "dist", cwd=tmp)
@@ -68,6 +68,7 @@ def test_nothing_is_left_behind(site):
         for path in (ROOT / name).rglob("*"):
             if path.suffix in (".py", ".yaml", ".json", ".html", ".typed"):
                 assert (installed / path.relative_to(ROOT / name)).is_file(), path
+    assert (site / "lightning_swiftmoe_callbacks.py").is_file()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter, Result, barrier
@@ -46,7 +47,9 @@ def main(folder: Path, rank: int) -> None:
         raise RuntimeError("training ended before its last step")
     except BaseException as error:
         traceback.print_exc()
-        (folder / f"error.rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        # Hydra wraps what a class says of its arguments.
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        (folder / f"error.rank{rank}.txt").write_text(f"{type(cause).__name__}: {cause}")
         leave(1)
 
 
