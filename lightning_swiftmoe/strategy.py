@@ -68,8 +68,8 @@ class SwiftMoEStrategy(DDPStrategy):
             allows two replicas of every expert on average.
         expert_parallel_size: ranks that share one set of experts; it divides the ranks of the job. Consecutive ranks
             form a group that places experts, drops tokens and shards optimizer state for itself; gradients are then
-            summed over the groups, whose weights stay equal. Metrics and traces are of rank 0's group, losses of all
-            ranks. None: all ranks are one group.
+            summed over the groups, whose weights stay equal. Metrics, traces and losses are of all ranks. None: all
+            ranks are one group.
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
         capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
             (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
@@ -104,8 +104,8 @@ class SwiftMoEStrategy(DDPStrategy):
         check_group_size(expert_parallel_size)
         if optimizer_state == "bound" and expert_parallel_size is not None:
             raise ValueError(
-                f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to hosts "
-                "is kept for one group of all ranks only"
+                f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to "
+                "hosts is kept for one group of all ranks only"
             )
         _check_names(kwargs)
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -216,7 +216,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._rebalancer.state,
             self.parallelism.meter,
             self.parallelism.control,
-            self.parallelism.group_size,
+            self.parallelism.expert_group,
         )
         self._rebalancer.follow(self.engine)
 
@@ -226,7 +226,10 @@ class SwiftMoEStrategy(DDPStrategy):
         try:
             return ClusterShape(num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
         except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
+            where = f"layer {name!r}"
+            if self.expert_parallel_size is not None:
+                where += f" with expert_parallel_size = {self.expert_parallel_size}"
+            raise ValueError(f"{where}: {error}") from None
 
     def _check_one_optimizer(self) -> None:
         experts = owners(self._experts)

@@ -83,7 +83,7 @@ class DecoupledExperts(HostedExperts):
         )
 
     def _sum_over_groups(self, totals: list[Tensor]) -> list[Tensor]:
-        """``totals [E, own elements]`` of this group's tokens to those of all groups: one all-reduce, on this stream."""
+        """``totals [E, own elements]`` of this group's tokens become those of all groups', by one all-reduce."""
         if self.replicas is None:
             return totals
         flat = self.replicas.add_up(torch.cat([total.flatten() for total in totals]), "gradient", self.name)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size
+from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
@@ -96,7 +96,7 @@ class Parallelism:
         own = () if size == num_ranks else (dist.new_group(timeout=timeout, backend="gloo"),)
         group_on_host = Communicator(host.experts)
         control = Communicator(own[0]) if own else group_on_host
-        chosen = choose_transport(transport, device, group_on_host)
+        chosen = choose_transport(transport, device, group_on_host, control)
         bound = TokenBound(group_on_host)
         watchdog = _watchdog(device, timeout, control)
 
@@ -127,6 +127,12 @@ class Parallelism:
         """Ranks of an expert group."""
         return self.tokens.num_ranks
 
+    @property
+    def expert_group(self) -> ExpertGroup:
+        """Which of the job's groups this rank is in."""
+        replicas = self.state_replicas
+        return ExpertGroup() if replicas is None else ExpertGroup(replicas.rank, replicas.num_ranks)
+
     def expert_mesh(self, *, on_host: bool) -> ExpertMesh | None:
         """For what users see of sharded experts, on the host where they are offloaded; None in a group of one rank."""
         if self.group_size == 1:
@@ -145,8 +151,8 @@ class Parallelism:
 class FirstPlacements(Protocol):
     """Says where experts start."""
 
-    def first_placement(self, layer: str, cluster: ClusterShape) -> Placement:
-        """The placement of ``layer`` to start with."""
+    def first_placement(self, layer: str, cluster: ClusterShape, group: ExpertGroup) -> Placement:
+        """The placement of ``layer`` to start with on the ranks of ``group``."""
         ...
 
 
@@ -191,7 +197,7 @@ def build_layers(
             prefix,
             parallelism.state,
             mesh,
-            first.first_placement(name, cluster),
+            first.first_placement(name, cluster, parallelism.expert_group),
             num_sharers=parallelism.num_ranks,
             replicas=parallelism.state_replicas,
             compute_dtype=_COMPUTE_DTYPES.get(compute_dtype),

@@ -20,16 +20,22 @@ def check_transport(transport: str) -> None:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
 
 
-def choose_transport(transport: str, device: torch.device, control: Communicator) -> str:
+def choose_transport(transport: str, device: torch.device, group: Communicator, everybody: Communicator) -> str:
     """``"gloo"``, ``"nccl"`` or ``"symmetric"``, the same on every rank. Collective.
 
-    The ranks are those of one expert group. ``"auto"`` takes ``"symmetric"`` where all of them reach each other's memory, else ``"nccl"`` on GPUs, else
-    ``"gloo"``.
+    ``"auto"`` takes ``"symmetric"`` where the ranks of every expert group reach each other's memory, as those of one
+    node may, else ``"nccl"`` on GPUs, else ``"gloo"``.
+
+    Args:
+        transport: what the user asked for.
+        device: where this rank computes.
+        group: the ranks of this rank's expert group, on their hosts.
+        everybody: all ranks of the job, on their hosts.
 
     Raises:
         ValueError: what was asked for is not available; says what is.
     """
-    best = _best(device, control)
+    best = _best(device, group, everybody)
     available = {"gloo": ("gloo",), "nccl": ("gloo", "nccl"), "symmetric": ("gloo", "nccl", "symmetric")}[best]
     if transport == "auto":
         return best
@@ -42,18 +48,18 @@ def choose_transport(transport: str, device: torch.device, control: Communicator
     return transport
 
 
-def _best(device: torch.device, control: Communicator) -> str:
+def _best(device: torch.device, group: Communicator, everybody: Communicator) -> str:
     has_nccl = device.type == "cuda" and dist.get_backend() == "nccl"
-    if control.largest(int(not has_nccl), "transport"):
+    if everybody.largest(int(not has_nccl), "transport"):
         return "gloo"
-    reaches = _reaches_all_peers(device, control)
-    return "nccl" if control.largest(int(not reaches), "transport") else "symmetric"
+    reaches = _reaches_all_peers(device, group)
+    return "nccl" if everybody.largest(int(not reaches), "transport") else "symmetric"
 
 
-def _reaches_all_peers(device: torch.device, control: Communicator) -> bool:
-    """Whether every rank has a GPU of its own on this host, with peer access to the others. Collective."""
-    hosts, gpus = control.gather_counts(torch.tensor([_host_number(), device.index]), "transport").T.tolist()
-    if len(set(hosts)) > 1 or len(set(gpus)) < control.num_ranks or not _has_symmetric_memory():
+def _reaches_all_peers(device: torch.device, group: Communicator) -> bool:
+    """Whether every rank of the group has a GPU of its own on this host, with peer access to the others. Collective."""
+    hosts, gpus = group.gather_counts(torch.tensor([_host_number(), device.index]), "transport").T.tolist()
+    if len(set(hosts)) > 1 or len(set(gpus)) < group.num_ranks or not _has_symmetric_memory():
         return False
     others = [index for index in gpus if index != device.index]
     if any(index >= torch.cuda.device_count() for index in others):

@@ -48,7 +48,7 @@ def choose(wanted, gpu_of_rank, reach_of_rank):
     control = Communicator.__new__(Communicator)
     control.largest = lambda number, _: max(_gather(number))
     try:
-        return transports.choose_transport(wanted, transports.torch.device(kind), control)
+        return transports.choose_transport(wanted, transports.torch.device(kind), control, control)
     except ValueError as error:
         return str(error)
     finally:
