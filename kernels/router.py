@@ -59,7 +59,8 @@ def launch_route_tokens(
     topk_idx = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = logits.new_empty(num_tokens, top_k)
     sums = logits.new_empty(blocks, num_experts + 1)
-    counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=logits.device)
+    # Of the dtype of their sum: torch would convert them in a kernel of its own.
+    counts = torch.empty(blocks, num_experts, dtype=torch.int64, device=logits.device)
     with on_device(logits):
         route_tokens(
             (blocks, 1, 1),

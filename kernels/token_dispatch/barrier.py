@@ -17,6 +17,8 @@ from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.token_dispatch import barrier_triton
 
 _barrier = Launcher(barrier_triton.barrier_kernel)
+_arrive = Launcher(barrier_triton.arrive_kernel)
+_wait = Launcher(barrier_triton.wait_kernel)
 _exchange_counts = Launcher(barrier_triton.exchange_counts_kernel)
 
 
@@ -50,9 +52,23 @@ def pad_size(num_ranks: int, num_channels: int) -> int:
 
 def barrier(signals: Signals, channel: int = 0) -> None:
     """Work after this on the stream starts when all ranks have finished theirs before it, and sees what they wrote."""
+    _launch(_barrier, signals, channel)
+
+
+def arrive(signals: Signals, channel: int = 0) -> None:
+    """The first half of a `barrier`; what comes between it and `wait` overlaps with the other ranks' way here."""
+    _launch(_arrive, signals, channel)
+
+
+def wait(signals: Signals, channel: int = 0) -> None:
+    """The second half of a `barrier`. Between the halves the channel takes part in no other."""
+    _launch(_wait, signals, channel)
+
+
+def _launch(kernel: Launcher, signals: Signals, channel: int) -> None:
     num_ranks = signals.pads.shape[0]
     with on_device(signals.pads):
-        _barrier(
+        kernel(
             (1, 1, 1),
             signals.pads,
             signals.epochs,

@@ -15,16 +15,25 @@ import triton.language as tl
 
 
 @triton.jit
-def _wait_for_all(pads, epochs, rank, channel, N, LANES: tl.constexpr):
+def _arrive(pads, epochs, rank, channel, N, LANES: tl.constexpr):
+    """Tell every peer that this rank has come to the next epoch."""
     source = tl.arange(0, LANES)
     there = source < N
     epoch = tl.load(epochs + channel) + 1
     pad = tl.load(pads + source, mask=there, other=0).to(tl.pointer_type(tl.int32))
-    own = tl.load(pads + rank).to(tl.pointer_type(tl.int32)) + channel * N + source
     arrived = tl.zeros([LANES], tl.int32) + epoch
-    nothing = tl.zeros([LANES], tl.int32)
     tl.debug_barrier()
     tl.atomic_xchg(pad + channel * N + rank, arrived, mask=there, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait(pads, epochs, rank, channel, N, LANES: tl.constexpr):
+    """Wait until every peer has come to the next epoch, which begins."""
+    source = tl.arange(0, LANES)
+    there = source < N
+    epoch = tl.load(epochs + channel) + 1
+    own = tl.load(pads + rank).to(tl.pointer_type(tl.int32)) + channel * N + source
+    nothing = tl.zeros([LANES], tl.int32)
     # A difference, not an order: epochs wrap around after two to the 31.
     behind = LANES
     while behind > 0:
@@ -35,9 +44,22 @@ def _wait_for_all(pads, epochs, rank, channel, N, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rank", "channel"])
+def arrive_kernel(pads, epochs, rank, channel, N, LANES: tl.constexpr):
+    """The first half of a barrier: this rank's work so far is done."""
+    _arrive(pads, epochs, rank, channel, N, LANES)
+
+
+@triton.jit(do_not_specialize=["rank", "channel"])
+def wait_kernel(pads, epochs, rank, channel, N, LANES: tl.constexpr):
+    """The second half: that of all N ranks is."""
+    _wait(pads, epochs, rank, channel, N, LANES)
+
+
+@triton.jit(do_not_specialize=["rank", "channel"])
 def barrier_kernel(pads, epochs, rank, channel, N, LANES: tl.constexpr):
     """Wait until all N ranks have come here."""
-    _wait_for_all(pads, epochs, rank, channel, N, LANES)
+    _arrive(pads, epochs, rank, channel, N, LANES)
+    _wait(pads, epochs, rank, channel, N, LANES)
 
 
 @triton.jit(do_not_specialize=["rank", "channel"])
@@ -51,4 +73,5 @@ def exchange_counts_kernel(
     for peer in range(0, N):
         target = tl.load(peer_counts + peer).to(tl.pointer_type(tl.int64)) + rank * E + expert
         tl.store(target, count, mask=inside)
-    _wait_for_all(pads, epochs, rank, channel, N, LANES)
+    _arrive(pads, epochs, rank, channel, N, LANES)
+    _wait(pads, epochs, rank, channel, N, LANES)

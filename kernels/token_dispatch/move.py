@@ -36,15 +36,17 @@ def push_rows(
     peers: Tensor,
     weights: Tensor | None = None,
     peer_weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write each row of `source[T, d]` to its k places at the peers, reading it once.
 
     Args:
-        source: `[T, d]`, in the dtype of the peers' rows.
+        source: `[T, d]`.
         address: where the assignments go; dropped ones are not written.
         peers: `[N]` addresses of the peers' rows.
         weights: `[T, k]` one number for each assignment, such as its gate weight; or None.
         peer_weights: `[N]` addresses of the peers' `[P]` fp32 numbers, one for each row; with weights only.
+        dtype: of the peers' rows, bf16, fp16 or fp32; None means that of source.
 
     Raises:
         ValueError: for weights without a place, or a place without weights.
@@ -56,7 +58,7 @@ def push_rows(
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
     with on_device(source):
-        move_launch.push_rows(source, address, peers, weights, peer_weights)
+        move_launch.push_rows(source, address, peers, weights, peer_weights, dtype or source.dtype)
 
 
 def pull_rows(
@@ -98,18 +100,25 @@ def pull_scalars(address: Address, peers: Tensor, num_parts: int = 1, part_strid
     return out
 
 
-def pack_rows(source: Tensor, address: Address, num_rows: int) -> Tensor:
-    """`rows[num_rows, d]`, this rank's send buffer: row `address.row[t, j]` is `source[t]`; the others undefined."""
-    rows = source.new_empty(num_rows, source.shape[1])
+def pack_rows(source: Tensor, address: Address, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`rows[num_rows, d]`, this rank's send buffer: row `address.row[t, j]` is `source[t]`; the others undefined.
+
+    Args:
+        source: `[T, d]`.
+        address: of its rows.
+        num_rows: of the buffer.
+        dtype: of the buffer; None means that of source.
+    """
+    rows = source.new_empty(num_rows, source.shape[1], dtype=dtype)
     if source.numel() == 0:
         return rows
     if not uses_triton(source):
-        move_reference.push_rows_reference(source, _at_home(address), [rows])
+        move_reference.push_rows_reference(source.to(rows.dtype), _at_home(address), [rows])
         return rows
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
     with on_device(source):
-        move_launch.push_rows(source, address, rows, None, None)
+        move_launch.push_rows(source, address, rows, None, None, rows.dtype)
     return rows
 
 

@@ -26,7 +26,12 @@ _clear_padding = Launcher(move_triton.clear_padding_kernel)
 
 
 def push_rows(
-    source: Tensor, address: Address, peers: Tensor, weights: Tensor | None, peer_weights: Tensor | None
+    source: Tensor,
+    address: Address,
+    peers: Tensor,
+    weights: Tensor | None,
+    peer_weights: Tensor | None,
+    dtype: torch.dtype,
 ) -> None:
     """`move.push_rows`, or into one buffer."""
     num_tokens, width = source.shape
@@ -44,6 +49,7 @@ def push_rows(
         width,
         LOCAL=_is_local(peers),
         WEIGHTED=weights is not None,
+        DTYPE=_ELEMENT[dtype],
         TOP_K=address.row.shape[1],
         TOKENS=tokens,
         BLOCK=block,

@@ -25,9 +25,10 @@ def _starts_of_rows(peers, host, row, D, LOCAL: tl.constexpr, DTYPE: tl.constexp
 @triton.jit(do_not_specialize=["num_tokens"])
 def push_rows_kernel(
     source, hosts, rows, peers, weights, peer_weights, num_tokens, D,
-    LOCAL: tl.constexpr, WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    LOCAL: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row `rows[t, j]` of host `hosts[t, j]` becomes `source[t]`, and its weight there `weights[t, j]`."""
+    """Row `rows[t, j]` of host `hosts[t, j]` becomes `source[t]`, with the cast, and its weight `weights[t, j]`."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     if WEIGHTED:
@@ -42,11 +43,12 @@ def push_rows_kernel(
         cols = start + tl.arange(0, BLOCK)
         inside = (cols < D)[None, :]
         value = tl.load(source + token[:, None] * D + cols[None, :], mask=live[:, None] & inside, other=0.0)
+        value = value.to(DTYPE)
         for choice in tl.static_range(TOP_K):
             at = token * TOP_K + choice
             host = tl.load(hosts + at, mask=live, other=-1)
             row = tl.load(rows + at, mask=live, other=-1)
-            first = _starts_of_rows(peers, host, row, D, LOCAL, source.dtype.element_ty)
+            first = _starts_of_rows(peers, host, row, D, LOCAL, DTYPE)
             tl.store(first[:, None] + cols[None, :], value, mask=(host >= 0)[:, None] & inside)
 
 

@@ -86,6 +86,7 @@ class HostedExperts(ABC):
         self.forwards_since_backward = 0
         self.forwards_since_step = 0
         self._gradients: Locals = {}
+        self._given: set[str] = set()
         self._held: set[str] = set()
         self._weights: Pending[None] | None = None
         self._sent: list[tuple[int, ...]] = []
@@ -207,9 +208,23 @@ class HostedExperts(ABC):
         return all(key in self._gradients for key in self.trainable)
 
     @property
+    def keeps_given_gradients(self) -> bool:
+        """Whether tensors that ``take_gradients`` was given still wait to be exchanged."""
+        return bool(self._given)
+
+    @property
     def wants_exchange(self) -> bool:
         """Whether the gradient phase has work here: a structural fact, the same on every rank whatever its tokens."""
         return self.forwards_since_step > 0 and bool(self.trainable)
+
+    def take_gradients(self, grads: Locals) -> None:
+        """One backward's gradients of the residents, ``[>= R, rows, cols]``, join those that wait to be exchanged.
+
+        They are not copied: until then nobody may write to them.
+        """
+        for key, grad in grads.items():
+            self._add_gradient(key, grad)
+        self.on_gradient()
 
     def start_gradients(self) -> Pending[Locals]:
         """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
@@ -230,6 +245,7 @@ class HostedExperts(ABC):
     def drop_gradients(self) -> None:
         """Forget what was not exchanged."""
         self._gradients.clear()
+        self._given.clear()
         self._held.clear()
 
     def hold_place(self) -> None:
@@ -303,21 +319,30 @@ class HostedExperts(ABC):
     # -- gradients, inside -------------------------------------------------------------------------------------------
 
     def _after_backward(self, key: str, resident: Tensor) -> None:
-        """Gradients of low-precision residents add up in fp32, not in their own precision."""
+        """Autograd reached a resident. It has no gradient there where the gradient was handed over directly."""
         grad, resident.grad = resident.grad, None
-        assert grad is not None
+        if grad is not None:
+            self.take_gradients({key: grad})
+
+    def _add_gradient(self, key: str, grad: Tensor) -> None:
+        """Gradients of low-precision residents add up in fp32, not in their own precision."""
         if key in self._held and self.parameters[key].grad is None:
             self._gradients.pop(key)
         self._held.discard(key)
         earlier = self._gradients.get(key)
-        if self.accumulates or earlier is not None:
-            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        self._gradients[key] = grad if earlier is None else earlier + grad
-        self.on_gradient()
+        adds = self.accumulates or earlier is not None
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)) if adds else grad
+        kept = wide if earlier is None else earlier + wide
+        self._gradients[key] = kept
+        if kept is grad:
+            self._given.add(key)
+        else:
+            self._given.discard(key)
 
     def _take_gradient(self, key: str) -> Tensor:
         """This rank's gradient by resident. Where the loss never reached the layer it is zero: others wait for it."""
         grad = self._gradients.pop(key, None)
+        self._given.discard(key)
         if grad is not None:
             return grad
         resident = self._residents[key]

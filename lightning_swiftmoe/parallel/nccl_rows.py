@@ -30,7 +30,7 @@ class NcclRows(RowExchange):
         self.bound = bound
 
     def plan(
-        self, topk_idx: Tensor, counts: Tensor, like_TD: Tensor, tables: PlacementTables, name: str
+        self, topk_idx: Tensor, counts: Tensor, width: int, dtype: torch.dtype, tables: PlacementTables, name: str
     ) -> tuple[NcclTrip, Tensor]:
         """See ``RowExchange.plan``."""
         gathered = self.communicator.gather_counts(counts, name)
@@ -44,7 +44,7 @@ class NcclRows(RowExchange):
         )
         splits = _HostSplits(plan)
         address = address_tokens(topk_idx, plan)
-        return NcclTrip(self.communicator, plan, address, splits, name), gathered
+        return NcclTrip(self.communicator, plan, address, splits, dtype, name), gathered
 
 
 class _HostSplits:
@@ -81,8 +81,15 @@ class NcclTrip(RowTrip):
     """Rows are packed by host, travel, and are laid out by resident where they arrive."""
 
     def __init__(
-        self, communicator: Communicator, plan: TokenPlan, address: Address, splits: _HostSplits, name: str
+        self,
+        communicator: Communicator,
+        plan: TokenPlan,
+        address: Address,
+        splits: _HostSplits,
+        dtype: torch.dtype,
+        name: str,
     ) -> None:
+        self.dtype = dtype
         self._communicator = communicator
         self._plan = plan
         self._address = address
@@ -102,20 +109,23 @@ class NcclTrip(RowTrip):
 
     def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """See ``RowTrip``."""
-        packed = pack_rows(tokens_TD.contiguous(), self._address, sum(self._sizes.send))
+        packed = pack_rows(tokens_TD.contiguous(), self._address, sum(self._sizes.send), self.dtype)
         arrived = self._communicator.all_to_all(packed, self._sizes.send, self._sizes.recv, "dispatch", self._name)
         rows = pack_rows(arrived, self._arrival, self._sizes.rows)
         clear_padding(rows, self._plan.starts, self._plan.ends)
         return rows, None if weights_TK is None else self._weights_to_hosts(weights_TK)
 
+    def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
+        """See ``RowTrip``: they are sent by ``to_tokens``."""
+
     def to_tokens(
-        self, rows_PD: Tensor, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
+        self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See ``RowTrip``."""
         leaving = rows_PD.new_empty(sum(self._sizes.recv), rows_PD.shape[1])
         unpack_rows(rows_PD, self._arrival, None, leaving)
         back = self._communicator.all_to_all(leaving, self._sizes.recv, self._sizes.send, "combine", self._name)
-        out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1])
+        out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1], dtype=dtype)
         unpack_rows(back, self._address, weights_TK, out)
         return out, None if scalars_P is None else self._scalars_to_tokens(scalars_P)
 

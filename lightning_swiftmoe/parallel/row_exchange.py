@@ -9,7 +9,9 @@ Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,16 +22,27 @@ from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
 from lightning_swiftmoe.parallel.communicator import Communicator, to_device
 from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity
 
+T = TypeVar("T")
+
 
 class RowTrip(ABC):
-    """The way of one batch of tokens to the hosts of their experts and back."""
+    """The way of one batch of tokens to the hosts of their experts and back.
+
+    Attributes:
+        layout: where the rows that arrive here stand.
+        rank_load: ``[N]`` int64, assignments that every rank processes.
+        dtype: of the rows that travel.
+        has_ended: whether nobody will use the trip again, nor what its sections gave.
+    """
 
     layout: RowLayout
     rank_load: Tensor
+    dtype: torch.dtype
+    has_ended: bool = False
 
     @abstractmethod
     def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Each token's row to the host of each of its experts.
+        """Each token's row, as ``dtype``, to the host of each of its experts.
 
         Args:
             tokens_TD: what travels.
@@ -37,17 +50,23 @@ class RowTrip(ABC):
 
         Returns:
             ``[P, D]`` what arrives here, zeros in the padding, and the numbers in fp32 at least, ``[P]``, anything in
-            the padding. Both are to be used up before the second call from now, of whatever trip.
+            the padding. Both are to be used up before the second call from now, of whatever trip, and those that
+            came with numbers before ``offer``.
         """
 
     @abstractmethod
+    def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
+        """The results for ``to_tokens`` are there: other ranks may fetch theirs. What follows overlaps with that."""
+
+    @abstractmethod
     def to_tokens(
-        self, rows_PD: Tensor, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
+        self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Each row back to the token that it came from.
+        """Each row that was offered back to the token that it came from.
 
         Args:
             rows_PD: results by row.
+            dtype: of what is returned.
             weights_TK: multiply a token's results before they are added up; None for ones.
             scalars_P: a number for each row that travels along, fp32 at least, or None.
 
@@ -58,6 +77,20 @@ class RowTrip(ABC):
     @abstractmethod
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """Where the rows of ``to_tokens`` should be written so that they travel without a copy; None: anywhere."""
+
+    def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
+        """The result of ``work``, which may be recorded and replayed; see ``GraphedSection``.
+
+        Args:
+            section: which part of the layer's work.
+            key: all that its launches depend on beside the trip.
+            work: launches kernels.
+        """
+        return work()
+
+    def end(self) -> None:
+        """The last backward is over."""
+        self.has_ended = True
 
 
 class TokenBound:
@@ -99,14 +132,15 @@ class RowExchange(ABC):
 
     @abstractmethod
     def plan(
-        self, topk_idx: Tensor, counts: Tensor, like_TD: Tensor, tables: PlacementTables, name: str
+        self, topk_idx: Tensor, counts: Tensor, width: int, dtype: torch.dtype, tables: PlacementTables, name: str
     ) -> tuple[RowTrip, Tensor]:
         """The trip of assignments ``topk_idx [T, K]``, and the counts ``[N, E]`` of all ranks that it was planned from.
 
         Args:
             topk_idx: experts of the local tokens.
             counts: ``[E]`` int64, how many of them name each expert.
-            like_TD: rows of this width and dtype will travel.
+            width: of the rows that will travel, ``D``.
+            dtype: of those rows.
             tables: the placement.
             name: of the layer, for error messages.
         """

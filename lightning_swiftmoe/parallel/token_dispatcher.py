@@ -99,17 +99,35 @@ class DeviceDispatcher:
         if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
             return self._fallback(x_TD, routing, experts, capacity_factor)
         tables = self._tables_on(x_TD.device, capacity_factor)
-        rows_TD = x_TD.to(compute_dtype(x_TD))
-        trip, counts = self.rows.plan(routing.topk_idx, routing.counts, rows_TD, tables, self.name)
+        trip, counts = self.rows.plan(
+            routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD), tables, self.name
+        )
         up, down = experts.matrices(self.layer.residents())
-        y_TD = ExpertsElsewhere.apply(rows_TD, routing.topk_weights, up, down, trip, experts.activation)
-        return y_TD.to(x_TD.dtype), counts.clone(), trip.rank_load
+        sink = _ResidentGradients(self.layer, experts)
+        y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, up, down, trip, experts.activation, sink)
+        return y_TD, counts, trip.rank_load
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
         placement = self.layer.placement
         if self._tables is None or not self._tables.placement.same_residents(placement):
             self._tables = PlacementTables.on(device, placement, capacity_factor, self.capacity_scope)
         return self._tables
+
+
+class _ResidentGradients:
+    """``GradientSink`` of a layer."""
+
+    def __init__(self, layer: ExpertLayer, experts: Experts) -> None:
+        self._hosted = layer.hosted
+        self._up_name = experts.up_name
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._hosted.keeps_given_gradients
+
+    def take(self, grad_up: Tensor | None, grad_down: Tensor | None) -> None:
+        grads = {self._up_name: grad_up, "down_proj": grad_down}
+        self._hosted.take_gradients({key: grad for key, grad in grads.items() if grad is not None})
 
 
 def send_order(idx: Tensor, counts: IntArray, send: IntArray) -> Tensor:

@@ -77,13 +77,13 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         move_triton.push_rows_kernel,
         {"source": ROWS, "peers": LONGS, "weights": WIDE, "peer_weights": LONGS, **PLACES},
-        {**MOVE, "WEIGHTED": True},
+        {**MOVE, "WEIGHTED": True, "DTYPE": tl.bfloat16},
         4,
     ),
     (
         move_triton.push_rows_kernel,
         {"source": ROWS, "peers": ROWS, **PLACES},
-        {**MOVE, "LOCAL": True, "WEIGHTED": False, "weights": None, "peer_weights": None},
+        {**MOVE, "LOCAL": True, "WEIGHTED": False, "weights": None, "peer_weights": None, "DTYPE": tl.bfloat16},
         4,
     ),
     (
@@ -105,6 +105,8 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         4,
     ),
     (barrier_triton.barrier_kernel, {"pads": LONGS, "epochs": INTS}, {"LANES": 8}, 4),
+    (barrier_triton.arrive_kernel, {"pads": LONGS, "epochs": INTS}, {"LANES": 8}, 4),
+    (barrier_triton.wait_kernel, {"pads": LONGS, "epochs": INTS}, {"LANES": 8}, 4),
     (
         barrier_triton.exchange_counts_kernel,
         {"counts": INTS, "peer_counts": LONGS, "pads": LONGS, "epochs": INTS},

@@ -1,0 +1,73 @@
+"""Kernels over memory that stands still, launched as one CUDA graph.
+
+Launching a small kernel takes the host longer than the device runs it. A ``GraphedSection`` is asked for the same work
+again and again; once it has seen that nothing about it changes, it records the launches and from then on replays them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GraphMemory:
+    """What the graphs of one device share: temporary memory, and the stream they are recorded on.
+
+    Graphs that share memory are replayed one at a time, on one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
+class GraphedSection:
+    """Runs work eagerly the first time, records it the second and replays it from then on.
+
+    Args:
+        memory: shared with other sections.
+    """
+
+    def __init__(self, memory: GraphMemory) -> None:
+        self._memory = memory
+        self._key: Hashable = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Any = None
+
+    def run(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """The result of ``work``. That of a replay is the same memory every time.
+
+        Args:
+            key: all that the launches of ``work`` depend on: addresses, shapes, options. With another key than last
+                time the section starts anew.
+            work: launches kernels on the current stream; waits for nothing, and decides nothing on what they compute.
+        """
+        if key != self._key:
+            self._key = key
+            self._graph = self._result = None
+            return work()
+        if self._graph is None:
+            self._graph = self._recorded(work)
+        self._graph.replay()
+        return self._result
+
+    def _recorded(self, work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        stream = self._memory.stream
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            # Other threads, such as watchdogs, go on asking for their events.
+            graph.capture_begin(pool=self._memory.pool, capture_error_mode="thread_local")
+            try:
+                self._result = work()
+            finally:
+                graph.capture_end()
+        return graph
+
+
+def identity(*tensors: Tensor) -> Hashable:
+    """What a recorded launch knows of tensors: where they are and how they are laid out."""
+    return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
