@@ -80,10 +80,16 @@ def launch_route_tokens(
             NORMALIZE=normalize,
         )
     total = sums.sum(dim=0)
-    return topk_idx, weights, total[:-1].clone(), total[-1].clone(), counts.sum(dim=0)
+    return topk_idx, weights, total[:-1], total[-1], counts.sum(dim=0)
 
 
-route_tokens_op = torch.library.custom_op("lightning_swiftmoe::route_tokens", mutates_args=())(launch_route_tokens)
+@torch.library.custom_op("lightning_swiftmoe::route_tokens", mutates_args=())
+def route_tokens_op(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`launch_route_tokens` for whoever must see an op, whose outputs may not share memory."""
+    topk_idx, weights, prob_sum, z_sum, counts = launch_route_tokens(logits, bias, top_k, score, normalize)
+    return topk_idx, weights, prob_sum.clone(), z_sum.clone(), counts
 
 
 @route_tokens_op.register_fake
@@ -104,8 +110,8 @@ def launch_route_tokens_backward(
     logits: Tensor,
     topk_idx: Tensor,
     grad_weights: Tensor,
-    grad_prob_sum: Tensor,
-    grad_z_sum: Tensor,
+    grad_prob_sum: Tensor | None,
+    grad_z_sum: Tensor | None,
     score: str,
     normalize: bool,
 ) -> Tensor:
@@ -121,8 +127,8 @@ def launch_route_tokens_backward(
             logits.contiguous(),
             topk_idx,
             grad_weights.contiguous(),
-            grad_prob_sum.contiguous(),
-            grad_z_sum.contiguous(),
+            None if grad_prob_sum is None else grad_prob_sum.contiguous(),
+            grad_z_sum,
             grad,
             num_tokens,
             num_experts,
@@ -145,8 +151,8 @@ def _(
     logits: Tensor,
     topk_idx: Tensor,
     grad_weights: Tensor,
-    grad_prob_sum: Tensor,
-    grad_z_sum: Tensor,
+    grad_prob_sum: Tensor | None,
+    grad_z_sum: Tensor | None,
     score: str,
     normalize: bool,
 ) -> Tensor:
@@ -159,27 +165,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.mark_non_differentiable(output[0], output[4])
 
 
-def _filled(
-    logits: Tensor,
-    topk_idx: Tensor,
-    grad_weights: Tensor | None,
-    grad_prob_sum: Tensor | None,
-    grad_z_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for outputs that nobody used."""
-    if grad_weights is None:
-        grad_weights = logits.new_zeros(topk_idx.shape)
-    if grad_prob_sum is None:
-        grad_prob_sum = logits.new_zeros(logits.shape[1])
-    if grad_z_sum is None:
-        grad_z_sum = logits.new_zeros(())
-    return grad_weights, grad_prob_sum, grad_z_sum
-
-
 def _backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     logits, topk_idx = ctx.saved_tensors
-    grads = _filled(logits, topk_idx, *grads[:3])
-    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(logits, topk_idx, *grads, ctx.score, ctx.normalize)
+    grad_weights = logits.new_zeros(topk_idx.shape) if grads[0] is None else grads[0]
+    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(
+        logits, topk_idx, grad_weights, grads[1], grads[2], ctx.score, ctx.normalize
+    )
     return grad, None, None, None, None
 
 
@@ -200,8 +191,11 @@ class _EagerRouteTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         logits, topk_idx = ctx.saved_tensors
-        grads = _filled(logits, topk_idx, *grads[:3])
-        return launch_route_tokens_backward(logits, topk_idx, *grads, ctx.score, ctx.normalize), None, None, None, None
+        grad_weights = logits.new_zeros(topk_idx.shape) if grads[0] is None else grads[0]
+        grad = launch_route_tokens_backward(
+            logits, topk_idx, grad_weights, grads[1], grads[2], ctx.score, ctx.normalize
+        )
+        return grad, None, None, None, None
 
 
 def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
@@ -212,3 +206,67 @@ def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, no
             return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
         return RoutedTokens(*_EagerRouteTokens.apply(logits, bias, top_k, score, normalize))
     return route_tokens_reference(logits, bias, top_k, score, normalize)
+
+
+class _AuxiliaryLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int
+    ) -> tuple[Tensor, Tensor]:
+        from lightning_swiftmoe.kernels.router_triton import auxiliary_losses
+
+        num_ranks, num_experts = counts.shape
+        out = prob_sum.new_empty(num_experts + 3)
+        with on_device(prob_sum):
+            auxiliary_losses(
+                (1, 1, 1),
+                prob_sum.contiguous(),
+                z_sum,
+                counts.contiguous(),
+                out,
+                num_ranks,
+                num_experts,
+                top_k * num_processes,
+                BINS=1 << max(num_experts - 1, 1).bit_length(),
+            )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out)
+        return out[0], out[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_aux: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        (out,) = ctx.saved_tensors
+        grad_prob_sum = None if grad_aux is None else out[3:] * grad_aux
+        grad_z_sum = None if grad_z is None else out[2] * grad_z
+        return grad_prob_sum, grad_z_sum, None, None, None
+
+
+def auxiliary_losses_reference(
+    prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int
+) -> tuple[Tensor, Tensor]:
+    """In plain torch, with torch's autograd."""
+    num_experts = counts.shape[1]
+    total = counts.sum().clamp_min(1)
+    fraction = counts.sum(dim=0).to(prob_sum) / total  # cast first: integers divide in fp32
+    scale = top_k * num_processes
+    return num_experts * scale * (fraction * prob_sum).sum() / total, z_sum * scale / total
+
+
+def auxiliary_losses(
+    prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int
+) -> tuple[Tensor, Tensor]:
+    """Load-balance loss and router z-loss; one kernel on a GPU. See `lightning_swiftmoe.layers.losses`.
+
+    Args:
+        prob_sum: `[E]` probabilities summed over the local tokens.
+        z_sum: scalar, squared log-sum-exp of the logits summed over the local tokens.
+        counts: `[N, E]` int64 assignments by rank.
+        top_k: assignments per token.
+        num_processes: processes the gradient is averaged over.
+    """
+    here = has_triton() and (prob_sum.device.type == "cuda" or interpreted())
+    if here and prob_sum.dtype == torch.float32 and counts.shape[1] <= MOST_EXPERTS and not needs_dispatcher(prob_sum):
+        aux, z = _AuxiliaryLosses.apply(prob_sum, z_sum, counts, top_k, num_processes)
+        return aux, z
+    return auxiliary_losses_reference(prob_sum, z_sum, counts, top_k, num_processes)

@@ -71,7 +71,8 @@ def route_tokens_grad_kernel(
     logits, topk_idx, grad_weights, grad_prob_sum, grad_z_sum, grad_logits, num_tokens, E,
     TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits from those of weights, summed probabilities and summed squared log-sum-exp."""
+    """Gradient of the logits from those of weights, summed probabilities and summed squared log-sum-exp; the last two
+    may be None."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, BINS)
     live = token < num_tokens
@@ -94,7 +95,9 @@ def route_tokens_grad_kernel(
         if NORMALIZE:
             value = (value - along) / total
         grad += tl.where(hit, value[:, None], 0.0)
-    grad_prob = tl.load(grad_prob_sum + expert, mask=expert < E, other=0.0)[None, :]
+    grad_prob = tl.zeros([1, BINS], tl.float32)
+    if grad_prob_sum is not None:
+        grad_prob = tl.load(grad_prob_sum + expert, mask=expert < E, other=0.0)[None, :]
     if SIGMOID:
         mean = tl.sum(prob * grad_prob, axis=1)[:, None]
         grad += (grad_prob - mean) / tl.sum(score, axis=1)[:, None]
@@ -102,10 +105,31 @@ def route_tokens_grad_kernel(
     else:
         grad += grad_prob
         grad = softmax * (grad - tl.sum(softmax * grad, axis=1)[:, None])
-    grad += 2.0 * tl.load(grad_z_sum) * lse[:, None] * softmax
+    if grad_z_sum is not None:
+        grad += 2.0 * tl.load(grad_z_sum) * lse[:, None] * softmax
     at = token.to(tl.int64)[:, None] * E + expert[None, :]
     tl.store(grad_logits + at, grad, mask=live[:, None] & (expert < E)[None, :])
 
 
+@triton.jit(do_not_specialize=["N", "scale"])
+def auxiliary_losses_kernel(prob_sum, z_sum, counts, out, N, E, scale, BINS: tl.constexpr):
+    """`out` is the load-balance loss, the z-loss, the derivative of the second by `z_sum` and of the first by
+    `prob_sum[e]`."""
+    expert = tl.arange(0, BINS)
+    inside = expert < E
+    chosen = tl.zeros([BINS], tl.int64)
+    for rank in range(0, N):
+        chosen += tl.load(counts + rank * E + expert, mask=inside, other=0)
+    total = tl.maximum(tl.sum(chosen, axis=0), 1).to(tl.float32)
+    slope = scale.to(tl.float32) * E * (chosen.to(tl.float32) / total) / total
+    prob = tl.load(prob_sum + expert, mask=inside, other=0.0)
+    tl.store(out, tl.sum(prob * slope, axis=0))
+    z_slope = scale.to(tl.float32) / total
+    tl.store(out + 1, tl.load(z_sum) * z_slope)
+    tl.store(out + 2, z_slope)
+    tl.store(out + 3 + expert, slope, mask=inside)
+
+
 route_tokens = Launcher(route_tokens_kernel)
 route_tokens_grad = Launcher(route_tokens_grad_kernel)
+auxiliary_losses = Launcher(auxiliary_losses_kernel)

@@ -17,6 +17,7 @@ import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -353,6 +354,7 @@ class GradientPhase:
         self.syncing = True
         for layer in self._order:
             layer.hosted.on_gradient = self._on_gradient
+            layer.hosted.exchanges_next = partial(self._is_next, layer)
 
     def begin(self, loss: Tensor) -> None:
         """``end`` will run when the backward of ``loss`` is over, before anybody else sees gradients."""
@@ -380,6 +382,13 @@ class GradientPhase:
         self._on_backward(torch.empty(0))
         if self.syncing:
             self._start_ready()
+
+    def _is_next(self, layer: ExpertLayer) -> bool:
+        """Whether all gradients of ``layer``, given now, would be exchanged at once."""
+        if not self.syncing or layer in self._pending or layer.hosted.forwards_since_backward != 1:
+            return False
+        before = self._order[: self._order.index(layer)]
+        return all(other in self._pending or not other.hosted.wants_exchange for other in before)
 
     def _start_ready(self) -> None:
         """Start the layers whose turn it is and whose gradients are complete."""

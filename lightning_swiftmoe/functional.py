@@ -21,6 +21,7 @@ __all__ = [
     "Blocks",
     "RoutedTokens",
     "activation_names",
+    "auxiliary_losses",
     "expert_mlp",
     "gather_shards",
     "is_gated",
@@ -138,6 +139,21 @@ def route_tokens(
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"want bias[{logits.shape[1]}], got {tuple(bias.shape)}")
     return router.route_tokens(logits, bias, top_k, score, normalize)
+
+
+def auxiliary_losses(
+    prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Load-balance loss and router z-loss from sums over tokens; one kernel on a GPU. Differentiable once.
+
+    Args:
+        prob_sum: `[E]` probabilities summed over the local tokens.
+        z_sum: scalar, squared log-sum-exp of the logits summed over the local tokens.
+        counts: `[N, E]` int64 assignments by rank.
+        top_k: assignments per token.
+        num_processes: processes the gradient is averaged over.
+    """
+    return router.auxiliary_losses(prob_sum, z_sum, counts, top_k, num_processes)
 
 
 def pack_shards(grads: Sequence[Tensor], bounds: Bounds) -> Tensor:

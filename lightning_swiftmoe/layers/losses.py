@@ -11,28 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe import functional
 
-def load_balance_loss(prob_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1) -> Tensor:
-    """This rank's share of ``E * sum_e f_e * P_e``; 1.0 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    ``f_e`` is the fraction of assignments that expert ``e`` drew over all ranks, before drops; ``P_e`` its mean
-    routing probability.
+def auxiliary_losses(
+    prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of the load-balance loss and of the router z-loss.
 
-    Args:
-        prob_sum: ``[E]`` probabilities summed over the local tokens.
-        counts: ``[N, E]`` assignments by rank.
-        top_k: assignments per token.
-        num_processes: processes the gradient is averaged over.
+    The first is ``E * sum_e f_e * P_e``, 1.0 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4): ``f_e`` is
+    the fraction of assignments that expert ``e`` drew over all ranks, before drops; ``P_e`` its mean probability.
+    The second is the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Arguments as in ``lightning_swiftmoe.functional.auxiliary_losses``.
     """
-    num_experts = counts.shape[1]
-    total = counts.sum().clamp_min(1)
-    fraction = counts.sum(dim=0).to(prob_sum) / total  # cast first: integers divide in fp32
-    return num_experts * num_processes * top_k * (fraction * prob_sum).sum() / total
-
-
-def router_z_loss(z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1) -> Tensor:
-    """This rank's share of the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return z_sum * num_processes * top_k / counts.sum().clamp_min(1)
+    return functional.auxiliary_losses(prob_sum, z_sum, counts, top_k, num_processes)
 
 
 def attach_loss(y: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ from lightning_swiftmoe.functional import activation_names
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import LayerLoad, in_backward
-from lightning_swiftmoe.layers.losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_swiftmoe.layers.losses import attach_loss, auxiliary_losses
 from lightning_swiftmoe.layers.router import SCORES, Router, Routing
 
 
@@ -142,8 +142,7 @@ class MoE(nn.Module):
         if self._all_groups is not None:
             everywhere = self._all_groups.add_up(counts)
             num_processes, routed = self._all_groups.num_processes, everywhere[None]
-        aux = load_balance_loss(routing.prob_sum, routed, self.top_k, num_processes)
-        z = router_z_loss(routing.z_sum, routed, self.top_k, num_processes)
+        aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, routed, self.top_k, num_processes)
         if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
             load = LayerLoad(counts, rank_load, self.aux_loss, everywhere=everywhere)

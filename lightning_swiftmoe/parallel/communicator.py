@@ -24,6 +24,7 @@ from lightning_swiftmoe.parallel.watchdog import Watchdog
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class ExchangeError(RuntimeError):
@@ -119,6 +120,34 @@ class Communicator:
             )
         return Pending(lambda: then(self._awaited(work, arrived, phase, layer)))
 
+    def launch(self, work: Callable[[], T], phase: str, layer: str, holding: Any = None) -> Pending[T]:
+        """Start kernels that exchange by themselves on this communicator's stream, behind the current stream's work.
+
+        Args:
+            work: launches them; gives the result.
+            phase: one of ``PHASES``.
+            layer: for error messages.
+            holding: what must not be freed before they are done.
+        """
+
+        def timed() -> T:
+            with self.phase(phase, layer):
+                return work()
+
+        return self._run_on_stream(timed, [holding])
+
+    def follow(self, pending: Pending[T], work: Callable[[T], U], holding: Any = None) -> Pending[U]:
+        """Start ``work`` on what ``pending`` brings: on a GPU on this communicator's stream, on a CPU in ``wait``.
+
+        Args:
+            pending: of this communicator.
+            work: gives the result.
+            holding: what must not be freed before it is done.
+        """
+        if self._stream is None:
+            return Pending(lambda: work(pending.wait()))
+        return self._run_on_stream(lambda: work(pending.wait()), [holding])
+
     def all_to_all(self, rows: Tensor, send: Sequence[int], recv: Sequence[int], phase: str, layer: str) -> Tensor:
         """``start`` and ``wait`` in one: the ``[sum(recv), ...]`` rows that arrive, on the device of ``rows``."""
         if self.num_ranks == 1:
@@ -208,23 +237,28 @@ class Communicator:
         layer: str,
         then: Callable[[Tensor], T],
     ) -> Pending[T]:
-        stream = self._stream
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        def exchange() -> T:
             rows = make()
             arrived = rows.new_empty(sum(recv), *rows.shape[1:])
             self._count(rows, send, phase)
             with self.phase(phase, layer):
                 dist.all_to_all_single(arrived, rows.contiguous(), list(recv), list(send), group=self.group)
-            result = then(arrived)
+            return then(arrived)
+
+        return self._run_on_stream(exchange, [make, then])
+
+    def _run_on_stream(self, work: Callable[[], T], held: list[Any]) -> Pending[T]:
+        """``held`` is kept until the work is done: nobody else may have the memory that our stream is reading."""
+        stream = self._stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            result = work()
             done = torch.cuda.Event()
             done.record()
-        held = [make, then]
 
         def finish() -> T:
             torch.cuda.current_stream(self.device).wait_event(done)
-            # Until here nobody else may have the memory that our stream was reading.
             held.clear()
             return result
 

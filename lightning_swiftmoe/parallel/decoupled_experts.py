@@ -1,7 +1,7 @@
 """Decoupled state: the rows of every expert are cut evenly over all ranks and never move (SwiftMoE).
 
 The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the
-next placement wants them. Both are one all-to-all a layer.
+next placement wants them.
 
 With several expert groups, "all ranks" are those of a group. Gradients of a group's tokens then take one more step: an
 all-reduce over the ranks that hold the same shards, ``2 (G - 1) / G * E * own elements`` sent by each of ``G`` groups.
@@ -13,15 +13,15 @@ Shape suffixes: N ranks of an expert group, E experts, R residents of this rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.functional import Blocks, gather_shards, pack_shards, place_shards, sum_shards
 from lightning_swiftmoe.parallel.communicator import Pending
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
+from lightning_swiftmoe.parallel.shard_exchange import ShardExchange, WireShards
 from lightning_swiftmoe.placement import EvenShards, Placement
 
 
@@ -29,7 +29,6 @@ class DecoupledExperts(HostedExperts):
     """Shards are ``[E, own rows, cols]``, the same cut on every step: ``Shard(1)``."""
 
     cuts: dict[str, EvenShards]
-    _known_blocks: tuple[Placement, dict[torch.device, Blocks]] | None = None
 
     def move_state(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Nothing: decoupled state never moves."""
@@ -53,79 +52,37 @@ class DecoupledExperts(HostedExperts):
     def _make_cut(self, shape: torch.Size) -> EvenShards:
         return EvenShards(shape[1], shape[2], self.communicator.num_ranks)
 
+    def gradient_memory(self) -> Locals | None:
+        """See ``HostedExperts``."""
+        if self.accumulates or not self.exchanges_next():
+            return None
+        return self._exchange.gradient_memory({key: self._residents[key] for key in self.trainable})
+
     def _start_gradients(self, grads: Locals) -> Pending[Locals]:
-        residents = self.placement.residents(self.communicator.rank).size
-        cuts = [self.cuts[key] for key in grads]
-        columns = [sum(cut.size(rank) for cut in cuts) for rank in self._ranks]
-        blocks = self._blocks(self.communicator.device)
-
-        def make() -> Tensor:
-            return pack_shards([grad[:residents].flatten(1) for grad in grads.values()], [cut.bounds for cut in cuts])
-
-        def then(arrived: Tensor) -> Locals:
-            sizes = [cut.size(self.communicator.rank) for cut in cuts]
-            rows = arrived.view(blocks.experts.numel(), sum(sizes))
-            like = [self.local(key) for key in grads]
-            totals = sum_shards(rows, sizes, blocks, 1 / self.num_sharers, like[0].dtype)
-            totals = self._sum_over_groups(totals)
-            return {
-                key: total.view_as(local).to(local.device)
-                for key, total, local in zip(grads, totals, like, strict=True)
-            }
-
-        return self.communicator.start(
-            make,
-            [residents * c for c in columns],
-            [int(n) * columns[self.communicator.rank] for n in self.placement.num_residents],
-            "gradient",
-            self.name,
-            then,
-        )
-
-    def _sum_over_groups(self, totals: list[Tensor]) -> list[Tensor]:
-        """``totals [E, own elements]`` of this group's tokens become those of all groups', by one all-reduce."""
+        shards = {key: self.local(key) for key in grads}
+        pending = self._exchange.start_gradients(grads, shards, self.placement)
         if self.replicas is None:
-            return totals
-        flat = self.replicas.add_up(torch.cat([total.flatten() for total in totals]), "gradient", self.name)
-        parts = flat.split([total.numel() for total in totals])
-        return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
+            return pending
+        return self.communicator.follow(pending, self._sum_over_groups, holding=grads)
+
+    def _sum_over_groups(self, totals: Locals) -> Locals:
+        """``totals [E, own rows, cols]`` of this group's tokens become those of all groups', by one all-reduce."""
+        assert self.replicas is not None
+        flat = torch.cat([total.flatten() for total in totals.values()]).to(self.communicator.device)
+        parts = self.replicas.add_up(flat, "gradient", self.name).split([total.numel() for total in totals.values()])
+        return {
+            key: part.view_as(total).to(total.device) for (key, total), part in zip(totals.items(), parts, strict=True)
+        }
 
     def _start_weights(self) -> Pending[None]:
-        rank = self.communicator.rank
-        mine = self.placement.residents(rank).size
-        cuts = list(self.cuts.values())
-        columns = [sum(cut.size(owner) for cut in cuts) for owner in self._ranks]
-        blocks = self._blocks(self.state_device)
+        shards = {key: self.local(key) for key in self.cuts}
+        return self._exchange.start_weights(shards, self._residents, self.placement)
 
-        @torch.no_grad()
-        def make() -> Tensor:
-            shards = [self.local(key).flatten(1) for key in self.cuts]
-            dtype = next(iter(self._residents.values())).dtype
-            return gather_shards(shards, blocks, dtype).to(self.communicator.device).flatten()
+    def _make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._exchange.make_resident(key, shape, dtype)
 
-        @torch.no_grad()
-        def then(arrived: Tensor) -> None:
-            residents = [resident.detach()[:mine].flatten(1) for resident in self._residents.values()]
-            place_shards(arrived, residents, [cut.bounds for cut in cuts])
-
-        return self.communicator.start(
-            make,
-            [int(n) * columns[rank] for n in self.placement.num_residents],
-            [mine * c for c in columns],
-            "weight",
-            self.name,
-            then,
-        )
-
-    def _blocks(self, device: torch.device) -> Blocks:
-        """What the blocks on the wire are of: the residents of every rank, rank by rank."""
-        if self._known_blocks is None or not self._known_blocks[0].same_residents(self.placement):
-            experts = np.concatenate([self.placement.residents(rank) for rank in self._ranks])
-            blocks = Blocks.of(torch.from_numpy(experts), self.placement.num_experts)
-            on = {device: blocks.to(device) for device in {self.communicator.device, self.state_device}}
-            self._known_blocks = self.placement, on
-        return self._known_blocks[1][device]
-
-    @property
-    def _ranks(self) -> range:
-        return range(self.communicator.num_ranks)
+    @cached_property
+    def _exchange(self) -> ShardExchange:
+        if self.make_exchange is not None and not self.offload:
+            return self.make_exchange(self.communicator, self.name, self.cuts, self.num_sharers)
+        return WireShards(self.communicator, self.name, self.cuts, self.num_sharers, self.state_device)

@@ -27,6 +27,10 @@ class GradientSink(Protocol):
         """Whether it has done with all that it took."""
         ...
 
+    def memory(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where the current stream should write the next gradients, of up and down projection; None: anywhere."""
+        ...
+
     def take(self, grad_up: Tensor | None, grad_down: Tensor | None) -> None:
         """Gradients of one backward. Their memory is used again in the next, unless the sink is not empty then."""
         ...
@@ -86,6 +90,7 @@ class ExpertsElsewhere(torch.autograd.Function):
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         with on_device(grad_y):
             grad_PD, _ = trip.to_hosts(grad_y.contiguous())
+            out_up, out_down = sink.memory()
 
             def compute() -> tuple[Tensor | None, ...]:
                 grad_rows, grad_row_weights, hidden = input_gradients(
@@ -103,11 +108,18 @@ class ExpertsElsewhere(torch.autograd.Function):
                 assert grad_rows is not None
                 trip.offer(grad_rows, grad_row_weights)
                 # Last: other ranks do not wait for it.
-                grads = weight_gradients(grad_PD, rows_PD, hidden, layout, path, wants_up, wants_down)
+                grads = weight_gradients(grad_PD, rows_PD, hidden, layout, path, wants_up, wants_down, out_up, out_down)
                 return grad_rows, grad_row_weights, *grads
 
             if sink.is_empty:
-                key = identity(grad_PD, rows_PD, row_weights_P, up, down, pre), path, is_last, wants_up, wants_down
+                memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
+                key = (
+                    identity(grad_PD, rows_PD, row_weights_P, up, down, pre, *memory),
+                    path,
+                    is_last,
+                    wants_up,
+                    wants_down,
+                )
                 grad_rows, grad_row_weights, grad_up, grad_down = trip.run("backward", key, compute)
             else:
                 grad_rows, grad_row_weights, grad_up, grad_down = compute()

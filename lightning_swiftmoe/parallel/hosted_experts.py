@@ -22,9 +22,8 @@ from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
+from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFactory
 from lightning_swiftmoe.placement import Placement
-
-Locals = dict[str, Tensor]
 
 
 class HostedExperts(ABC):
@@ -46,6 +45,7 @@ class HostedExperts(ABC):
             travel, in at least fp32. A single one already has the residents' precision and loses nothing.
         offload: keep Parameters, and with them gradients and optimizer state, on the host.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
+        make_exchange: of a way for state to travel, for GPUs; None: by all-to-all of ``communicator``.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class HostedExperts(ABC):
         accumulates: bool = False,
         offload: bool = False,
         masters: Mapping[str, Tensor] | None = None,
+        make_exchange: ShardExchangeFactory | None = None,
     ) -> None:
         self.experts = experts
         self.name = name
@@ -72,11 +73,13 @@ class HostedExperts(ABC):
         self.replicas = replicas
         self.accumulates = accumulates
         self.offload = offload
+        self.make_exchange = make_exchange
         self.originals: dict[str, nn.Parameter] = dict(experts.named_parameters())
         self.shapes = {key: param.shape for key, param in self.originals.items()}
         self.dtypes = {key: param.dtype for key, param in self.originals.items()}
         self.cuts = {key: self._make_cut(shape) for key, shape in self.shapes.items()}
         self.on_gradient: Callable[[], None] = lambda: None
+        self.exchanges_next: Callable[[], bool] = lambda: False
         self._specs: dict[str, Any] = {}
         self.parameters = {
             key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
@@ -226,6 +229,13 @@ class HostedExperts(ABC):
             self._add_gradient(key, grad)
         self.on_gradient()
 
+    def gradient_memory(self) -> Locals | None:
+        """Where the next gradients should be written so that they travel without a copy; None: anywhere.
+
+        The current stream may write there.
+        """
+        return None
+
     def start_gradients(self) -> Pending[Locals]:
         """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
         grads = {key: self._take_gradient(key) for key in self.trainable}
@@ -310,11 +320,15 @@ class HostedExperts(ABC):
             dtype = self.dtypes[key]
             if compute_dtype is not None and dtype == torch.float32:
                 dtype = compute_dtype
-            resident = torch.zeros(rows, *shape[1:], dtype=dtype, device=self.communicator.device)
+            resident = self._make_resident(key, (rows, *shape[1:]), dtype)
             resident.requires_grad_()
             resident.register_post_accumulate_grad_hook(partial(self._after_backward, key))
             residents[key] = resident
         return residents
+
+    def _make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros ``[>= R, rows, cols]`` on the device."""
+        return torch.zeros(shape, dtype=dtype, device=self.communicator.device)
 
     # -- gradients, inside -------------------------------------------------------------------------------------------
 

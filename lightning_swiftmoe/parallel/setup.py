@@ -23,6 +23,7 @@ from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
+from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
 from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostDispatcher
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.transports import choose_transport
@@ -52,6 +53,7 @@ class Parallelism:
         rows: carries rows planned on the device; None with ``"gloo"`` and with one rank.
         bound: of the assignments of a rank; None with one rank.
         watchdog: of exchanges on GPUs; None where the host waits for them, and so hears of a timeout itself.
+        make_exchange: of expert state through memory that all ranks reach; None: it travels by all-to-all.
         token_replicas: for counts, one rank of each expert group; None where there is one group.
         state_replicas: for gradients, the same ranks.
     """
@@ -69,6 +71,7 @@ class Parallelism:
     rows: RowExchange | None = None
     bound: TokenBound | None = None
     watchdog: Watchdog | None = None
+    make_exchange: ShardExchangeFactory | None = None
     token_replicas: Communicator | None = None
     state_replicas: Communicator | None = None
 
@@ -104,6 +107,9 @@ class Parallelism:
             return Communicator(group, device, meter, watchdog)
 
         of_tokens, of_state = communicator(tokens.experts), communicator(state.experts)
+        rows, make_exchange = None, None
+        if size > 1:
+            rows, make_exchange = _device_exchanges(chosen, of_tokens, group_on_host, bound)
         return cls(
             num_ranks,
             device,
@@ -115,9 +121,10 @@ class Parallelism:
             (tokens, state, host),
             own,
             chosen,
-            _row_exchange(chosen, of_tokens, group_on_host, bound),
+            rows,
             bound,
             watchdog,
+            make_exchange,
             communicator(tokens.replicas) if own else None,
             communicator(state.replicas) if own else None,
         )
@@ -203,6 +210,7 @@ def build_layers(
             compute_dtype=_COMPUTE_DTYPES.get(compute_dtype),
             accumulates=accumulates,
             offload=offload,
+            make_exchange=parallelism.make_exchange,
             masters={
                 key: masters[n] for key, _ in moe.experts.named_parameters() if (n := f"{prefix}.{key}") in masters
             },
@@ -213,14 +221,21 @@ def build_layers(
     return layers
 
 
-def _row_exchange(transport: str, tokens: Communicator, control: Communicator, bound: TokenBound) -> RowExchange | None:
+def _device_exchanges(
+    transport: str, tokens: Communicator, control: Communicator, bound: TokenBound
+) -> tuple[RowExchange | None, ShardExchangeFactory | None]:
+    """What is planned or done on the device: of rows and of expert state."""
     if transport == "nccl":
-        return NcclRows(tokens, bound)
+        return NcclRows(tokens, bound), None
     if transport == "symmetric":
+        from lightning_swiftmoe.parallel.peer_memory import PeerMemory
         from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
+        from lightning_swiftmoe.parallel.symmetric_shards import SymmetricState
 
-        return SymmetricRows(tokens, control, bound)
-    return None
+        assert tokens.group is not None
+        memory = PeerMemory(tokens.group, tokens.device, control)
+        return SymmetricRows(tokens, memory, bound), SymmetricState(memory)
+    return None, None
 
 
 def _watchdog(device: torch.device, timeout: timedelta | None, control: Communicator) -> Watchdog | None:

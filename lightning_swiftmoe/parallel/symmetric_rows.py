@@ -16,26 +16,16 @@ import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import tile_rows
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
-from lightning_swiftmoe.kernels.token_dispatch.barrier import (
-    Signals,
-    arrive,
-    barrier,
-    exchange_counts,
-    pad_size,
-    wait,
-)
 from lightning_swiftmoe.kernels.token_dispatch.move import (
     clear_padding,
-    peer_addresses,
     pull_rows,
     pull_scalars,
     push_rows,
@@ -44,37 +34,12 @@ from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSection, GraphMemory, identity
+from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
 from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange, RowTrip, TokenBound
 
-_COUNTS, _ROWS = 0, 1  # channels
-_NUM_CHANNELS = 2
 _FORWARD = 1  # the buffer in which rows of forwards arrive
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class SharedTensor:
-    """A tensor that every rank of a group holds and can reach.
-
-    Args:
-        local: this rank's.
-        peers: ``[N]`` int64 on the device, the address of every rank's.
-        handle: keeps the peers' memory mapped.
-    """
-
-    local: Tensor
-    peers: Tensor
-    handle: Any
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any) -> SharedTensor:
-        """Undefined values. Collective, and waits for all ranks: at set-up only."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        local = symmetric_memory.empty(shape, dtype=dtype, device=device)
-        handle = symmetric_memory.rendezvous(local, group)
-        return cls(local, peer_addresses(list(handle.buffer_ptrs), device), handle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,19 +128,16 @@ class SymmetricRows(RowExchange):
     """Trips through symmetric memory.
 
     Args:
-        communicator: over ranks that reach each other's memory, with ``group``.
-        control: the same ranks, on the host.
+        communicator: times and watches the trips.
+        memory: of its ranks.
         bound: of the assignments of a rank.
     """
 
-    def __init__(self, communicator: Communicator, control: Communicator, bound: TokenBound) -> None:
+    def __init__(self, communicator: Communicator, memory: PeerMemory, bound: TokenBound) -> None:
         self.communicator = communicator
         self.device = communicator.device
+        self.memory = memory
         self.bound = bound
-        self._control = control
-        self._group = communicator.group
-        self._signals: Signals | None = None
-        self._pads: SharedTensor | None = None
         self._counts: dict[int, SharedTensor] = {}
         self._buffers: dict[tuple[int, torch.dtype], _Buffers] = {}
         self._graph_memory = GraphMemory(self.device)
@@ -213,26 +175,14 @@ class SymmetricRows(RowExchange):
         """Where the rows of a trip arrive next, once all ranks have used up what was there."""
         number = trip.desk.number % 2 if backward else _FORWARD
         if number == self._still_read:
-            self.barrier()
+            self.memory.barrier(Channel.ROWS)
         self._still_read = number if backward else None
         return trip.buffers.arriving[number]
-
-    def barrier(self) -> None:
-        """Of all ranks, on the device."""
-        barrier(self._all_signals, _ROWS)
-
-    def arrive(self) -> None:
-        """The first half of a barrier."""
-        arrive(self._all_signals, _ROWS)
-
-    def wait(self) -> None:
-        """The second half."""
-        wait(self._all_signals, _ROWS)
 
     def _planned(
         self, inputs: _Inputs, all_counts: SharedTensor, size: PlanSize, capacity: Capacity | None
     ) -> _Planned:
-        exchange_counts(inputs.counts.contiguous(), all_counts.peers, self._all_signals, _COUNTS)
+        self.memory.exchange_counts(inputs.counts, all_counts)
         # Peers write the next counts when this trip's first barrier has passed.
         gathered = all_counts.local.clone()
         plan = plan_tokens(gathered, inputs.multiplicity, inputs.replicas, self.communicator.rank, size, capacity)
@@ -242,23 +192,9 @@ class SymmetricRows(RowExchange):
         """``[N, E]``, written by all ranks."""
         if num_experts not in self._counts:
             shape = (self.communicator.num_ranks, num_experts)
-            self._counts[num_experts] = self._shared(shape, torch.int64)
-            self._synchronize()
+            self._counts[num_experts] = self.memory.empty(shape, torch.int64)
+            self.memory.synchronize()
         return self._counts[num_experts]
-
-    @property
-    def _all_signals(self) -> Signals:
-        if self._signals is None:
-            self._signals = self._make_signals()
-        return self._signals
-
-    def _make_signals(self) -> Signals:
-        pads = self._shared((pad_size(self.communicator.num_ranks, _NUM_CHANNELS),), torch.int32)
-        pads.local.zero_()
-        self._pads = pads  # signals are addresses: somebody must hold the memory
-        self._synchronize()
-        epochs = torch.zeros(_NUM_CHANNELS, dtype=torch.int32, device=self.device)
-        return Signals(pads.peers, epochs, self.communicator.rank)
 
     def _buffers_for(self, width: int, dtype: torch.dtype, rows: int) -> _Buffers:
         key = width, dtype
@@ -266,21 +202,13 @@ class SymmetricRows(RowExchange):
         if known is None or known.results.local.shape[0] < rows:
             shape = (rows, width)
             self._buffers[key] = _Buffers(
-                (self._shared(shape, dtype), self._shared(shape, dtype)),
-                self._shared(shape, dtype),
-                self._shared((rows,), torch.float32),
-                self._shared((rows,), torch.float32),
+                (self.memory.empty(shape, dtype), self.memory.empty(shape, dtype)),
+                self.memory.empty(shape, dtype),
+                self.memory.empty((rows,), torch.float32),
+                self.memory.empty((rows,), torch.float32),
             )
-            self._synchronize()
+            self.memory.synchronize()
         return self._buffers[key]
-
-    def _shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> SharedTensor:
-        return SharedTensor.empty(shape, dtype, self.device, self._group)
-
-    def _synchronize(self) -> None:
-        """At set-up: no rank goes on before all have what was made."""
-        torch.cuda.synchronize(self.device)
-        dist.barrier(self._control.group)
 
 
 class SymmetricTrip(RowTrip):
@@ -318,7 +246,7 @@ class SymmetricTrip(RowTrip):
         places = None if weights_TK is None else self.buffers.weights.peers
         with self._exchange.communicator.phase("dispatch", self._name):
             push_rows(tokens_TD.contiguous(), self._address, arriving.peers, weights_TK, places, self.dtype)
-            self._exchange.barrier()
+            self._exchange.memory.barrier(Channel.ROWS)
         return rows, None if weights_TK is None else self.buffers.weights.local[: self._plan.size.max_rows]
 
     def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
@@ -328,7 +256,7 @@ class SymmetricTrip(RowTrip):
             results[: rows_PD.shape[0]].copy_(rows_PD)
         if scalars_P is not None:
             scalars[: scalars_P.shape[0]].copy_(scalars_P)
-        self._exchange.arrive()
+        self._exchange.memory.arrive(Channel.ROWS)
 
     def to_tokens(
         self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
@@ -336,7 +264,7 @@ class SymmetricTrip(RowTrip):
         """See ``RowTrip``."""
         out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1], dtype=dtype)
         with self._exchange.communicator.phase("combine", self._name):
-            self._exchange.wait()
+            self._exchange.memory.wait(Channel.ROWS)
             pull_rows(self._address, self.buffers.results.peers, weights_TK, out, self.dtype)
             scalars = None if scalars_P is None else pull_scalars(self._address, self.buffers.scalars.peers)
         return out, scalars

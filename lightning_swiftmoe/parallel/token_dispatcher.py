@@ -125,6 +125,10 @@ class _ResidentGradients:
     def is_empty(self) -> bool:
         return not self._hosted.keeps_given_gradients
 
+    def memory(self) -> tuple[Tensor | None, Tensor | None]:
+        memory = self._hosted.gradient_memory() or {}
+        return memory.get(self._up_name), memory.get("down_proj")
+
     def take(self, grad_up: Tensor | None, grad_down: Tensor | None) -> None:
         grads = {self._up_name: grad_up, "down_proj": grad_down}
         self._hosted.take_gradients({key: grad for key, grad in grads.items() if grad is not None})

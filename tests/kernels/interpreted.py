@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.functional import (
     Blocks,
+    auxiliary_losses,
     expert_mlp,
     gather_shards,
     pack_shards,
@@ -29,7 +30,7 @@ from lightning_swiftmoe.kernels.expert_shards import (
     sum_shards_reference,
 )
 from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
-from lightning_swiftmoe.kernels.router import route_tokens_reference
+from lightning_swiftmoe.kernels.router import auxiliary_losses_reference, route_tokens_reference
 from lightning_swiftmoe.kernels.row_layout import row_layout_reference
 from lightning_swiftmoe.placement import EvenShards
 from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
@@ -184,6 +185,21 @@ def check_router(tokens: int, experts: int, top_k: int, score: str, normalize: b
     assert (ours.grad.double() - oracle.grad).norm() <= 2e-6 * oracle.grad.norm()
 
 
+def check_auxiliary_losses(ranks: int, experts: int, empty: bool) -> None:
+    """Values and gradients against plain torch in fp64."""
+    counts = torch.randint(0, 50, (ranks, experts)) * (not empty)
+    sums = [3 * torch.rand(experts), 40 * torch.rand(())]
+    ours, oracle = ([t.clone().to(dtype).requires_grad_() for t in sums] for dtype in (torch.float32, torch.float64))
+    got = auxiliary_losses(*ours, counts, 2, 3)
+    want = auxiliary_losses_reference(*oracle, counts, 2, 3)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other)
+    (0.5 * got[0] + 0.25 * got[1]).backward()
+    (0.5 * want[0] + 0.25 * want[1]).backward()
+    for one, other in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad)
+
+
 def check_shards(residents: int, shapes: list[tuple[int, int]], ranks: int) -> None:
     bounds = shard_bounds(shapes, ranks)
     grads = [torch.randn(residents, rows * cols) for rows, cols in shapes]
@@ -268,6 +284,11 @@ CHECKS = {
         check_router(tokens, experts, top_k, score, normalize, biased)
         for tokens, experts, top_k in ((1, 1, 1), (300, 16, 1), (70, 60, 4))
         for score, normalize, biased in (("softmax", False, False), ("softmax", True, True), ("sigmoid", True, True))
+    ],
+    "losses": lambda: [
+        check_auxiliary_losses(ranks, experts, empty)
+        for ranks, experts in ((1, 1), (3, 7), (2, 16))
+        for empty in (False, True)
     ],
     "shards": lambda: [check_shards(3, [(5, 2), (4, 3)], 3), check_shards(2, [(5, 1)], 8)],
 }

@@ -19,6 +19,7 @@ from lightning_swiftmoe.kernels import (  # noqa: E402
     expert_shards_triton,
     gemm_hopper,
     gemm_triton,
+    peer_shards_triton,
     router_triton,
     routing_triton,
     rows_triton,
@@ -109,7 +110,19 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"TOP_K": 8, "BINS": 128, "BLOCK": 8, "SIGMOID": True, "NORMALIZE": True},
         4,
     ),
+    (
+        router_triton.auxiliary_losses_kernel,
+        {"counts": "*i64"} | dict.fromkeys(("prob_sum", "z_sum", "out"), WIDE),
+        {"BINS": 128},
+        4,
+    ),
     (expert_shards_triton.wire_kernel, {"rows": WIDE, "wire": ROWS}, {"TO_WIRE": True, "BLOCK": 2048}, 4),
+    (
+        router_triton.auxiliary_losses_kernel,
+        {"counts": "*i64"} | dict.fromkeys(("prob_sum", "z_sum", "out"), WIDE),
+        {"BINS": 128},
+        4,
+    ),
     (expert_shards_triton.wire_kernel, {"rows": ROWS, "wire": ROWS}, {"TO_WIRE": False, "BLOCK": 2048}, 4),
     (
         expert_shards_triton.gather_kernel,
@@ -122,6 +135,18 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         {"arrived": ROWS, "order": "*i64", "starts": "*i64", "total": WIDE, "scale": "fp32"},
         {"WIDE": triton.language.float32, "BLOCK": 2048},
         4,
+    ),
+    (
+        peer_shards_triton.push_shards_kernel,
+        {"shard": WIDE, "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS},
+        {"DTYPE": triton.language.bfloat16, "BLOCK": 4096},
+        16,
+    ),
+    (
+        peer_shards_triton.pull_shards_kernel,
+        {"total": WIDE, "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS, "scale": "fp32"},
+        {"DTYPE": triton.language.bfloat16, "BLOCK": 4096},
+        16,
     ),
 ]
 
@@ -270,6 +295,7 @@ def test_every_kernel_is_compiled() -> None:
         routing_triton,
         rows_triton,
         expert_shards_triton,
+        peer_shards_triton,
     )
     known = {case[0].__name__ for case in (*PORTABLE, *HOPPER)}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

@@ -1,5 +1,7 @@
 """The GPU paths against fp64, with everything that only a GPU can show. Run with `pytest -m gpu`."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +22,16 @@ from lightning_swiftmoe.kernels.expert_shards import (
     pack_shards_reference,
     sum_shards_reference,
 )
+from lightning_swiftmoe.kernels.peer_shards import (
+    Residents,
+    pull_shards,
+    pull_shards_reference,
+    push_shards,
+    push_shards_reference,
+)
 from lightning_swiftmoe.kernels.router import route_tokens_reference
 from lightning_swiftmoe.kernels.routing import route_reference
+from lightning_swiftmoe.kernels.token_dispatch.move import peer_addresses
 from lightning_swiftmoe.placement import EvenShards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -266,6 +276,28 @@ def test_shards_match_their_reference(residents: int, elements: int, ranks: int)
     got = sum_shards(sent, sizes, blocks, 0.5)
     want = sum_shards_reference(sent, sizes, blocks, 0.5, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cut", [EvenShards(768, 4096, 2), EvenShards(33, 7, 4)])
+def test_shards_through_peers_match_their_reference(cut: EvenShards, dtype: torch.dtype) -> None:
+    """Ranks of one device: an address is an address."""
+    experts = [[0, 2], [2], [0, 1, 2, 3], [3]][: cut.num_ranks]
+    places = Residents.of(experts, 4)
+    held = [torch.randn(4, cut.num_elements, device=CUDA).to(dtype) for _ in experts]
+    expected = [tensor.clone() for tensor in held]
+    addresses = peer_addresses([tensor.data_ptr() for tensor in held], torch.device(CUDA))
+    for start, stop in pairwise(cut.bounds):
+        shard = torch.randn(4, stop - start, device=CUDA)
+        push_shards(shard, places.to(torch.device(CUDA)), addresses, cut.num_elements, start, dtype)
+        push_shards_reference(shard, places, expected, start)
+    assert all(torch.equal(one, other) for one, other in zip(held, expected, strict=True))
+    for start, stop in pairwise(cut.bounds):
+        total = torch.empty(4, stop - start, device=CUDA)
+        oracle = torch.empty_like(total)
+        pull_shards(total, places.to(torch.device(CUDA)), addresses, cut.num_elements, start, dtype, 0.5)
+        pull_shards_reference(oracle, places, held, start, 0.5)
+        assert torch.equal(total, oracle)
 
 
 def test_shards_of_an_expert_of_mixtral() -> None:

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 
 GROUPS = (
-    "routing rows router shards narrow_gelu",
+    "routing rows router losses shards narrow_gelu",
     "activations expert_mlp frozen",
     "row_layout rows_mlp partials no_tokens",
 )

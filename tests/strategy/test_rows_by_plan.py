@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def train_by_plan(job):
-    setup._row_exchange = lambda transport, tokens, control, bound: NcclRows(tokens, bound)
+    setup._device_exchanges = lambda transport, tokens, control, bound: (NcclRows(tokens, bound), None)
     return train(job)
 
 
