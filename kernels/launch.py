@@ -79,6 +79,11 @@ def recorded() -> Iterator[list[Launch]]:
         _recorder.launches = earlier
 
 
+def is_recording() -> bool:
+    """Whether launches of this thread are noted and not made."""
+    return _recorder.launches is not None
+
+
 class Launcher:
     """A kernel whose compile-time arguments come last in its signature."""
 

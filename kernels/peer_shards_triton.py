@@ -1,6 +1,8 @@
 """The twins of the functions in `peer_shards.py`, in one pass over memory.
 
-A few wide programs: links between GPUs are slower than memory, and the other multiprocessors have better things to do.
+All multiprocessors for a short while: GEMMs are persistent and wait for the last one, so that holding a few for longer
+costs more. Measured on two H100 (GPT-Small, 16 experts, every expert on both), milliseconds a step: 528 programs of 4
+warps 81.2, 16 of 16 warps 90.8, 32 of 16 warps 104.4.
 
 Shape legend: E experts, P elements of an expert, of which c from `start` on are this rank's.
 """
@@ -13,9 +15,9 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.peer_shards import Residents
 
-_BLOCK = 4096  # elements moved at a time by one program
-_WARPS = 16
-_PROGRAMS = 32
+_BLOCK = 2048  # elements moved at a time by one program
+_WARPS = 4
+_PROGRAMS = 528  # four to a multiprocessor of an H100
 _INTERPRETER_BLOCK = 16  # several blocks also in small tests
 _ELEMENT = {
     torch.bfloat16: tl.bfloat16,

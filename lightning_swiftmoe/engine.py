@@ -171,6 +171,12 @@ class ExpertEngine:
         """Parameters were overwritten: the next forward needs them."""
         self._stale = True
 
+    def forget(self) -> None:
+        """Whatever ran so far was no training: drop its gradients and traffic; the first step needs fresh weights."""
+        self._gradients.reset()
+        self.meter.pop()
+        self._stale = True
+
     def _before_layer(self) -> None:
         """A forward that nobody announced, such as one between two optimizers' steps in a manual training step."""
         if self._stale:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -44,7 +45,9 @@ from lightning_swiftmoe.optim import (
     use_installed_parameters,
     use_original_parameters,
 )
+from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
@@ -172,6 +175,15 @@ class SwiftMoEStrategy(DDPStrategy):
         super().model_to_device()
         for hosted in self._experts.values():
             hosted.install()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Before DDP comes: it would take the rehearsal for a step."""
+        assert self.engine is not None
+        assert self.parallelism is not None
+        layers = [layer for layer in self.engine.layers if isinstance(layer, ExpertLayer)]
+        compile_layers(layers, self.parallelism, self.precision_plugin.forward_context, rank_zero_info)
+        self.engine.forget()
 
     @override
     def configure_ddp(self) -> None:

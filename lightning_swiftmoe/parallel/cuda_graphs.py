@@ -7,10 +7,14 @@ again and again; once it has seen that nothing about it changes, it records the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from lightning_swiftmoe.kernels.launch import is_recording
+
+T = TypeVar("T")
 
 
 class GraphMemory:
@@ -20,8 +24,23 @@ class GraphMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        # The pool ends with its last graph, and does not come back: this one stays.
+        self._first, _ = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """What ``work`` launches on the current stream, as a graph, and its result, which only a replay computes."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Other threads, such as watchdogs, go on asking for their events.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        return graph, result
 
 
 class GraphedSection:
@@ -45,27 +64,16 @@ class GraphedSection:
                 time the section starts anew.
             work: launches kernels on the current stream; waits for nothing, and decides nothing on what they compute.
         """
+        if is_recording():
+            return work()
         if key != self._key:
             self._key = key
             self._graph = self._result = None
             return work()
         if self._graph is None:
-            self._graph = self._recorded(work)
+            self._graph, self._result = self._memory.record(work)
         self._graph.replay()
         return self._result
-
-    def _recorded(self, work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        stream = self._memory.stream
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
-            # Other threads, such as watchdogs, go on asking for their events.
-            graph.capture_begin(pool=self._memory.pool, capture_error_mode="thread_local")
-            try:
-                self._result = work()
-            finally:
-                graph.capture_end()
-        return graph
 
 
 def identity(*tensors: Tensor) -> Hashable:

@@ -72,8 +72,9 @@ class ExpertsElsewhere(torch.autograd.Function):
                 trip.offer(done_PD)
                 return rows_PD, row_weights_P, pre, done_PD
 
-            key = identity(arrived_PD, arrived_weights_P, up, down), activation, path, keeps
-            rows_PD, row_weights_P, pre, done_PD = trip.run("forward", key, compute)
+            key = identity(arrived_PD, arrived_weights_P, up, down), activation, path
+            section = "forward" if keeps else "forward without backward"
+            rows_PD, row_weights_P, pre, done_PD = trip.run(section, key, compute)
             y_TD, _ = trip.to_tokens(done_PD, x_TD.dtype, weights_TK)
         ctx.save_for_backward(rows_PD, row_weights_P, up, down, pre)
         ctx.path, ctx.dtype, ctx.weights_dtype = path, x_TD.dtype, weights_TK.dtype

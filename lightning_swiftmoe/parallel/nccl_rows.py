@@ -30,7 +30,15 @@ class NcclRows(RowExchange):
         self.bound = bound
 
     def plan(
-        self, topk_idx: Tensor, counts: Tensor, width: int, dtype: torch.dtype, tables: PlacementTables, name: str
+        self,
+        topk_idx: Tensor,
+        counts: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        tables: PlacementTables,
+        name: str,
+        *,
+        training: bool = True,
     ) -> tuple[NcclTrip, Tensor]:
         """See ``RowExchange.plan``."""
         gathered = self.communicator.gather_counts(counts, name)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class RowTrip(ABC):
-    """The way of one batch of tokens to the hosts of their experts and back.
+    """The way of one batch of tokens to the hosts of their experts and back. It may be taken again.
 
     Attributes:
         layout: where the rows that arrive here stand.
@@ -132,7 +132,15 @@ class RowExchange(ABC):
 
     @abstractmethod
     def plan(
-        self, topk_idx: Tensor, counts: Tensor, width: int, dtype: torch.dtype, tables: PlacementTables, name: str
+        self,
+        topk_idx: Tensor,
+        counts: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        tables: PlacementTables,
+        name: str,
+        *,
+        training: bool = True,
     ) -> tuple[RowTrip, Tensor]:
         """The trip of assignments ``topk_idx [T, K]``, and the counts ``[N, E]`` of all ranks that it was planned from.
 
@@ -143,6 +151,7 @@ class RowExchange(ABC):
             dtype: of those rows.
             tables: the placement.
             name: of the layer, for error messages.
+            training: whether the like will be asked for again and again, so that preparing for it pays.
         """
 
 

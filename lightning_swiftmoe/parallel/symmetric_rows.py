@@ -143,18 +143,30 @@ class SymmetricRows(RowExchange):
         self._graph_memory = GraphMemory(self.device)
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
+        self._most_rows: dict[str, int] = {}
 
     def plan(
-        self, topk_idx: Tensor, counts: Tensor, width: int, dtype: torch.dtype, tables: PlacementTables, name: str
+        self,
+        topk_idx: Tensor,
+        counts: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        tables: PlacementTables,
+        name: str,
+        *,
+        training: bool = True,
     ) -> tuple[SymmetricTrip, Tensor]:
         """See ``RowExchange.plan``."""
         tile = tile_rows(self.device)
         most = self.communicator.num_ranks * self.bound.of(topk_idx.numel(), name)
-        size = PlanSize(tables.max_residents, tables.max_rows(most, tile), tile)
+        # Never falls: with every size recorded sections start anew.
+        rows = max(tables.max_rows(most, tile), self._most_rows.get(name, 0))
+        self._most_rows[name] = rows
+        size = PlanSize(tables.max_residents, rows, tile)
         buffers = self._buffers_for(width, dtype, most + (tables.max_residents + 1) * tile)
         all_counts = self._counts_for(counts.shape[0])
         desk = self._desks.setdefault(name, _Desk(len(self._desks), self._graph_memory))
-        fixed = torch.is_grad_enabled() and desk.is_free
+        fixed = training and desk.is_free
         inputs = _Inputs(topk_idx, counts, tables.multiplicity, tables.replicas)
         if fixed:
             inputs = desk.hold(inputs, tables)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange, RowTrip
 from lightning_swiftmoe.placement import CapacityScope, kept_counts, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
 
@@ -91,6 +92,7 @@ class DeviceDispatcher:
         self.num_processes = fallback.num_processes
         self._fallback = fallback
         self._tables: PlacementTables | None = None
+        self._last: tuple[RowTrip, Tensor] | None = None
 
     @torch.compiler.disable  # communicates
     def __call__(
@@ -99,13 +101,25 @@ class DeviceDispatcher:
         if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
             return self._fallback(x_TD, routing, experts, capacity_factor)
         tables = self._tables_on(x_TD.device, capacity_factor)
-        trip, counts = self.rows.plan(
-            routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD), tables, self.name
-        )
+        trip, counts = self._trip(x_TD, routing, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())
         sink = _ResidentGradients(self.layer, experts)
         y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, up, down, trip, experts.activation, sink)
         return y_TD, counts, trip.rank_load
+
+    def _trip(
+        self, x_TD: Tensor, routing: Routing, tables: PlacementTables, *, training: bool
+    ) -> tuple[RowTrip, Tensor]:
+        """A forward that activation checkpointing repeats takes the plan of the first, if it can only be the last."""
+        if in_backward() and self._last is not None and self.layer.hosted.forwards_since_backward == 1:
+            return self._last
+        self._last = None
+        planned = self.rows.plan(
+            routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD), tables, self.name, training=training
+        )
+        if training and not in_backward():
+            self._last = planned
+        return planned
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
         placement = self.layer.placement

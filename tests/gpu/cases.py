@@ -41,6 +41,7 @@ class GpuJob(Job):
     optimizer: Any = sgd
     precision: str = "32-true"
     batch: int = 96
+    steps: int = 9  # CUDA graphs are recorded in the first four
     transport: str = "auto"
     empty_rank: int | None = None
     validates: bool = False
@@ -71,6 +72,16 @@ class Checkpointed(Net):
 
 class ReentrantCheckpointed(Checkpointed):
     reentrant = True
+
+
+class Twice(Net):
+    """Each MoE layer runs twice before the first of its backwards."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        for moe in self.moes:
+            x = x + moe(torch.tanh(x)) + moe(torch.sin(x))
+        return self.out(x)
 
 
 class Starved(Net):

@@ -13,6 +13,7 @@ from tests.gpu.cases import (
     Halved,
     ReentrantCheckpointed,
     Starved,
+    Twice,
     fit,
     fit_alone,
 )
@@ -40,6 +41,8 @@ VARIANTS = {
     "validates": {"validates": True, **WIDE},
     "checkpointed": {"module": Checkpointed, **WIDE},
     "reentrant": {"module": ReentrantCheckpointed, **WIDE},
+    "twice": {"module": Twice, **WIDE},
+    "static": {"policy": "static", "slots": 5, **WIDE},
 }
 CASES = {**SHAPES, **VARIANTS}
 ONE_RANK = ["hopper_k1", "hopper_k2", "odd_k2", "accumulate", "starved", "checkpointed"]

@@ -139,14 +139,14 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         peer_shards_triton.push_shards_kernel,
         {"shard": WIDE, "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS},
-        {"DTYPE": triton.language.bfloat16, "BLOCK": 4096},
-        16,
+        {"DTYPE": triton.language.bfloat16, "BLOCK": 2048},
+        4,
     ),
     (
         peer_shards_triton.pull_shards_kernel,
         {"total": WIDE, "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS, "scale": "fp32"},
-        {"DTYPE": triton.language.bfloat16, "BLOCK": 4096},
-        16,
+        {"DTYPE": triton.language.bfloat16, "BLOCK": 2048},
+        4,
     ),
 ]
 
