@@ -110,6 +110,8 @@ class Parallelism:
         rows, make_exchange = None, None
         if size > 1:
             rows, make_exchange = _device_exchanges(chosen, of_tokens, group_on_host, bound)
+        elif chosen == "symmetric":
+            chosen = "nccl"  # a group of one has no peers, and what crosses groups is all-reduced
         return cls(
             num_ranks,
             device,
