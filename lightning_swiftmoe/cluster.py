@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class ClusterShape:
@@ -43,6 +46,23 @@ class ClusterShape:
         return self.num_ranks * self.slots_per_rank
 
 
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One of ``count`` groups of consecutive ranks, each of which holds a whole set of experts.
+
+    Args:
+        index: which one.
+        count: groups of the job (``G``).
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, by_rank: NDArray) -> NDArray:
+        """``[N, ...]`` of this group's ranks from ``by_rank [G * N, ...]`` of all ranks."""
+        return np.split(by_rank, self.count)[self.index]
+
+
 def min_slots(num_experts: int, num_ranks: int) -> int:
     """The fewest slots per rank that give every expert a place."""
     return -(-num_experts // num_ranks)
@@ -62,3 +82,28 @@ def resolve_slots(slots_per_rank: int | str, num_experts: int, num_ranks: int) -
     if isinstance(slots_per_rank, bool) or not isinstance(slots_per_rank, int) or slots_per_rank < 1:
         raise ValueError(f'slots_per_rank must be "auto" or a positive integer, got {slots_per_rank!r}')
     return slots_per_rank
+
+
+def resolve_group_size(expert_parallel_size: int | None, num_ranks: int) -> int:
+    """How many of ``num_ranks`` share one set of experts: all of them where the user named no number.
+
+    Raises:
+        ValueError: not a positive integer, or it does not divide the ranks.
+    """
+    if expert_parallel_size is None:
+        return num_ranks
+    check_group_size(expert_parallel_size)
+    if num_ranks % expert_parallel_size:
+        fitting = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+        raise ValueError(
+            f"expert_parallel_size = {expert_parallel_size} must divide the {num_ranks} rank(s) of the job: choose "
+            f"one of {fitting}, or None for all of them"
+        )
+    return expert_parallel_size
+
+
+def check_group_size(expert_parallel_size: int | None) -> None:
+    """Raise a ValueError for what is neither None nor a positive integer."""
+    size = expert_parallel_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"expert_parallel_size must be None (all ranks) or a positive integer, got {size!r}")

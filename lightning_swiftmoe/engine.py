@@ -22,10 +22,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Variable
 
-from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup
 from lightning_swiftmoe.layers.load import HostLoads, LayerLoad, no_load
 from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
@@ -33,9 +34,11 @@ from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import Locals
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.placement import Placement, PlacementPolicy, next_placement, uniform
+from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.step import LayerStep, Step
 
 Observer = Callable[[Step], None]
+ONE_GROUP = ExpertGroup()
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,40 @@ class EngineState:
 
     Args:
         steps: taken so far.
-        placements: the table of each layer.
-        loads: of each layer since the last decision, by expert.
+        placements: the table of each layer, of all ranks.
+        loads: of each layer since the last decision, by expert group and expert.
     """
 
     steps: int = 0
     placements: dict[str, Any] = field(default_factory=dict)
     loads: dict[str, Any] = field(default_factory=dict)
 
-    def first_placement(self, layer: str, cluster: ClusterShape) -> Placement:
-        """The placement to start with: the checkpoint's where it fits this cluster, else a uniform one."""
+    def first_placement(self, layer: str, cluster: ClusterShape, group: ExpertGroup = ONE_GROUP) -> Placement:
+        """The placement to start with: the checkpoint's where it fits this cluster, else a uniform one.
+
+        Args:
+            layer: its name.
+            cluster: the ranks of one expert group.
+            group: which one.
+        """
         table = self.placements.get(layer)
-        placement = uniform(cluster)
-        if table is None or np.shape(table) != placement.table.shape:
-            return placement
-        return Placement(np.array(table), cluster.num_experts)
+        if table is None or np.shape(table) != (group.count * cluster.num_ranks, cluster.slots_per_rank):
+            return uniform(cluster)
+        mine = group.rows(np.array(table))
+        # Larger groups wrote it: half of one may lack experts.
+        if np.unique(mine).size < cluster.num_experts:
+            return uniform(cluster)
+        return Placement(mine, cluster.num_experts)
+
+    def first_loads(self, num_groups: int) -> dict[str, IntArray]:
+        """``[G, E]`` of each layer since the last decision; where the groups were others, they share evenly."""
+        loads = {}
+        for layer, counts in self.loads.items():
+            by_group = np.atleast_2d(np.array(counts, dtype=np.int64))
+            if len(by_group) != num_groups:
+                by_group = np.tile(by_group.sum(axis=0) // num_groups, (num_groups, 1))
+            loads[layer] = by_group
+        return loads
 
 
 class EngineLayer(Protocol):
@@ -99,7 +121,8 @@ class ExpertEngine:
         rebalancing: the policy and its cadence.
         state: of a checkpoint; None starts anew.
         meter: counts what the layers' communicators send.
-        control: a communicator on the host, through which ranks make sure that they decided alike; None with one rank.
+        control: all ranks on their hosts, who make sure that expert groups decided alike; None with one rank.
+        group: this rank's expert group, which decides from its own loads.
     """
 
     def __init__(
@@ -109,16 +132,19 @@ class ExpertEngine:
         state: EngineState | None = None,
         meter: TrafficMeter | None = None,
         control: Communicator | None = None,
+        group: ExpertGroup = ONE_GROUP,
     ) -> None:
         self.layers = list(layers)
         self.rebalancing = rebalancing
         self.meter = meter or TrafficMeter()
         self.observers: list[Observer] = []
         self._control = control
+        self._group = group
         self._gradients = GradientPhase([layer for layer in layers if isinstance(layer, ExpertLayer)])
         state = state or EngineState()
         self._steps = state.steps
-        self._loads = {name: np.array(counts, dtype=np.int64) for name, counts in state.loads.items()}
+        self._loads = state.first_loads(group.count)
+        self._everywhere = {layer.name: self._first_everywhere(state, layer) for layer in self.layers}
         self._moe_loads: dict[str, LayerLoad] = {}
         self._host_loads: HostLoads | None = None
         self._stepped = False
@@ -203,10 +229,12 @@ class ExpertEngine:
         self._moe_loads = {}
         self._host_loads = None
         self._steps += 1
-        steps = [self._decide(layer, [on_host[name] for name in layer.moes]) for layer in self.layers]
-        steps = self._agreed(steps)
-        for layer, step in zip(self.layers, steps, strict=True):
-            layer.adopt(step.next_placement, self._optimizer_states)
+        decisions = [self._decide(layer, [on_host[name] for name in layer.moes]) for layer in self.layers]
+        steps = self._agreed(decisions)
+        for layer, decision, step in zip(self.layers, decisions, steps, strict=True):
+            layer.adopt(decision.next_placement, self._optimizer_states)
+            self._everywhere[layer.name] = step.next_placement
+            self._keep_loads(step)
         finished = Step(self._steps, tuple(steps), self.meter.pop())
         for observe in self.observers:
             observe(finished)
@@ -233,49 +261,83 @@ class ExpertEngine:
 
     def _move_biases(self) -> None:
         for name, moe in self._moes():
-            moe.router.update_bias(self._moe_loads[name].counts.sum(dim=0))
+            moe.router.update_bias(self._moe_loads[name].by_expert)
 
     def _decide(self, layer: EngineLayer, loads: list[LayerLoad]) -> LayerStep:
         load = loads[0]
         for other in loads[1:]:
             load = load + other
         counts = load.counts.numpy()
-        total = self._loads.pop(layer.name, 0) + counts.sum(axis=0)
         chosen = layer.placement
         if self._decides_now:
+            total = counts.sum(axis=0)
+            if layer.name in self._loads:
+                total = total + self._loads[layer.name][self._group.index]
             chosen = next_placement(self.rebalancing.policy, total, layer.cluster, layer.placement)
-        else:
-            self._loads[layer.name] = total
         aux_loss = float(load.aux_loss) / max(load.num_forwards, 1)
         top_k = next(iter(layer.moes.values())).top_k
         return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
 
+    def _keep_loads(self, step: LayerStep) -> None:
+        """For the next decision, of every group: a checkpoint keeps those of all."""
+        earlier = self._loads.pop(step.name, 0)
+        if not self._decides_now:
+            by_group = step.counts.reshape(self._group.count, -1, step.counts.shape[1]).sum(axis=1)
+            self._loads[step.name] = earlier + by_group
+
     def _agreed(self, steps: Sequence[LayerStep]) -> list[LayerStep]:
-        """Before anything is sent: every rank must have chosen the same placements. Losses become all ranks'."""
+        """Before anything is sent: a group must have chosen the same placements.
+
+        Losses become all ranks', and with several groups loads and placements too, so that all ranks hear of the same
+        step: who watches a metric must decide alike everywhere.
+        """
         if self._control is None:
             return list(steps)
         tables = b"".join(step.next_placement.table.tobytes() for step in steps)
         digest = int.from_bytes(hashlib.blake2b(tables, digest_size=6).digest(), "little")
-        mine = torch.tensor([digest, *(step.aux_loss for step in steps)], dtype=torch.float64)
-        everybody = self._control.gather_counts(mine, "placement")
-        odd = torch.nonzero(everybody[:, 0] != everybody[0, 0]).flatten().tolist()
-        if odd:
+        facts: list[NDArray[np.float64]] = []
+        if self._group.count > 1:
+            facts = [step.facts_of(self._control.rank % step.placement.num_ranks) for step in steps]
+        mine = np.concatenate([[digest], [step.aux_loss for step in steps], *facts])
+        everybody = self._control.gather_counts(torch.from_numpy(mine), "placement").numpy()
+        self._check_agreement(everybody[:, 0].reshape(self._group.count, -1))
+        losses = everybody[:, 1 : 1 + len(steps)].mean(axis=0).tolist()
+        steps = [replace(step, aux_loss=loss) for step, loss in zip(steps, losses, strict=True)]
+        if self._group.count == 1:
+            return steps
+        ends = np.cumsum([part.size for part in facts])
+        parts = np.split(everybody[:, 1 + len(steps) :], ends[:-1], axis=1)
+        return [step.on_all_ranks(part, self._everywhere[step.name]) for step, part in zip(steps, parts, strict=True)]
+
+    def _check_agreement(self, digests: NDArray[np.float64]) -> None:
+        """``digests [G, N]`` must be equal in each group, which has seen the same loads."""
+        for index, group in enumerate(digests):
+            odd = np.flatnonzero(group != group[0])
+            if not odd.size:
+                continue
+            first = index * group.size
             policy = self.rebalancing.policy
             name = getattr(policy, "__name__", type(policy).__name__)
             raise RuntimeError(
-                f"placement policy {name!r} chose other experts on rank(s) {odd} than on rank 0 after step "
-                f"{self._steps}, from the same loads. A policy must be deterministic: no clock, no global random "
-                "state, no set order"
+                f"placement policy {name!r} chose other experts on rank(s) {(first + odd).tolist()} than on rank "
+                f"{first} after step {self._steps}, from the same loads. A policy must be deterministic: no clock, no "
+                "global random state, no set order"
             )
-        losses = everybody[:, 1:].mean(dim=0).tolist()
-        return [replace(step, aux_loss=loss) for step, loss in zip(steps, losses, strict=True)]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _first_everywhere(self, state: EngineState, layer: EngineLayer) -> Placement:
+        """The placement of all ranks: every rank knows where the other groups start."""
+        if self._group.count == 1:
+            return layer.placement
+        groups = (ExpertGroup(index, self._group.count) for index in range(self._group.count))
+        tables = [state.first_placement(layer.name, layer.cluster, group).table for group in groups]
+        return Placement(np.concatenate(tables), layer.cluster.num_experts)
 
     def state(self) -> EngineState:
         """For a checkpoint."""
         self.end_step()
-        tables = {layer.name: layer.placement.table.tolist() for layer in self.layers}
+        tables = {name: placement.table.tolist() for name, placement in self._everywhere.items()}
         loads = {name: np.asarray(counts).tolist() for name, counts in self._loads.items()}
         return EngineState(self._steps, tables, loads)
 

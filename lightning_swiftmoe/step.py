@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_swiftmoe.parallel.traffic import Traffic
 from lightning_swiftmoe.placement import Placement
@@ -43,6 +44,28 @@ class LayerStep:
     def num_tokens(self) -> float:
         """Tokens of the global batch."""
         return float(self.counts.sum()) / self.top_k
+
+    def facts_of(self, rank: int) -> NDArray[np.float64]:
+        """``[E + 1 + s]`` what other expert groups must know of a rank of this one: counts, load, next slots."""
+        facts = np.concatenate([self.counts[rank], self.rank_load[rank, None], self.next_placement.table[rank]])
+        return facts.astype(np.float64)
+
+    def on_all_ranks(self, facts: NDArray[np.float64], placement: Placement) -> LayerStep:
+        """This step of one expert group as a step of the whole job.
+
+        Args:
+            facts: ``[W, E + 1 + s]`` of every rank of the job, whole numbers.
+            placement: of all ``W`` ranks, in force during the step.
+        """
+        num_experts = self.placement.num_experts
+        counts, rank_load, slots = np.split(facts.astype(np.int64), [num_experts, num_experts + 1], axis=1)
+        return replace(
+            self,
+            counts=counts,
+            rank_load=rank_load[:, 0],
+            placement=placement,
+            next_placement=Placement(slots, num_experts),
+        )
 
     @property
     def survival(self) -> float:

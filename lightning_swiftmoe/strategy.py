@@ -35,7 +35,7 @@ from lightning_swiftmoe.checkpoint.full import (
     load_full_weights,
     owners,
 )
-from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
+from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.launcher import ForkLauncher, ScriptLauncher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
@@ -69,6 +69,10 @@ class SwiftMoEStrategy(DDPStrategy):
     Args:
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``
             allows two replicas of every expert on average.
+        expert_parallel_size: ranks that share one set of experts; it divides the ranks of the job. Consecutive ranks
+            form a group that places experts, drops tokens and shards optimizer state for itself; gradients are then
+            summed over the groups, whose weights stay equal. Metrics, traces and losses are of all ranks. None: all
+            ranks are one group.
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
         capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
             (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
@@ -92,6 +96,7 @@ class SwiftMoEStrategy(DDPStrategy):
         optimizer_state: str = "decoupled",
         transport: str = "auto",
         timeout: timedelta | float = timedelta(minutes=10),
+        expert_parallel_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
@@ -99,6 +104,12 @@ class SwiftMoEStrategy(DDPStrategy):
         check_transport(transport)
         if optimizer_state not in _STATES:
             raise ValueError(f"optimizer_state must be one of {', '.join(_STATES)}, got {optimizer_state!r}")
+        check_group_size(expert_parallel_size)
+        if optimizer_state == "bound" and expert_parallel_size is not None:
+            raise ValueError(
+                f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to "
+                "hosts is kept for one group of all ranks only"
+            )
         _check_names(kwargs)
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
@@ -107,6 +118,7 @@ class SwiftMoEStrategy(DDPStrategy):
         self.capacity_scope = capacity_scope
         self.state_place = optimizer_state
         self.transport = transport
+        self.expert_parallel_size = expert_parallel_size
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
@@ -191,7 +203,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._check_one_optimizer()
 
     def _make_engine(self) -> None:
-        self.parallelism = Parallelism.on(self.root_device, self._timeout, self.transport)
+        self.parallelism = Parallelism.on(self.root_device, self._timeout, self.transport, self.expert_parallel_size)
         module = self._module
         layers = build_layers(
             module,
@@ -216,16 +228,20 @@ class SwiftMoEStrategy(DDPStrategy):
             self._rebalancer.state,
             self.parallelism.meter,
             self.parallelism.control,
+            self.parallelism.expert_group,
         )
         self._rebalancer.follow(self.engine)
 
     def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
-        num_ranks = self.num_nodes * self.num_processes
+        num_ranks = resolve_group_size(self.expert_parallel_size, self.num_nodes * self.num_processes)
         slots = resolve_slots(self.slots_per_rank, moe.num_experts, num_ranks)
         try:
             return ClusterShape(num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
         except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
+            where = f"layer {name!r}"
+            if self.expert_parallel_size is not None:
+                where += f" with expert_parallel_size = {self.expert_parallel_size}"
+            raise ValueError(f"{where}: {error}") from None
 
     def _check_one_optimizer(self) -> None:
         experts = owners(self._experts)
@@ -344,9 +360,9 @@ class SwiftMoEStrategy(DDPStrategy):
         if self.engine is not None or not self._experts:
             yield
             return
-        parallelism = Parallelism.on(self.root_device, self._timeout)
+        parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size)
         for hosted in self._experts.values():
-            hosted.communicator = parallelism.state
+            hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
         yield
         parallelism.close()
 

@@ -36,8 +36,7 @@ def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts
     for name, hosted in experts.items():
         for key in hosted.parameters:
             if (hosted, key) not in gathered:
-                full = hosted.gather(key, hosted.local(key), "checkpoint", to=0)
-                gathered[hosted, key] = None if full is None else full.cpu()
+                gathered[hosted, key] = hosted.gather_for_checkpoint(key, hosted.local(key))
             whole = gathered[hosted, key]
             if whole is None:
                 del state_dict[f"{name}.{key}"]
@@ -77,8 +76,7 @@ def full_optimizer_state(optimizer: Optimizer, of: Mapping[nn.Parameter, Owner])
         state = dict(state_dict["state"][index])
         for name in sorted(state):
             if isinstance(state[name], ExpertTensor):
-                full = hosted.gather(key, local_part(state[name]), "checkpoint", to=0)
-                state[name] = None if full is None else full.cpu()
+                state[name] = hosted.gather_for_checkpoint(key, local_part(state[name]))
         state_dict["state"][index] = state
     return state_dict
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_swiftmoe.cluster import resolve_slots
+from lightning_swiftmoe.cluster import resolve_group_size, resolve_slots
 from lightning_swiftmoe.functional import is_gated
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 from lightning_swiftmoe.simulate import Efficiency, Hardware, LoadTrace, ModelShape, Scenario
@@ -88,15 +88,22 @@ def shape_of(gpt: GPTConfig) -> ModelShape:
 
 
 def scenario_of(config: DictConfig, model: ModelShape, hardware: Hardware) -> Scenario:
-    """Model, cluster and options together."""
+    """Model, cluster and options together.
+
+    Raises:
+        ValueError: what ``Scenario`` refuses.
+    """
+    expert_parallel_size = config.get("expert_parallel_size")
+    group_size = resolve_group_size(expert_parallel_size, hardware.num_ranks)
     return Scenario(
         model=model,
         hardware=hardware,
-        slots_per_rank=resolve_slots(config.slots_per_rank, model.num_experts, hardware.num_ranks),
+        slots_per_rank=resolve_slots(config.slots_per_rank, model.num_experts, group_size),
         capacity_factor=config.capacity_factor,
         offload=config.offload,
         published_baselines=config.get("published_baselines", False),
         efficiency=Efficiency.from_mapping({k: v for k, v in _plain(config.efficiency).items() if v is not None}),
+        expert_parallel_size=expert_parallel_size,
     )
 
 

@@ -68,6 +68,7 @@ class Setting:
     Args:
         rates_mbit: limits of a link, 10^6 bit/s in each direction.
         policies: placement policies.
+        expert_parallel_size: ranks that share one set of experts; None: all.
         num_ranks, slots_per_rank, num_experts, num_layers, hidden_size, ffn_size: sizes.
         seq_len, batch_size: tokens of a sequence; sequences of one step over all ranks.
         warmup, steps: steps left out, and steps measured.
@@ -78,6 +79,7 @@ class Setting:
 
     rates_mbit: list[float] = field(default_factory=lambda: [25.0, 50.0, 100.0])
     policies: list[str] = field(default_factory=lambda: ["static", "proportional"])
+    expert_parallel_size: int | None = None
     num_ranks: int = 4
     slots_per_rank: int = 4
     num_experts: int = 8
@@ -184,7 +186,7 @@ class _Watch(ExpertRebalancer):
         assert isinstance(trainer.strategy, SwiftMoEStrategy)
         assert trainer.strategy.parallelism is not None
         assert self.engine is not None
-        self.link = time_link(trainer.strategy.parallelism.state)
+        self.link = time_link(trainer.strategy.parallelism.everybody)
         self.engine.observers.append(self._keep)
 
     def on_train_batch_start(
@@ -280,7 +282,12 @@ def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path
         accelerator="cpu",
         devices=1,
         num_nodes=setting.num_ranks,
-        strategy=SwiftMoEStrategy(setting.slots_per_rank, process_group_backend="gloo", timeout=60),
+        strategy=SwiftMoEStrategy(
+            setting.slots_per_rank,
+            expert_parallel_size=setting.expert_parallel_size,
+            process_group_backend="gloo",
+            timeout=60,
+        ),
         callbacks=[watch],
         max_steps=setting.warmup + setting.steps,
         logger=False,
@@ -359,7 +366,13 @@ def model_of(setting: Setting) -> ModelShape:
 def compare(setting: Setting, policy: str, rate_mbit: float, measured: Measured, rest_s: float) -> Comparison:
     """Replay the run's trace and set the modelled step beside the measured one."""
     hardware, efficiency = hardware_of(setting, rate_mbit, measured.link, rest_s)
-    scenario = Scenario(model_of(setting), hardware, setting.slots_per_rank, efficiency=efficiency)
+    scenario = Scenario(
+        model_of(setting),
+        hardware,
+        setting.slots_per_rank,
+        efficiency=efficiency,
+        expert_parallel_size=setting.expert_parallel_size,
+    )
     system = System(policy, get_policy(policy))
     result = simulate(load_trace(measured.trace), scenario, [system]).results[policy]
     used = slice(setting.warmup, None)

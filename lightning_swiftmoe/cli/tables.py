@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_swiftmoe.callback import LOGGED_PHASES
-from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
+from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size, resolve_slots
 from lightning_swiftmoe.models import GPTConfig, count_parameters
 from lightning_swiftmoe.report.runs import system_of
 
@@ -37,12 +37,13 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     """Sizes of the model and of what each rank holds, before anything runs.
 
     Raises:
-        ValueError: too few slots.
+        ValueError: too few slots, or expert groups that do not divide the ranks.
     """
     virtual = config.cluster.virtual_ranks
     num_ranks = virtual or num_ranks
-    slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, num_ranks)
-    ClusterShape(num_ranks, slots, model.num_experts)
+    group_size = resolve_group_size(config.strategy.get("expert_parallel_size"), num_ranks)
+    slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, group_size)
+    ClusterShape(group_size, slots, model.num_experts)
     count = count_parameters(model)
     layers = sum(model.is_moe(index) for index in range(model.num_layers))
     expert = count.experts // max(1, layers * model.num_experts)
@@ -52,16 +53,17 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     table.add_row("parameters", f"{count.total:,} ({count.experts:,} in experts; {count.active:,} active per token)")
     capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
-    table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}, {slots} slots each")
+    groups = "" if group_size == num_ranks else f", {num_ranks // group_size} expert groups of {group_size}"
+    table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}{groups}, {slots} slots each")
     table.add_row("policy", f"{system_of(config)}, every {config.policy.every_n_steps} step(s)")
     table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
     table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
     place = "on the host" if config.strategy.offload_optimizer else "on the device"
     if config.strategy.optimizer_state == "bound":
         place += ", of the experts it hosts"
-    table.add_row("expert shards per rank", f"{size(count.experts * master_bytes / num_ranks)} {place}")
+    table.add_row("expert shards per rank", f"{size(count.experts * master_bytes / group_size)} {place}")
     if "Adam" in config.optimizer._target_:
-        table.add_row("expert moments per rank", f"{size(2 * count.experts * master_bytes / num_ranks)} {place}")
+        table.add_row("expert moments per rank", f"{size(2 * count.experts * master_bytes / group_size)} {place}")
     return table
 
 

@@ -103,11 +103,20 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:
-    """The Trainer, with our strategy, or alone as a virtual cluster."""
+    """The Trainer, with our strategy, or alone as a virtual cluster.
+
+    Raises:
+        ValueError: expert groups of a virtual cluster.
+    """
     callbacks: dict[str, Any] = {name: instantiate(c) for name, c in config.callbacks.items() if c is not None}
     loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
     strategy = instantiate(config.strategy)
     if config.cluster.virtual_ranks is not None:
+        if strategy.expert_parallel_size is not None:
+            raise ValueError(
+                f"strategy.expert_parallel_size = {strategy.expert_parallel_size}, but a virtual cluster is one expert "
+                "group: leave it at null, or train on ranks that exist"
+            )
         callbacks["rebalancer"] = VirtualCluster(
             config.cluster.virtual_ranks,
             strategy.slots_per_rank,

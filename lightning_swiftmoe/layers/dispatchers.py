@@ -41,6 +41,16 @@ class Dispatcher(Protocol):
         ...
 
 
+class AllGroups(Protocol):
+    """Where several groups of ranks hold a whole set of experts each."""
+
+    num_processes: int
+
+    def add_up(self, counts: Tensor) -> Tensor:
+        """``[E]`` assignments routed by all ranks of the job, from the ``counts [N, E]`` of this rank's group."""
+        ...
+
+
 class LocalDispatcher:
     """All experts are here. With a placement on one rank, replicas widen an expert's capacity.
 

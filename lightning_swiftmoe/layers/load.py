@@ -10,26 +10,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Loads of one forward pass or of one step, the same on every rank.
+    """Loads of one forward pass or of one step, the same on every rank of an expert group of ``N`` ranks.
 
     Args:
         counts: ``[N, E]`` int64 assignments routed by each rank, before drops.
         rank_load: ``[N]`` int64 assignments processed by each rank, after drops.
         aux_loss: this rank's share of the load-balance loss, summed over ``num_forwards`` passes; detached.
         num_forwards: passes added up.
+        everywhere: ``[E]`` assignments routed by the ranks of all expert groups; None: ``counts`` has them all.
     """
 
     counts: Tensor
     rank_load: Tensor
     aux_loss: Tensor
     num_forwards: int = 1
+    everywhere: Tensor | None = None
+
+    @property
+    def by_expert(self) -> Tensor:
+        """``[E]`` assignments routed by all ranks of the job."""
+        return self.counts.sum(dim=0) if self.everywhere is None else self.everywhere
 
     def __add__(self, other: LayerLoad) -> LayerLoad:
+        one_group = self.everywhere is None and other.everywhere is None
         return LayerLoad(
             self.counts + other.counts,
             self.rank_load + other.rank_load,
             self.aux_loss + other.aux_loss,
             self.num_forwards + other.num_forwards,
+            None if one_group else self.by_expert + other.by_expert,
         )
 
 

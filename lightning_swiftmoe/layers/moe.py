@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_swiftmoe.functional import activation_names
-from lightning_swiftmoe.layers.dispatchers import Dispatcher, LocalDispatcher
+from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import LayerLoad, in_backward
 from lightning_swiftmoe.layers.losses import attach_loss, auxiliary_losses
@@ -90,6 +90,7 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
         self.aux_loss_scale = 1.0
         self._attached = False
+        self._all_groups: AllGroups | None = None
         self.aux_loss: Tensor | None = None
         self.z_loss: Tensor | None = None
         self._load: LayerLoad | None = None
@@ -108,14 +109,21 @@ class MoE(nn.Module):
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)
 
-    def attach(self, dispatcher: Dispatcher) -> None:
-        """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps."""
+    def attach(self, dispatcher: Dispatcher, all_groups: AllGroups | None = None) -> None:
+        """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps.
+
+        Args:
+            dispatcher: of this rank's expert group.
+            all_groups: where there are several, adds up their counts: losses and biases are those of all tokens.
+        """
         self.dispatcher = dispatcher
+        self._all_groups = all_groups
         self._attached = True
 
     def detach(self) -> None:
         """Compute with the layer's own experts again."""
         self.dispatcher = LocalDispatcher(self.num_experts)
+        self._all_groups = None
         self._attached = False
         self.aux_loss_scale = 1.0
 
@@ -130,11 +138,14 @@ class MoE(nn.Module):
         return load
 
     def _with_losses(self, y_TD: Tensor, routing: Routing, counts: Tensor, rank_load: Tensor) -> Tensor:
-        num_processes = self.dispatcher.num_processes
-        aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, counts, self.top_k, num_processes)
+        num_processes, routed, everywhere = self.dispatcher.num_processes, counts, None
+        if self._all_groups is not None:
+            everywhere = self._all_groups.add_up(counts)
+            num_processes, routed = self._all_groups.num_processes, everywhere[None]
+        aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, routed, self.top_k, num_processes)
         if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
-            load = LayerLoad(counts, rank_load, self.aux_loss)
+            load = LayerLoad(counts, rank_load, self.aux_loss, everywhere=everywhere)
             self._load = load if self._load is None else self._load + load
         if self.aux_loss_coef == 0 and self.z_loss_coef == 0:
             return y_TD

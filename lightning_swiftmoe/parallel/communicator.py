@@ -24,6 +24,7 @@ from lightning_swiftmoe.parallel.watchdog import Watchdog
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class ExchangeError(RuntimeError):
@@ -55,7 +56,7 @@ class Communicator:
     Tokens and expert state have a communicator each, so that neither waits for the other's order.
 
     Args:
-        group: process group over all ranks; None with a single rank.
+        group: process group of the ranks that talk; None with a single rank.
         device: where this rank computes; tensors elsewhere are staged through it when the backend needs that.
         meter: counts what is sent; shared by the communicators of a rank.
         watchdog: watches exchanges on a GPU; None: nobody does.
@@ -74,6 +75,8 @@ class Communicator:
         self.meter = meter or TrafficMeter()
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
+        # People know ranks of the job, not of a group.
+        self._where = f"rank {dist.get_rank()} of {dist.get_world_size()}" if group is not None else "rank 0 of 1"
         self._backend = dist.get_backend(group) if group is not None else "none"
         self._stream = torch.cuda.Stream(self.device) if self._backend == "nccl" else None
 
@@ -135,6 +138,18 @@ class Communicator:
             result = timed()
             return Pending(lambda: result)
         return self._run_on_stream(timed, [holding])
+
+    def follow(self, pending: Pending[T], work: Callable[[T], U], holding: Any = None) -> Pending[U]:
+        """Start ``work`` on what ``pending`` brings: on a GPU on this communicator's stream, on a CPU in ``wait``.
+
+        Args:
+            pending: of this communicator.
+            work: gives the result.
+            holding: what must not be freed before it is done.
+        """
+        if self._stream is None:
+            return Pending(lambda: work(pending.wait()))
+        return self._run_on_stream(lambda: work(pending.wait()), [holding])
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], recv: Sequence[int], phase: str, layer: str) -> Tensor:
         """``start`` and ``wait`` in one: the ``[sum(recv), ...]`` rows that arrive, on the device of ``rows``."""
@@ -202,6 +217,18 @@ class Communicator:
         if staged is not tensor:
             tensor.copy_(staged)
 
+    def add_up(self, tensor: Tensor, phase: str, layer: str) -> Tensor:
+        """``tensor``, contiguous, overwritten with the sum over ranks, bit for bit the same on all of them.
+
+        On a GPU the current stream does it and the host does not wait. Bytes count as those of a ring all-reduce: of
+        ``b`` bytes, ``2 b (N - 1) / N`` leave every rank.
+        """
+        if self.num_ranks > 1:
+            self.meter.add(phase, 2 * tensor.nbytes * (self.num_ranks - 1) // self.num_ranks)
+            with self.phase(phase, layer):
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _start_on_stream(
@@ -265,7 +292,7 @@ class Communicator:
         try:
             yield
         except Exception as error:
-            where = f"{phase} exchange of layer {layer!r} on rank {self.rank} of {self.num_ranks}"
+            where = f"{phase} exchange of layer {layer!r} on {self._where}"
             raise ExchangeError(
                 f"{where} failed: {error}. If another rank raised an error first, that one is the cause."
             ) from error

@@ -3,7 +3,11 @@
 The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the
 next placement wants them.
 
-Shape suffixes: N ranks, E experts, R residents of this rank.
+With several expert groups, "all ranks" are those of a group. Gradients of a group's tokens then take one more step: an
+all-reduce over the ranks that hold the same shards, ``2 (G - 1) / G * E * own elements`` sent by each of ``G`` groups.
+All groups then hold the same totals, and optimizers step alike.
+
+Shape suffixes: N ranks of an expert group, E experts, R residents of this rank.
 """
 
 from __future__ import annotations
@@ -55,7 +59,20 @@ class DecoupledExperts(HostedExperts):
         return self._exchange.gradient_memory({key: self._residents[key] for key in self.trainable})
 
     def _start_gradients(self, grads: Locals) -> Pending[Locals]:
-        return self._exchange.start_gradients(grads, {key: self.local(key) for key in grads}, self.placement)
+        shards = {key: self.local(key) for key in grads}
+        pending = self._exchange.start_gradients(grads, shards, self.placement)
+        if self.replicas is None:
+            return pending
+        return self.communicator.follow(pending, self._sum_over_groups, holding=grads)
+
+    def _sum_over_groups(self, totals: Locals) -> Locals:
+        """``totals [E, own rows, cols]`` of this group's tokens become those of all groups', by one all-reduce."""
+        assert self.replicas is not None
+        flat = torch.cat([total.flatten() for total in totals.values()]).to(self.communicator.device)
+        parts = self.replicas.add_up(flat, "gradient", self.name).split([total.numel() for total in totals.values()])
+        return {
+            key: part.view_as(total).to(total.device) for (key, total), part in zip(totals.items(), parts, strict=True)
+        }
 
     def _start_weights(self) -> Pending[None]:
         shards = {key: self.local(key) for key in self.cuts}

@@ -35,10 +35,11 @@ class HostedExperts(ABC):
     Args:
         experts: with canonical weights, the same on every rank.
         name: of the experts in the user's module.
-        communicator: for expert state.
-        mesh: the same ranks, for what users see; None with one rank.
+        communicator: for expert state, of this rank's expert group.
+        mesh: the ranks, for what users see; None where the group is one rank.
         placement: the first placement.
         num_sharers: ranks that the mean of gradients is over.
+        replicas: the ranks that hold the same shards, one of each expert group; None with one group.
         compute_dtype: dtype of the residents; None keeps that of the Parameters.
         accumulates: whether gradients of several backwards add up before they are exchanged; they then add up, and
             travel, in at least fp32. A single one already has the residents' precision and loses nothing.
@@ -56,6 +57,7 @@ class HostedExperts(ABC):
         placement: Placement,
         *,
         num_sharers: int,
+        replicas: Communicator | None = None,
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
         offload: bool = False,
@@ -68,6 +70,7 @@ class HostedExperts(ABC):
         self.mesh = mesh
         self.placement = placement
         self.num_sharers = num_sharers
+        self.replicas = replicas
         self.accumulates = accumulates
         self.offload = offload
         self.make_exchange = make_exchange
@@ -128,6 +131,13 @@ class HostedExperts(ABC):
     def trainable(self) -> list[str]:
         """Names of the Parameters that want a gradient."""
         return [key for key, param in self.parameters.items() if wants_gradient(param)]
+
+    def gather_for_checkpoint(self, key: str, shard: Tensor) -> Tensor | None:
+        """``gather`` to the host of rank 0 of the job; None elsewhere. All expert groups hold the same: one sends."""
+        if self.replicas is not None and self.replicas.rank > 0:
+            return None
+        full = self.gather(key, shard, "checkpoint", to=0)
+        return None if full is None else full.cpu()
 
     @abstractmethod
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
@@ -229,7 +239,7 @@ class HostedExperts(ABC):
     def start_gradients(self) -> Pending[Locals]:
         """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
         grads = {key: self._take_gradient(key) for key in self.trainable}
-        if self.communicator.num_ranks > 1:
+        if self.communicator.num_ranks > 1 or self.replicas is not None:
             return self._start_gradients(grads)
         return Pending(lambda: {key: self._as_local(key, grad) for key, grad in grads.items()})
 
@@ -273,7 +283,7 @@ class HostedExperts(ABC):
 
     @abstractmethod
     def _start_gradients(self, grads: Locals) -> Pending[Locals]:
-        """``start_gradients`` with several ranks, of gradients ``[>= R, rows, cols]``."""
+        """``start_gradients`` with several ranks in the job, of gradients ``[>= R, rows, cols]``."""
 
     @abstractmethod
     def _start_weights(self) -> Pending[None]:
@@ -302,7 +312,7 @@ class HostedExperts(ABC):
 
     def _make_residents(self, compute_dtype: torch.dtype | None) -> Locals:
         narrow = any(dtype != self.local(key).dtype for key, dtype in self.dtypes.items())
-        if self.communicator.num_ranks == 1 and not self.offload and not narrow:
+        if self.communicator.num_ranks == 1 and self.replicas is None and not self.offload and not narrow:
             return {}
         rows = min(self.placement.slots_per_rank, self.placement.num_experts)
         residents = {}

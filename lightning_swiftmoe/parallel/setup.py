@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
 from lightning_swiftmoe.parallel.bound_experts import BoundExperts
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
-from lightning_swiftmoe.parallel.mesh import ExpertMesh
+from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
@@ -40,36 +40,50 @@ class Parallelism:
     other's order, and ``close`` destroys what was made.
 
     Args:
-        num_ranks: ranks.
+        num_ranks: ranks of the job.
         device: where this rank computes.
-        tokens: communicator for tokens.
-        state: communicator for expert weights and gradients.
-        control: communicator for small facts on the host; None with one rank.
-        meter: counts what the first two send.
-        groups: to destroy.
+        tokens: communicator for tokens, of this rank's expert group.
+        state: communicator for expert weights and gradients, of this rank's expert group.
+        everybody: communicator for initial weights, of all ranks.
+        control: communicator for small facts on the host, of all ranks; None with one rank.
+        meter: counts what the first three send.
+        groups: for tokens, for state, and on the host; none with one rank.
+        own: further groups to destroy.
         transport: how rows and expert state travel: ``"gloo"``, ``"nccl"`` or ``"symmetric"``.
         rows: carries rows planned on the device; None with ``"gloo"`` and with one rank.
         bound: of the assignments of a rank; None with one rank.
         watchdog: of exchanges on GPUs; None where the host waits for them, and so hears of a timeout itself.
         make_exchange: of expert state through memory that all ranks reach; None: it travels by all-to-all.
+        token_replicas: for counts, one rank of each expert group; None where there is one group.
+        state_replicas: for gradients, the same ranks.
     """
 
     num_ranks: int
     device: torch.device
     tokens: Communicator
     state: Communicator
+    everybody: Communicator
     control: Communicator | None
     meter: TrafficMeter
-    groups: tuple[dist.ProcessGroup, ...]
+    groups: tuple[Groups, ...] = ()
+    own: tuple[dist.ProcessGroup, ...] = ()
     transport: str = "gloo"
     rows: RowExchange | None = None
     bound: TokenBound | None = None
     watchdog: Watchdog | None = None
     make_exchange: ShardExchangeFactory | None = None
+    token_replicas: Communicator | None = None
+    state_replicas: Communicator | None = None
 
     @classmethod
-    def on(cls, device: torch.device, timeout: timedelta | None, transport: str = "auto") -> Parallelism:
-        """All ranks of the job. Collective.
+    def on(
+        cls,
+        device: torch.device,
+        timeout: timedelta | None,
+        transport: str = "auto",
+        expert_parallel_size: int | None = None,
+    ) -> Parallelism:
+        """All ranks of the job, in expert groups of that size. Collective.
 
         Raises:
             ValueError: a transport that these ranks do not have.
@@ -78,53 +92,76 @@ class Parallelism:
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if num_ranks == 1:
             alone = Communicator(None, device, meter)
-            return cls(1, device, alone, alone, None, meter, ())
-        tokens = dist.new_group(timeout=timeout)
-        state = dist.new_group(timeout=timeout)
-        control = dist.new_group(timeout=timeout, backend="gloo")
-        on_host = Communicator(control)
-        chosen = choose_transport(transport, device, on_host)
-        bound = TokenBound(on_host)
-        watchdog = _watchdog(device, timeout, on_host)
-        of_tokens = Communicator(tokens, device, meter, watchdog)
-        rows, make_exchange = _device_exchanges(chosen, of_tokens, on_host, bound)
+            return cls(1, device, alone, alone, alone, None, meter)
+        size = resolve_group_size(expert_parallel_size, num_ranks)
+        tokens, state = Groups.of(size, timeout), Groups.of(size, timeout)
+        host = Groups.of(size, timeout, "gloo")
+        own = () if size == num_ranks else (dist.new_group(timeout=timeout, backend="gloo"),)
+        group_on_host = Communicator(host.experts)
+        control = Communicator(own[0]) if own else group_on_host
+        chosen = choose_transport(transport, device, group_on_host, control)
+        bound = TokenBound(group_on_host)
+        watchdog = _watchdog(device, timeout, control)
+
+        def communicator(group: dist.ProcessGroup | None) -> Communicator:
+            return Communicator(group, device, meter, watchdog)
+
+        of_tokens, of_state = communicator(tokens.experts), communicator(state.experts)
+        rows, make_exchange = None, None
+        if size > 1:
+            rows, make_exchange = _device_exchanges(chosen, of_tokens, group_on_host, bound)
+        elif chosen == "symmetric":
+            chosen = "nccl"  # a group of one has no peers, and what crosses groups is all-reduced
         return cls(
             num_ranks,
             device,
             of_tokens,
-            Communicator(state, device, meter, watchdog),
-            on_host,
+            of_state,
+            communicator(dist.group.WORLD) if own else of_state,
+            control,
             meter,
-            (tokens, state, control),
+            (tokens, state, host),
+            own,
             chosen,
             rows,
             bound,
             watchdog,
             make_exchange,
+            communicator(tokens.replicas) if own else None,
+            communicator(state.replicas) if own else None,
         )
 
+    @property
+    def group_size(self) -> int:
+        """Ranks of an expert group."""
+        return self.tokens.num_ranks
+
+    @property
+    def expert_group(self) -> ExpertGroup:
+        """Which of the job's groups this rank is in."""
+        replicas = self.state_replicas
+        return ExpertGroup() if replicas is None else ExpertGroup(replicas.rank, replicas.num_ranks)
+
     def expert_mesh(self, *, on_host: bool) -> ExpertMesh | None:
-        """For what users see of sharded experts, on the host where they are offloaded; None with one rank."""
-        if self.num_ranks == 1:
+        """For what users see of sharded experts, on the host where they are offloaded; None in a group of one rank."""
+        if self.group_size == 1:
             return None
-        _, state, control = self.groups
-        group, kind = (control, "cpu") if on_host else (state, self.device.type)
-        # torch takes meshes of equal names for the same one and would go on using the groups of an earlier fit.
-        return ExpertMesh(DeviceMesh.from_group(group, kind, mesh_dim_names=(f"experts_{group.group_name}",)))
+        _, state, host = self.groups
+        return host.expert_mesh("cpu") if on_host else state.expert_mesh(self.device.type)
 
     def close(self) -> None:
         """Destroy our process groups. Collective."""
         if self.watchdog is not None:
             self.watchdog.close()
-        for group in self.groups:
+        for group in (*(group for groups in self.groups for group in groups.all), *self.own):
             dist.destroy_process_group(group)
 
 
 class FirstPlacements(Protocol):
     """Says where experts start."""
 
-    def first_placement(self, layer: str, cluster: ClusterShape) -> Placement:
-        """The placement of ``layer`` to start with."""
+    def first_placement(self, layer: str, cluster: ClusterShape, group: ExpertGroup) -> Placement:
+        """The placement of ``layer`` to start with on the ranks of ``group``."""
         ...
 
 
@@ -163,14 +200,15 @@ def build_layers(
         prefix = f"{name}.experts" if name else "experts"
         cluster = cluster_of(name, moe)
         for param in moe.experts.parameters():
-            parallelism.state.broadcast(param.data, "setup", name)
+            parallelism.everybody.broadcast(param.data, "setup", name)
         hosted = _HOSTED[state_place](
             moe.experts,
             prefix,
             parallelism.state,
             mesh,
-            first.first_placement(name, cluster),
+            first.first_placement(name, cluster, parallelism.expert_group),
             num_sharers=parallelism.num_ranks,
+            replicas=parallelism.state_replicas,
             compute_dtype=_COMPUTE_DTYPES.get(compute_dtype),
             accumulates=accumulates,
             offload=offload,
@@ -264,14 +302,17 @@ def _by_experts(module: nn.Module) -> list[dict[str, MoE]]:
 
 def _attach(layer: ExpertLayer, parallelism: Parallelism, capacity_scope: CapacityScope) -> None:
     for name, moe in layer.moes.items():
-        if parallelism.num_ranks > 1:
+        replicas = parallelism.token_replicas
+        all_groups = None if replicas is None else CountsOfAllGroups(replicas, parallelism.num_ranks, name)
+        if parallelism.group_size > 1:
             dispatcher = HostDispatcher(layer, parallelism.tokens, name, capacity_scope)
             if parallelism.rows is not None:
-                moe.attach(DeviceDispatcher(layer, parallelism.rows, name, capacity_scope, dispatcher))
+                on_device = DeviceDispatcher(layer, parallelism.rows, name, capacity_scope, dispatcher)
+                moe.attach(on_device, all_groups)
             else:
-                moe.attach(dispatcher)
+                moe.attach(dispatcher, all_groups)
             continue
         residents = None if layer.hosted.computes_with_parameters else torch.compiler.disable(layer.residents)
         local = LocalDispatcher(moe.num_experts, layer.placement, capacity_scope, residents)
         layer.local_dispatchers.append(local)
-        moe.attach(local)
+        moe.attach(local, all_groups)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -16,16 +20,22 @@ def check_transport(transport: str) -> None:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
 
 
-def choose_transport(transport: str, device: torch.device, control: Communicator) -> str:
+def choose_transport(transport: str, device: torch.device, group: Communicator, everybody: Communicator) -> str:
     """``"gloo"``, ``"nccl"`` or ``"symmetric"``, the same on every rank. Collective.
 
-    ``"auto"`` takes ``"symmetric"`` where all ranks reach each other's memory, else ``"nccl"`` on GPUs, else
-    ``"gloo"``.
+    ``"auto"`` takes ``"symmetric"`` where the ranks of every expert group reach each other's memory, as those of one
+    node may, else ``"nccl"`` on GPUs, else ``"gloo"``.
+
+    Args:
+        transport: what the user asked for.
+        device: where this rank computes.
+        group: the ranks of this rank's expert group, on their hosts.
+        everybody: all ranks of the job, on their hosts.
 
     Raises:
         ValueError: what was asked for is not available; says what is.
     """
-    best = _best(device, control)
+    best = _best(device, group, everybody)
     available = {"gloo": ("gloo",), "nccl": ("gloo", "nccl"), "symmetric": ("gloo", "nccl", "symmetric")}[best]
     if transport == "auto":
         return best
@@ -38,19 +48,30 @@ def choose_transport(transport: str, device: torch.device, control: Communicator
     return transport
 
 
-def _best(device: torch.device, control: Communicator) -> str:
+def _best(device: torch.device, group: Communicator, everybody: Communicator) -> str:
     has_nccl = device.type == "cuda" and dist.get_backend() == "nccl"
-    reaches = has_nccl and _reaches_all_peers(device, control)
-    worst = control.largest(2 - int(has_nccl) - int(reaches), "transport")
-    return ("symmetric", "nccl", "gloo")[worst]
+    if everybody.largest(int(not has_nccl), "transport"):
+        return "gloo"
+    reaches = _reaches_all_peers(device, group)
+    return "nccl" if everybody.largest(int(not reaches), "transport") else "symmetric"
 
 
-def _reaches_all_peers(device: torch.device, control: Communicator) -> bool:
-    """Whether every rank has a GPU of its own on this host, with peer access to the others."""
-    if torch.cuda.device_count() < control.num_ranks or not _has_symmetric_memory():
+def _reaches_all_peers(device: torch.device, group: Communicator) -> bool:
+    """Whether every rank of the group has a GPU of its own on this host, with peer access to the others. Collective."""
+    hosts, gpus = group.gather_counts(torch.tensor([_host_number(), device.index]), "transport").T.tolist()
+    if len(set(hosts)) > 1 or len(set(gpus)) < group.num_ranks or not _has_symmetric_memory():
         return False
-    others = [index for index in range(control.num_ranks) if index != device.index]
+    others = [index for index in gpus if index != device.index]
+    if any(index >= torch.cuda.device_count() for index in others):
+        return False
     return all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+
+
+def _host_number() -> int:
+    """The same for ranks in one container of one machine only."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
 def _has_symmetric_memory() -> bool:

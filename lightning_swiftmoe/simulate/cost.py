@@ -31,7 +31,7 @@ PHASES = (
     "migration",
 )
 # One count on the wire, as the exchange sends it.
-_COUNT_BYTES = 8
+COUNT_BYTES = 8
 # Adam reads gradient, master copy and two moments, and writes back the last three and the weights: 4*4 + 3*4 + 2.
 _ADAM_BYTES = 30
 
@@ -89,11 +89,15 @@ class CostModel:
 
     def load_bytes(self, num_ranks: int) -> float:
         """Sent by one rank: its ``E`` counts to every other."""
-        return float((num_ranks - 1) * self.model.num_experts * _COUNT_BYTES)
+        return float((num_ranks - 1) * self.model.num_experts * COUNT_BYTES)
 
     def dense_bytes(self, num_ranks: int) -> float:
         """Sent by one rank: ring all-reduce of the dense gradients, ``2 (N-1)/N * bytes`` (Patarasuk & Yuan, 2009)."""
         return 2 * (num_ranks - 1) / num_ranks * self.model.dense_params * self.model.grad_bytes
+
+    def all_reduce_bytes(self, num_bytes: float) -> float:
+        """Sent by one rank in a ring all-reduce of so many bytes over all ranks of ``hardware``."""
+        return 2 * (self.hardware.num_ranks - 1) / self.hardware.num_ranks * num_bytes
 
     def dense_s(self) -> float:
         """Per step: forward and twice that backward, the all-reduce, and Adam in device memory."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size
 from lightning_swiftmoe.placement import next_placement, slot_capacity, uniform
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.placement.residency import Residency
-from lightning_swiftmoe.simulate.cost import PHASES, CostModel, uses_migration
+from lightning_swiftmoe.simulate.cost import COUNT_BYTES, PHASES, CostModel, uses_migration
 from lightning_swiftmoe.simulate.hardware import Efficiency, Hardware
 from lightning_swiftmoe.simulate.load_trace import LoadTrace
 from lightning_swiftmoe.simulate.model import ModelShape
@@ -28,6 +28,8 @@ from lightning_swiftmoe.simulate.traffic import (
     weight_flow,
 )
 
+# Seconds and bytes sent by all ranks, by phase.
+Costs = tuple[dict[str, float], dict[str, float]]
 BYTE_PHASES = ("load", "dense", "dispatch", "combine", "backward", "gradient", "weight", "migration")
 
 
@@ -44,9 +46,11 @@ class Scenario:
         published_baselines: bound systems all-reduce gradients and move whole optimizer states, as the papers
             describe; else they reduce-scatter and move only what changes owner, the best they could do.
         efficiency: reached parts of the data sheet.
+        expert_parallel_size: ranks that share one set of experts, as for ``SwiftMoEStrategy``; None: all.
 
     Raises:
-        ValueError: too few slots, or a capacity factor that is not positive.
+        ValueError: too few slots, a capacity factor that is not positive, or groups that do not divide the ranks or
+            that nodes do not divide.
     """
 
     model: ModelShape
@@ -56,18 +60,34 @@ class Scenario:
     offload: bool = False
     published_baselines: bool = False
     efficiency: Efficiency = field(default_factory=Efficiency)
+    expert_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor must be above zero, or null to drop nothing, got {self.capacity_factor}")
-        _ = self.cluster
+        size, node = self.cluster.num_ranks, self.hardware.gpus_per_node
+        if size % node and node % size:
+            raise ValueError(
+                f"expert_parallel_size = {size} leaves groups that share nodes of {node} devices unevenly: choose a "
+                "divisor or a multiple"
+            )
 
     @property
     def cluster(self) -> ClusterShape:
-        """The shape policies see."""
-        return ClusterShape(
-            self.hardware.num_ranks, self.slots_per_rank, self.model.num_experts, self.capacity_factor is not None
-        )
+        """The shape policies see: one expert group."""
+        size = resolve_group_size(self.expert_parallel_size, self.hardware.num_ranks)
+        return ClusterShape(size, self.slots_per_rank, self.model.num_experts, self.capacity_factor is not None)
+
+    @property
+    def num_groups(self) -> int:
+        """Expert groups ``G``, each with a whole set of experts."""
+        return self.hardware.num_ranks // self.cluster.num_ranks
+
+    @property
+    def replica_hardware(self) -> Hardware:
+        """The machines of ranks that hold the same shards, one of each group."""
+        inside = max(1, self.hardware.gpus_per_node // self.cluster.num_ranks)
+        return replace(self.hardware, gpus_per_node=inside, num_nodes=self.num_groups // inside)
 
 
 def simulate(trace: LoadTrace, scenario: Scenario, policies: Sequence[str | System]) -> Simulation:
@@ -82,13 +102,18 @@ def simulate(trace: LoadTrace, scenario: Scenario, policies: Sequence[str | Syst
         policies: names (``resolve_system``), or systems of your own.
 
     Raises:
-        ValueError: trace and scenario do not fit, or an unknown policy.
+        ValueError: trace and scenario do not fit, an unknown policy, or state bound to hosts in several groups.
     """
     _check_fit(trace, scenario, policies)
     slots = scenario.cluster.num_slots
-    routed = int(trace.counts[0, 0].sum(dtype=np.int64))
+    routed = int(trace.counts[0, 0].sum(dtype=np.int64)) // scenario.num_groups
     capacity = 0 if scenario.capacity_factor is None else slot_capacity(scenario.capacity_factor, routed, slots)
     systems = [p if isinstance(p, System) else resolve_system(p, capacity) for p in policies]
+    if scenario.num_groups > 1 and (bound := [system.name for system in systems if uses_migration(system.state)]):
+        raise ValueError(
+            f"expert_parallel_size = {scenario.expert_parallel_size} needs state that is cut evenly over a group, but "
+            f"{', '.join(bound)} binds it to the hosts: leave it out, or simulate one group of all ranks"
+        )
     loads = trace.counts.sum(axis=2, dtype=np.int64)
     results = {system.name: _Replay(trace, scenario, system, capacity).run() for system in systems}
     settings = {"trace": trace.name, "slot_capacity": capacity, **describe(scenario)}
@@ -113,7 +138,10 @@ def _check_fit(trace: LoadTrace, scenario: Scenario, policies: Sequence[str | Sy
 
 
 class _Replay:
-    """One system over one trace: the placements are its only state."""
+    """One system over one trace: the placements are its only state.
+
+    Expert groups place and drop for themselves. A phase takes as long as in the slowest group.
+    """
 
     def __init__(self, trace: LoadTrace, scenario: Scenario, system: System, capacity: int) -> None:
         self._trace, self._scenario, self._system, self._capacity = trace, scenario, system, capacity
@@ -122,7 +150,11 @@ class _Replay:
         self._cost = CostModel(
             scenario.model, scenario.hardware, tokens_per_rank, scenario.offload, scenario.efficiency
         )
-        self._layers = [_Layer(self._cost, scenario, system) for _ in range(trace.num_layers)]
+        inside = replace(self._cost, hardware=scenario.hardware.with_ranks(scenario.cluster.num_ranks))
+        self._layers = [
+            [_Layer(inside, scenario, system) for _ in range(scenario.num_groups)] for _ in range(trace.num_layers)
+        ]
+        self._between_groups = self._cost_between_groups()
         shape = (trace.num_steps, trace.num_layers)
         self._s = {phase: np.zeros(shape) for phase in PHASES}
         self._bytes = {phase: np.zeros(shape) for phase in BYTE_PHASES}
@@ -139,29 +171,49 @@ class _Replay:
         return self._result()
 
     def _run_layer(self, step: int, layer: int) -> None:
-        state, at = self._layers[layer], (step, layer)
-        counts = self._trace.counts[step, layer]
-        loads = counts.sum(axis=0, dtype=np.int64)
+        states, at = self._layers[layer], (step, layer)
+        counts = _by_group(self._trace.counts[step, layer], len(states))
+        loads = [part.sum(axis=0, dtype=np.int64) for part in counts]
         if self._system.sees_current_load:
-            state.decide(loads)
-        routed = route(counts, state.residency, self._capacity)
-        self._kept[at], self._routed[at] = routed.kept.sum(), loads.sum()
-        self._imbalance[at] = routed.offered_load.max() / routed.offered_load.mean()
-        if routed.rank_load.any():
-            self._imbalance_after[at] = routed.rank_load.max() / routed.rank_load.mean()
-        self._replicas[at], self._rank_load[layer] = state.placement.replicas, routed.rank_load
-        self._charge(state.step_costs(routed), at)
+            for state, load in zip(states, loads, strict=True):
+                state.decide(load)
+        routed = [route(part, state.residency, self._capacity) for part, state in zip(counts, states, strict=True)]
+        offered_load = np.concatenate([part.offered_load for part in routed])
+        rank_load = np.concatenate([part.rank_load for part in routed])
+        self._kept[at], self._routed[at] = sum(part.kept.sum() for part in routed), sum(load.sum() for load in loads)
+        self._imbalance[at] = offered_load.max() / offered_load.mean()
+        if rank_load.any():
+            self._imbalance_after[at] = rank_load.max() / rank_load.mean()
+        self._replicas[at], self._rank_load[layer] = sum(state.placement.replicas for state in states), rank_load
+        self._charge(_together([state.step_costs(part) for state, part in zip(states, routed, strict=True)]), at)
+        self._charge(self._between_groups, at)
         if not self._system.sees_current_load:
-            state.accumulated += loads
+            for state, load in zip(states, loads, strict=True):
+                state.accumulated += load
             if (step + 1) % self._system.every_n_steps == 0:
-                moved, costs = state.decide(state.accumulated)
-                self._moved[at] = moved
-                self._charge(costs, at)
-                state.accumulated[:] = 0
+                decided = [state.decide(state.accumulated) for state in states]
+                self._moved[at] = sum(moved for moved, _ in decided)
+                self._charge(_together([costs for _, costs in decided]), at)
+                for state in states:
+                    state.accumulated[:] = 0
         # Weights go out to the next placement.
-        self._charge(state.update_costs(), at)
+        self._charge(_together([state.update_costs() for state in states]), at)
 
-    def _charge(self, costs: tuple[dict[str, float], dict[str, float]], at: tuple[int, int]) -> None:
+    def _cost_between_groups(self) -> Costs:
+        """Ranks that hold the same shards add up their gradients, and what each expert drew, in ring all-reduces."""
+        scenario = self._scenario
+        if scenario.num_groups == 1:
+            return {}, {}
+        cost = replace(self._cost, hardware=scenario.replica_hardware)
+        owned = scenario.model.num_experts * scenario.model.expert_params / scenario.cluster.num_ranks
+        sent = {
+            "gradient": cost.all_reduce_bytes(owned * scenario.model.grad_bytes),
+            "load": cost.all_reduce_bytes(scenario.model.num_experts * COUNT_BYTES),
+        }
+        seconds = {phase: cost.network_s(value, scenario.efficiency.all_reduce) for phase, value in sent.items()}
+        return seconds, {phase: value * scenario.hardware.num_ranks for phase, value in sent.items()}
+
+    def _charge(self, costs: Costs, at: tuple[int, int]) -> None:
         for phase, value in costs[0].items():
             self._s[phase][at] += value
         for phase, value in costs[1].items():
@@ -189,8 +241,29 @@ class _Replay:
         )
 
 
+def _by_group(counts: IntArray, num_groups: int) -> list[IntArray]:
+    """Each group's ``[N, E]`` of ``counts [G * N, E]``; of sums ``[1, E]`` an even share, ``[1, E]``."""
+    if num_groups > 1 and len(counts) == 1:
+        return [(counts + index) // num_groups for index in range(num_groups)]
+    return np.split(counts, num_groups)
+
+
+def _together(costs: Sequence[Costs]) -> Costs:
+    """Of groups that work side by side: the slowest one's seconds, everybody's bytes."""
+    if len(costs) == 1:
+        return costs[0]
+    seconds: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    for group_seconds, group_sent in costs:
+        for phase, value in group_seconds.items():
+            seconds[phase] = max(seconds.get(phase, 0.0), value)
+        for phase, value in group_sent.items():
+            sent[phase] = sent.get(phase, 0.0) + value
+    return seconds, sent
+
+
 class _Layer:
-    """The placement of one layer, and what it costs."""
+    """The placement of one layer in one expert group, and what it costs."""
 
     def __init__(self, cost: CostModel, scenario: Scenario, system: System) -> None:
         self._cost, self._scenario, self._system = cost, scenario, system
@@ -201,7 +274,7 @@ class _Layer:
         self._gradient, self._gradient_of = self._gradient_flow(), self.residency
         self._update, self._update_of = self._new_update(), (self.residency, self.residency)
 
-    def decide(self, loads: IntArray) -> tuple[int, tuple[dict[str, float], dict[str, float]]]:
+    def decide(self, loads: IntArray) -> tuple[int, Costs]:
         """Choose the next placement: residents that reached a new rank, and the cost of deciding and migrating."""
         before, cluster = self.placement, self._scenario.cluster
         after = next_placement(self._system.policy, loads, cluster, before)
@@ -218,9 +291,9 @@ class _Layer:
         self.placement, self.residency = after, residency
         return moved, (seconds, sent)
 
-    def step_costs(self, routed: Routed) -> tuple[dict[str, float], dict[str, float]]:
+    def step_costs(self, routed: Routed) -> Costs:
         """Counts, dispatch to combine, and the gradient flow, which all use the placement in force."""
-        num_ranks, size = self._scenario.hardware.num_ranks, self._cost.model.token_bytes
+        num_ranks, size = self._scenario.cluster.num_ranks, self._cost.model.token_bytes
         exchanged = float(routed.sent.sum()) * size
         load_bytes = self._cost.load_bytes(num_ranks)
         if self._gradient_of is not self.residency:
@@ -235,21 +308,21 @@ class _Layer:
         }
         return seconds, sent
 
-    def update_costs(self) -> tuple[dict[str, float], dict[str, float]]:
+    def update_costs(self) -> Costs:
         """Gradients from the old hosts, the optimizer, weights to the new hosts."""
         source, target = self._update_of
         if source is not self._gradient_of or target is not self.residency:
             self._update, self._update_of = self._new_update(), (self._gradient_of, self.residency)
         return self._update
 
-    def _new_update(self) -> tuple[dict[str, float], dict[str, float]]:
+    def _new_update(self) -> Costs:
         state = self._system.state
         weight = weight_flow(self.residency, self._cost.model, state)
         seconds = self._cost.update_s(self._gradient, weight, self.residency, state)
         return seconds, {"weight": weight.total_bytes}
 
     def _gradient_flow(self) -> Flow:
-        if self._scenario.hardware.num_ranks == 1:
+        if self._scenario.cluster.num_ranks == 1:
             return no_flow(1)
         published = self._scenario.published_baselines
         return gradient_flow(self.residency, self._cost.model, self._system.state, published)

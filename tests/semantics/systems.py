@@ -26,18 +26,22 @@ class System:
         name: ``"alone"``, ``"ddp"`` or ``"ours"``.
         num_ranks: how many train.
         slots: per rank; None leaves one more than needed.
+        group_size: ranks that share one set of experts; None: all.
     """
 
     name: str
     num_ranks: int
     slots: int | None = None
+    group_size: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}{self.num_ranks}"
+        groups = "" if self.group_size is None else f"in{self.num_ranks // self.group_size}"
+        return f"{self.name}{self.num_ranks}{groups}"
 
     def job(self, job: Job) -> Job:
         """``job`` on this system: room for every expert, and no global auxiliary loss where replicas have none."""
-        job = dataclasses.replace(job, slots=self.slots or -(-job.num_experts // self.num_ranks) + 1)
+        sharers = self.group_size or self.num_ranks
+        job = dataclasses.replace(job, slots=self.slots or -(-job.num_experts // sharers) + 1)
         if self.name == "ddp":
             # A replica sees its own tokens only. All other losses are means, which DDP's mean over ranks leaves right.
             job = dataclasses.replace(job, moe={**job.moe, "aux_loss_coef": 0.0})
@@ -49,6 +53,7 @@ TIMEOUT_S = 30  # of a fit that takes one
 ALONE = System("alone", 1)
 OURS = [System("ours", n) for n in (1, 2, 3)]  # on three ranks no matrix divides: 5 rows are 2, 2 and 1
 SHARDED = OURS[1:]
+GROUPS = [System("ours", 4, group_size=2), System("ours", 2, group_size=1)]
 DDP = System("ddp", 2)
 
 
@@ -71,6 +76,7 @@ def trainer_of(system: System, job: Job) -> pl.Trainer:
     # Frozen and toggled parameters are "unused" to DDP, which finds that out only on demand; ours is one for the rest.
     options = {"timeout": timedelta(seconds=20), "find_unused_parameters": True, **job.strategy}
     if system.name == "ours":
+        options["expert_parallel_size"] = system.group_size
         return our_trainer(dataclasses.replace(job, strategy=options))
     strategy: Any = "auto"
     kwargs: dict[str, Any] = {}

@@ -87,10 +87,12 @@ def test_a_rank_that_fails_is_heard_of(links):
 
 
 @pytest.mark.distributed
-def test_a_measured_run(links, tmp_path, capfd):
-    rate_mbit, num_ranks, steps = 100.0, 3, 3
-    # Three ranks hold equal parts of 48 x 192, so that nothing is padded.
-    sizes = ["hidden_size=48", "ffn_size=192", "num_experts=4", "slots_per_rank=2", "seq_len=64", "batch_size=6"]
+@pytest.mark.parametrize(("num_ranks", "group_size"), [(3, None), (4, 2)])
+def test_a_measured_run(links, tmp_path, capfd, num_ranks, group_size):
+    rate_mbit, steps = 100.0, 3
+    # Two or three ranks hold equal parts of 48 x 192, so that nothing is padded.
+    sizes = ["hidden_size=48", "ffn_size=192", "num_experts=4", "slots_per_rank=2", "seq_len=64"]
+    sizes += [f"batch_size={2 * num_ranks}", f"expert_parallel_size={group_size or 'null'}"]
     run = [f"rates_mbit=[{rate_mbit}]", "policies=[proportional]", f"num_ranks={num_ranks}", "warmup=1"]
     assert bench_network.main([*sizes, *run, f"steps={steps}", f"output={tmp_path / 'out.json'}"]) == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())

@@ -1,11 +1,14 @@
 """Asking for a transport that ranks do not have: one sentence that says what is missing and what works."""
 
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
 from lightning_swiftmoe import SwiftMoEStrategy
 from lightning_swiftmoe.parallel import transports
 from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.mesh import Groups
 from tests.jobs import Job, train
 from tests.ranks import run_ranks
 
@@ -48,7 +51,7 @@ def choose(wanted, gpu_of_rank, reach_of_rank):
     control = Communicator.__new__(Communicator)
     control.largest = lambda number, _: max(_gather(number))
     try:
-        return transports.choose_transport(wanted, transports.torch.device(kind), control)
+        return transports.choose_transport(wanted, transports.torch.device(kind), control, control)
     except ValueError as error:
         return str(error)
     finally:
@@ -59,6 +62,25 @@ def _gather(number):
     numbers = [None] * dist.get_world_size()
     dist.all_gather_object(numbers, number)
     return numbers
+
+
+def choose_on_two_nodes(size):
+    """Two nodes of two GPUs that only seem to be there."""
+    node, gpu = divmod(dist.get_rank(), 2)
+    everybody, group = Communicator(dist.group.WORLD), Communicator(Groups.of(size, timedelta(seconds=30)).experts)
+    dist_backend, dist.get_backend = dist.get_backend, lambda *_: "nccl"
+    transports._host_number = lambda: node
+    cuda = transports.torch.cuda
+    cuda.device_count, cuda.can_device_access_peer = lambda: 2, lambda here, there: here != there
+    try:
+        return transports.choose_transport("auto", transports.torch.device("cuda", gpu), group, everybody)
+    finally:
+        dist.get_backend = dist_backend
+
+
+@pytest.mark.parametrize(("size", "chosen"), [(4, "nccl"), (2, "symmetric")])
+def test_groups_inside_a_node_reach_each_others_memory(size, chosen):
+    assert run_ranks(4, choose_on_two_nodes, size) == [chosen] * 4
 
 
 @pytest.mark.parametrize(
