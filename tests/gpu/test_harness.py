@@ -66,7 +66,7 @@ def test_a_fit(hosts):
     alone = hosts.run(fit_alone, GpuJob())[0]
     for outcome in hosts.run(fit, GpuJob()):
         assert largest_error(outcome.weights, alone.weights) < 1e-5
-        assert len(outcome.steps) == 5
+        assert len(outcome.steps) == GpuJob.steps
 
 
 @pytest.mark.slow
