@@ -49,6 +49,13 @@ def on_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for either."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def hopper_supports(device: torch.device, dtype: torch.dtype, width: int, hidden: int, activation: str) -> bool:
     """Whether the Hopper GEMMs take these sizes: whole depth blocks of 64, gated halves in whole tiles of 128."""
     if device.type != "cuda" or dtype not in _NARROW or torch.version.hip:
@@ -56,6 +63,11 @@ def hopper_supports(device: torch.device, dtype: torch.dtype, width: int, hidden
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return width % 64 == 0 and hidden % (128 if is_gated(activation) else 64) == 0
+
+
+def runs_without_host(path: str) -> bool:
+    """Whether bounds of experts are read on the device alone; plain torch reads them on the host."""
+    return path != "torch"
 
 
 def choose_path(

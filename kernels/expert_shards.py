@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted
+from lightning_swiftmoe.kernels.dispatch import has_triton, interpreted, to_device
 
 Bounds = Sequence[Sequence[int]]
 
@@ -40,10 +40,7 @@ class Blocks:
 
     def to(self, device: torch.device) -> "Blocks":
         """The same on `device`; from pinned memory to a GPU nobody waits."""
-        tensors = (self.experts, self.order, self.first)
-        if device.type == "cuda":
-            return Blocks(*(t.pin_memory().to(device, non_blocking=True) for t in tensors))
-        return Blocks(*(t.to(device) for t in tensors))
+        return Blocks(*(to_device(t, device) for t in (self.experts, self.order, self.first)))
 
     @property
     def num_experts(self) -> int:

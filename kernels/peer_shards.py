@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device
+from lightning_swiftmoe.kernels.dispatch import on_device, to_device
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Residents:
 
     def to(self, device: torch.device) -> "Residents":
         """The same on `device`; from pinned memory to a GPU nobody waits."""
-        tensors = (self.first, self.host, self.resident)
-        if device.type == "cuda":
-            return Residents(*(t.pin_memory().to(device, non_blocking=True) for t in tensors))
-        return Residents(*(t.to(device) for t in tensors))
+        return Residents(*(to_device(t, device) for t in (self.first, self.host, self.resident)))
 
     @property
     def num_experts(self) -> int:

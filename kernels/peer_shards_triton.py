@@ -74,49 +74,42 @@ _pull = Launcher(pull_shards_kernel)
 
 def launch_push(shard: Tensor, residents: Residents, peers: Tensor, size: int, start: int, dtype: torch.dtype) -> None:
     """`peer_shards.push_shards`."""
-    block, num_tiles = _tiles(shard)
-    _push(
-        (min(num_tiles, _PROGRAMS), 1, 1),
-        shard,
-        residents.first,
-        residents.host,
-        residents.resident,
-        peers,
-        shard.shape[1],
-        size,
-        start,
-        num_tiles,
-        num_warps=_WARPS,
-        DTYPE=_ELEMENT[dtype],
-        BLOCK=block,
-    )
+    _launch(_push, shard, residents, peers, size, start, dtype)
 
 
 def launch_pull(
     total: Tensor, residents: Residents, peers: Tensor, size: int, start: int, dtype: torch.dtype, scale: float
 ) -> None:
     """`peer_shards.pull_shards`."""
-    block, num_tiles = _tiles(total)
-    _pull(
+    _launch(_pull, total, residents, peers, size, start, dtype, scale)
+
+
+def _launch(
+    kernel: Launcher,
+    shard: Tensor,
+    residents: Residents,
+    peers: Tensor,
+    size: int,
+    start: int,
+    dtype: torch.dtype,
+    *more: float,
+) -> None:
+    num_experts, num_elements = shard.shape
+    block = _BLOCK if shard.device.type == "cuda" else _INTERPRETER_BLOCK
+    num_tiles = num_experts * triton.cdiv(num_elements, block)
+    kernel(
         (min(num_tiles, _PROGRAMS), 1, 1),
-        total,
+        shard,
         residents.first,
         residents.host,
         residents.resident,
         peers,
-        total.shape[1],
+        num_elements,
         size,
         start,
         num_tiles,
-        scale,
+        *more,
         num_warps=_WARPS,
         DTYPE=_ELEMENT[dtype],
         BLOCK=block,
     )
-
-
-def _tiles(shard: Tensor) -> tuple[int, int]:
-    """Elements of a tile, and tiles of all experts."""
-    num_experts, size = shard.shape
-    block = _BLOCK if shard.device.type == "cuda" else _INTERPRETER_BLOCK
-    return block, num_experts * triton.cdiv(size, block)

@@ -3,6 +3,7 @@
 Shape legend: T tokens, E experts, k choices per token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -165,13 +166,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.mark_non_differentiable(output[0], output[4])
 
 
-def _backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+def _backward_by(launch: Callable[..., Tensor], ctx: Any, grads: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, from those of weights and both sums, each None where nobody used the output."""
     logits, topk_idx = ctx.saved_tensors
     grad_weights = logits.new_zeros(topk_idx.shape) if grads[0] is None else grads[0]
-    grad = torch.ops.lightning_swiftmoe.route_tokens_backward(
-        logits, topk_idx, grad_weights, grads[1], grads[2], ctx.score, ctx.normalize
-    )
+    grad = launch(logits, topk_idx, grad_weights, grads[1], grads[2], ctx.score, ctx.normalize)
     return grad, None, None, None, None
+
+
+def _backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    return _backward_by(torch.ops.lightning_swiftmoe.route_tokens_backward, ctx, grads)
 
 
 route_tokens_op.register_autograd(_backward, setup_context=_setup_context)
@@ -190,12 +194,7 @@ class _EagerRouteTokens(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        logits, topk_idx = ctx.saved_tensors
-        grad_weights = logits.new_zeros(topk_idx.shape) if grads[0] is None else grads[0]
-        grad = launch_route_tokens_backward(
-            logits, topk_idx, grad_weights, grads[1], grads[2], ctx.score, ctx.normalize
-        )
-        return grad, None, None, None, None
+        return _backward_by(launch_route_tokens_backward, ctx, grads)
 
 
 def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
@@ -256,15 +255,7 @@ def auxiliary_losses_reference(
 def auxiliary_losses(
     prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int
 ) -> tuple[Tensor, Tensor]:
-    """Load-balance loss and router z-loss; one kernel on a GPU. See `lightning_swiftmoe.layers.losses`.
-
-    Args:
-        prob_sum: `[E]` probabilities summed over the local tokens.
-        z_sum: scalar, squared log-sum-exp of the logits summed over the local tokens.
-        counts: `[N, E]` int64 assignments by rank.
-        top_k: assignments per token.
-        num_processes: processes the gradient is averaged over.
-    """
+    """See `lightning_swiftmoe.functional.auxiliary_losses`."""
     here = has_triton() and (prob_sum.device.type == "cuda" or interpreted())
     if here and prob_sum.dtype == torch.float32 and counts.shape[1] <= MOST_EXPERTS and not needs_dispatcher(prob_sum):
         aux, z = _AuxiliaryLosses.apply(prob_sum, z_sum, counts, top_k, num_processes)

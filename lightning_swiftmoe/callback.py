@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback, will_log
 from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
+from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.metrics import load_metrics
-from lightning_swiftmoe.parallel.communicator import to_device
 from lightning_swiftmoe.placement import PlacementPolicy, get_policy
 from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter

@@ -391,19 +391,19 @@ class GradientPhase:
 
     def _is_next(self, layer: ExpertLayer) -> bool:
         """Whether all gradients of ``layer``, given now, would be exchanged at once."""
-        if not self.syncing or layer in self._pending or layer.hosted.forwards_since_backward != 1:
-            return False
-        before = self._order[: self._order.index(layer)]
-        return all(other in self._pending or not other.hosted.wants_exchange for other in before)
+        return self.syncing and self._turn() is layer and layer.hosted.forwards_since_backward == 1
+
+    def _turn(self) -> ExpertLayer | None:
+        """The next layer to exchange gradients."""
+        waiting = (layer for layer in self._order if layer not in self._pending and layer.hosted.wants_exchange)
+        return next(waiting, None)
 
     def _start_ready(self) -> None:
         """Start the layers whose turn it is and whose gradients are complete."""
-        for layer in self._order:
-            if layer in self._pending or not layer.hosted.wants_exchange:
-                continue
-            if not (layer.hosted.forwards_since_backward == 1 and layer.hosted.has_all_gradients):
-                return
+        layer = self._turn()
+        while layer is not None and layer.hosted.forwards_since_backward == 1 and layer.hosted.has_all_gradients:
             self._pending[layer] = layer.start_gradients()
+            layer = self._turn()
 
     def _end(self) -> None:
         self._running = False

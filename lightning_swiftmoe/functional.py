@@ -144,7 +144,11 @@ def route_tokens(
 def auxiliary_losses(
     prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Load-balance loss and router z-loss from sums over tokens; one kernel on a GPU. Differentiable once.
+    """This rank's share of the load-balance loss and of the router z-loss; one kernel on a GPU. Differentiable once.
+
+    The first is `E * sum_e f_e * P_e`, 1.0 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4): `f_e` is the
+    fraction of assignments that expert `e` drew over all ranks, before drops; `P_e` its mean probability. The second is
+    the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5).
 
     Args:
         prob_sum: `[E]` probabilities summed over the local tokens.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.functional import activation_names
+from lightning_swiftmoe.functional import activation_names, auxiliary_losses
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import LayerLoad, in_backward
-from lightning_swiftmoe.layers.losses import attach_loss, auxiliary_losses
+from lightning_swiftmoe.layers.losses import attach_loss
 from lightning_swiftmoe.layers.router import SCORES, Router, Routing
 
 

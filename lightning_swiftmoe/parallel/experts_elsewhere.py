@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, on_device
+from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, on_device, runs_without_host
 from lightning_swiftmoe.kernels.rows_mlp import forward_rows, input_gradients, weight_gradients
 from lightning_swiftmoe.parallel.cuda_graphs import identity
 from lightning_swiftmoe.parallel.row_exchange import RowTrip
@@ -74,8 +74,8 @@ class ExpertsElsewhere(torch.autograd.Function):
 
             key = identity(arrived_PD, arrived_weights_P, up, down), activation, path
             section = "forward" if keeps else "forward without backward"
-            done = trip.run(section, key, compute) if _is_recordable(path) else compute()
-            rows_PD, row_weights_P, pre, done_PD = done
+            parts = trip.run(section, key, compute) if runs_without_host(path) else compute()
+            rows_PD, row_weights_P, pre, done_PD = parts
             y_TD, _ = trip.to_tokens(done_PD, x_TD.dtype, weights_TK)
         ctx.save_for_backward(rows_PD, row_weights_P, up, down, pre)
         ctx.path, ctx.dtype, ctx.weights_dtype = path, x_TD.dtype, weights_TK.dtype
@@ -113,26 +113,15 @@ class ExpertsElsewhere(torch.autograd.Function):
                 grads = weight_gradients(grad_PD, rows_PD, hidden, layout, path, wants_up, wants_down, out_up, out_down)
                 return grad_rows, grad_row_weights, *grads
 
-            if sink.is_empty and _is_recordable(path):
-                memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
-                key = (
-                    identity(grad_PD, rows_PD, row_weights_P, up, down, pre, *memory),
-                    path,
-                    is_last,
-                    wants_up,
-                    wants_down,
-                )
-                grad_rows, grad_row_weights, grad_up, grad_down = trip.run("backward", key, compute)
-            else:
-                grad_rows, grad_row_weights, grad_up, grad_down = compute()
+            memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
+            where = identity(grad_PD, rows_PD, row_weights_P, up, down, pre, *memory)
+            key = where, path, is_last, wants_up, wants_down
+            may_record = sink.is_empty and runs_without_host(path)
+            grads = trip.run("backward", key, compute) if may_record else compute()
+            grad_rows, grad_row_weights, grad_up, grad_down = grads
             grad_x, grad_weights = trip.to_tokens(grad_rows, ctx.dtype, None, grad_row_weights)
             assert grad_weights is not None
             sink.take(grad_up, grad_down)
         if is_last:
             trip.end()
         return grad_x, grad_weights.to(ctx.weights_dtype), None, None, None, None, None
-
-
-def _is_recordable(path: str) -> bool:
-    """Plain torch reads bounds of experts on the host, which no CUDA graph can."""
-    return path != "torch"

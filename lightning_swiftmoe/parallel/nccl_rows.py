@@ -14,7 +14,7 @@ from lightning_swiftmoe.kernels.token_dispatch.move import clear_padding, pack_r
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange, RowTrip, TokenBound
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip, TokenBound
 
 
 class NcclRows(RowExchange):
@@ -29,30 +29,20 @@ class NcclRows(RowExchange):
         self.communicator = communicator
         self.bound = bound
 
-    def plan(
-        self,
-        topk_idx: Tensor,
-        counts: Tensor,
-        width: int,
-        dtype: torch.dtype,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool = True,
-    ) -> tuple[NcclTrip, Tensor]:
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> tuple[NcclTrip, Tensor]:
         """See ``RowExchange.plan``."""
-        gathered = self.communicator.gather_counts(counts, name)
-        tile = tile_rows(topk_idx.device)
+        gathered = self.communicator.gather_counts(routed.counts, name)
+        tile = tile_rows(routed.topk_idx.device)
         # How many tokens other ranks have is not known yet, so arrays of integers have room for the most they can be.
-        most = self.communicator.num_ranks * self.bound.of(topk_idx.numel(), name)
+        most = self.communicator.num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         rows = tables.max_rows(most, tile)
         size = PlanSize(tables.max_residents, rows, tile, "packed", most)
         plan = plan_tokens(
             gathered, tables.multiplicity, tables.replicas, self.communicator.rank, size, tables.capacity
         )
         splits = _HostSplits(plan)
-        address = address_tokens(topk_idx, plan)
-        return NcclTrip(self.communicator, plan, address, splits, dtype, name), gathered
+        address = address_tokens(routed.topk_idx, plan)
+        return NcclTrip(self.communicator, plan, address, splits, routed.dtype, name), gathered
 
 
 class _HostSplits:

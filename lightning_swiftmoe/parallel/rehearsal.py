@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lightning_swiftmoe.kernels.dispatch import choose_path
+from lightning_swiftmoe.kernels.dispatch import choose_path, runs_without_host
 from lightning_swiftmoe.kernels.launch import Launch, recorded
 from lightning_swiftmoe.kernels.warmup import compile_expert_kernels, compile_launches
 from lightning_swiftmoe.layers.moe import MoE
@@ -45,9 +45,10 @@ def compile_layers(
     seen: set[Hashable] = set()
     for layer in layers:
         for moe in layer.moes.values():
-            if _kind(layer, moe) in seen:
+            kind = _kind(layer, moe)
+            if kind in seen:
                 continue
-            seen.add(_kind(layer, moe))
+            seen.add(kind)
             with forward_context():
                 dtype = _compute_dtype(moe)
                 if parallelism.num_ranks == 1:
@@ -55,8 +56,8 @@ def compile_layers(
                     continue
                 only_noted = parallelism.transport == "symmetric" and _is_ours(moe, dtype)
                 with recorded() if only_noted else nullcontext([]) as noted:
-                    for kind in _input_dtypes(dtype):
-                        rehearse(moe, kind, parallelism.device)
+                    for wanted in _input_dtypes(dtype):
+                        rehearse(moe, wanted, parallelism.device)
                 launches += noted
     num_compiled += compile_launches(launches, parallelism.device)
     if num_compiled:
@@ -86,7 +87,7 @@ def _is_ours(moe: MoE, dtype: torch.dtype) -> bool:
     device = moe.router.weight.device
     width, hidden = experts.down_proj.shape[1:]
     path = choose_path(device, dtype, width, hidden, moe.num_experts, experts.activation, "auto")
-    return path != "torch"
+    return runs_without_host(path)
 
 
 def _compile_alone(moe: MoE, dtype: torch.dtype, device: torch.device) -> int:

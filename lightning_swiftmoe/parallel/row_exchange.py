@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
-from lightning_swiftmoe.parallel.communicator import Communicator, to_device
+from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity
 
 T = TypeVar("T")
@@ -127,28 +128,32 @@ class TokenBound:
         return self._most
 
 
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What one rank wants to send in a forward of a layer.
+
+    Args:
+        topk_idx: ``[T, K]`` experts of the local tokens.
+        counts: ``[E]`` int64, how many of them name each expert.
+        width: of the rows that will travel, ``D``.
+        dtype: of those rows.
+    """
+
+    topk_idx: Tensor
+    counts: Tensor
+    width: int
+    dtype: torch.dtype
+
+
 class RowExchange(ABC):
     """Plans trips over one transport."""
 
     @abstractmethod
-    def plan(
-        self,
-        topk_idx: Tensor,
-        counts: Tensor,
-        width: int,
-        dtype: torch.dtype,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool = True,
-    ) -> tuple[RowTrip, Tensor]:
-        """The trip of assignments ``topk_idx [T, K]``, and the counts ``[N, E]`` of all ranks that it was planned from.
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> tuple[RowTrip, Tensor]:
+        """The trip of what was routed, and the counts ``[N, E]`` of all ranks that it was planned from.
 
         Args:
-            topk_idx: experts of the local tokens.
-            counts: ``[E]`` int64, how many of them name each expert.
-            width: of the rows that will travel, ``D``.
-            dtype: of those rows.
+            routed: by this rank.
             tables: the placement.
             name: of the layer, for error messages.
             training: whether the like will be asked for again and again, so that preparing for it pays.

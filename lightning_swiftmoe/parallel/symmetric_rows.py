@@ -35,7 +35,7 @@ from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanS
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSection, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange, RowTrip, TokenBound
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip, TokenBound
 
 _FORWARD = 1  # the buffer in which rows of forwards arrive
 
@@ -84,10 +84,14 @@ class _Desk:
     Args:
         number: of the layer, in the order of first use.
         memory: for graphs; None where there are none.
+
+    Attributes:
+        most_rows: the most rows that a plan of the layer had room for.
     """
 
     def __init__(self, number: int, memory: GraphMemory | None) -> None:
         self.number = number
+        self.most_rows = 0
         self._memory = memory
         self._sections: dict[str, GraphedSection] = {}
         self._inputs: _Inputs | None = None
@@ -145,31 +149,21 @@ class SymmetricRows(RowExchange):
         self._graph_memory = GraphMemory(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
-        self._most_rows: dict[str, int] = {}
 
     def plan(
-        self,
-        topk_idx: Tensor,
-        counts: Tensor,
-        width: int,
-        dtype: torch.dtype,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool = True,
+        self, routed: Routed, tables: PlacementTables, name: str, *, training: bool
     ) -> tuple[SymmetricTrip, Tensor]:
         """See ``RowExchange.plan``."""
         tile = tile_rows(self.device)
-        most = self.communicator.num_ranks * self.bound.of(topk_idx.numel(), name)
+        most = self.communicator.num_ranks * self.bound.of(routed.topk_idx.numel(), name)
+        desk = self._desk_of(name)
         # Never falls: with every size recorded sections start anew.
-        rows = max(tables.max_rows(most, tile), self._most_rows.get(name, 0))
-        self._most_rows[name] = rows
-        size = PlanSize(tables.max_residents, rows, tile)
-        buffers = self._buffers_for(width, dtype, most + (tables.max_residents + 1) * tile)
-        all_counts = self._counts_for(counts.shape[0])
-        desk = self._desks.setdefault(name, _Desk(len(self._desks), self._graph_memory))
+        desk.most_rows = max(desk.most_rows, tables.max_rows(most, tile))
+        size = PlanSize(tables.max_residents, desk.most_rows, tile)
+        buffers = self._buffers_for(routed.width, routed.dtype, most + (tables.max_residents + 1) * tile)
+        all_counts = self._counts_for(routed.counts.shape[0])
         fixed = training and desk.is_free
-        inputs = _Inputs(topk_idx, counts, tables.multiplicity, tables.replicas)
+        inputs = _Inputs(routed.topk_idx, routed.counts, tables.multiplicity, tables.replicas)
         if fixed:
             inputs = desk.hold(inputs, tables)
         work = partial(self._planned, inputs, all_counts, size, tables.capacity)
@@ -179,7 +173,7 @@ class SymmetricRows(RowExchange):
                 planned = desk.run("plan", key, work)
             else:
                 planned = work()
-        self.communicator.meter.add("load", (self.communicator.num_ranks - 1) * counts.nbytes)
+        self.communicator.meter.add("load", (self.communicator.num_ranks - 1) * routed.counts.nbytes)
         trip = SymmetricTrip(self, desk, buffers, planned, name, fixed=fixed)
         if fixed:
             desk.serve(trip)
@@ -201,6 +195,11 @@ class SymmetricRows(RowExchange):
         gathered = all_counts.local.clone()
         plan = plan_tokens(gathered, inputs.multiplicity, inputs.replicas, self.communicator.rank, size, capacity)
         return _Planned(gathered, plan, address_tokens(inputs.topk_idx, plan))
+
+    def _desk_of(self, name: str) -> _Desk:
+        if name not in self._desks:
+            self._desks[name] = _Desk(len(self._desks), self._graph_memory)
+        return self._desks[name]
 
     def _counts_for(self, num_experts: int) -> SharedTensor:
         """``[N, E]``, written by all ranks."""

@@ -19,7 +19,7 @@ from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, RowExchange, RowTrip
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip
 from lightning_swiftmoe.placement import CapacityScope, kept_counts, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
 
@@ -114,9 +114,8 @@ class DeviceDispatcher:
         if in_backward() and self._last is not None and self.layer.hosted.forwards_since_backward == 1:
             return self._last
         self._last = None
-        planned = self.rows.plan(
-            routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD), tables, self.name, training=training
-        )
+        routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD))
+        planned = self.rows.plan(routed, tables, self.name, training=training)
         if training and not in_backward():
             self._last = planned
         return planned

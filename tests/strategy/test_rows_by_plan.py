@@ -11,6 +11,7 @@ from lightning_swiftmoe import strategy
 from lightning_swiftmoe.parallel import setup
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.rehearsal import rehearse
+from tests.gpu.cases import Checkpointed
 from tests.jobs import Job, Net, largest_error, train, train_alone
 from tests.ranks import run_ranks
 
@@ -20,16 +21,6 @@ pytestmark = pytest.mark.distributed
 def train_by_plan(job):
     setup._device_exchanges = lambda transport, tokens, control, bound: (NcclRows(tokens, bound), None)
     return train(job)
-
-
-class Checkpointed(Net):
-    """The backward repeats forwards, and takes their plans."""
-
-    def forward(self, x):
-        x = self.inp(x)
-        for moe in self.moes:
-            x = x + checkpoint(moe, torch.tanh(x), use_reentrant=False)
-        return self.out(x)
 
 
 class CheckpointedTwice(Net):
