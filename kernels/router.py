@@ -48,6 +48,11 @@ def _sizes(num_experts: int) -> tuple[int, int]:
     return bins, max(1, _TILE // bins)
 
 
+def _blocks(num_tokens: int, block: int) -> int:
+    """Programs; one also for no tokens, so that their sums have the alignment that later kernels are compiled for."""
+    return max(1, -(-num_tokens // block))
+
+
 def launch_route_tokens(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -56,7 +61,7 @@ def launch_route_tokens(
 
     num_tokens, num_experts = logits.shape
     bins, block = _sizes(num_experts)
-    blocks = -(-num_tokens // block)
+    blocks = _blocks(num_tokens, block)
     topk_idx = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = logits.new_empty(num_tokens, top_k)
     sums = logits.new_empty(blocks, num_experts + 1)
@@ -124,7 +129,7 @@ def launch_route_tokens_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     with on_device(logits):
         route_tokens_grad(
-            (-(-num_tokens // block), 1, 1),
+            (_blocks(num_tokens, block), 1, 1),
             logits.contiguous(),
             topk_idx,
             grad_weights.contiguous(),
@@ -200,7 +205,7 @@ class _EagerRouteTokens(torch.autograd.Function):
 def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool) -> RoutedTokens:
     """See `lightning_swiftmoe.functional.route_tokens`, which validates."""
     here = has_triton() and (logits.device.type == "cuda" or interpreted())
-    if here and logits.dtype == torch.float32 and logits.numel() and logits.shape[1] <= MOST_EXPERTS:
+    if here and logits.dtype == torch.float32 and logits.shape[1] <= MOST_EXPERTS:
         if needs_dispatcher(logits):
             return RoutedTokens(*torch.ops.lightning_swiftmoe.route_tokens(logits, bias, top_k, score, normalize))
         return RoutedTokens(*_EagerRouteTokens.apply(logits, bias, top_k, score, normalize))
