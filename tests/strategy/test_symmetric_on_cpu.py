@@ -1,0 +1,30 @@
+"""The ``symmetric`` transport trains as one process does: without GPUs, in processes with the interpreter on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cases"),
+    [
+        (2, "plain accumulate swiglu_every_loss"),
+        (2, "checkpointed twice"),
+        (2, "growing self_taught"),
+        (3, "plain"),
+    ],
+)
+def test_weights_are_those_of_one_process(num_ranks: int, cases: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.strategy.symmetric_on_cpu", str(num_ranks), *cases.split()],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
