@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup
-from lightning_swiftmoe.layers.load import HostLoads, LayerLoad, no_load
+from lightning_swiftmoe.layers.load import HostLoad, HostLoads, LayerLoad, no_load
 from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
@@ -261,22 +261,23 @@ class ExpertEngine:
 
     def _move_biases(self) -> None:
         for name, moe in self._moes():
-            moe.router.update_bias(self._moe_loads[name].by_expert)
+            # Most routers have none, and the sum is work on the device.
+            if moe.router.expert_bias is not None:
+                moe.router.update_bias(self._moe_loads[name].by_expert)
 
-    def _decide(self, layer: EngineLayer, loads: list[LayerLoad]) -> LayerStep:
+    def _decide(self, layer: EngineLayer, loads: list[HostLoad]) -> LayerStep:
         load = loads[0]
         for other in loads[1:]:
             load = load + other
-        counts = load.counts.numpy()
         chosen = layer.placement
         if self._decides_now:
-            total = counts.sum(axis=0)
+            total = load.counts.sum(axis=0)
             if layer.name in self._loads:
                 total = total + self._loads[layer.name][self._group.index]
             chosen = next_placement(self.rebalancing.policy, total, layer.cluster, layer.placement)
-        aux_loss = float(load.aux_loss) / max(load.num_forwards, 1)
+        aux_loss = load.aux_loss / max(load.num_forwards, 1)
         top_k = next(iter(layer.moes.values())).top_k
-        return LayerStep(layer.name, counts, load.rank_load.numpy(), aux_loss, layer.placement, chosen, top_k)
+        return LayerStep(layer.name, load.counts, load.rank_load, aux_loss, layer.placement, chosen, top_k)
 
     def _keep_loads(self, step: LayerStep) -> None:
         """For the next decision, of every group: a checkpoint keeps those of all."""

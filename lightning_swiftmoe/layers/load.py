@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -56,6 +58,31 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@dataclass(frozen=True)
+class HostLoad:
+    """A ``LayerLoad`` of one step on the host, without ``everywhere``.
+
+    Args:
+        counts: ``[N, E]`` assignments routed by each rank, before drops.
+        rank_load: ``[N]`` assignments processed by each rank, after drops.
+        aux_loss: this rank's share of the load-balance loss, summed over ``num_forwards`` passes.
+        num_forwards: passes added up.
+    """
+
+    counts: NDArray[np.int64]
+    rank_load: NDArray[np.int64]
+    aux_loss: float
+    num_forwards: int
+
+    def __add__(self, other: HostLoad) -> HostLoad:
+        return HostLoad(
+            self.counts + other.counts,
+            self.rank_load + other.rank_load,
+            self.aux_loss + other.aux_loss,
+            self.num_forwards + other.num_forwards,
+        )
+
+
 class HostLoads:
     """Loads on their way to the host, in one copy that nobody waits for until they are needed.
 
@@ -68,9 +95,10 @@ class HostLoads:
         self._event: torch.cuda.Event | None = None
         if not loads:
             return
+        integers = torch.cat([part for load in loads for part in (load.counts.flatten(), load.rank_load)])
+        losses = torch.cat([load.aux_loss.view(1) for load in loads])
         # Counts are exact in fp64 up to 2^53.
-        parts = [torch.cat([x.counts.flatten(), x.rank_load, x.aux_loss.double()[None]]).double() for x in loads]
-        flat = torch.cat(parts)
+        flat = torch.cat([integers.double(), losses.double()])
         if flat.device.type == "cuda":
             self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._flat.copy_(flat, non_blocking=True)
@@ -79,21 +107,26 @@ class HostLoads:
         else:
             self._flat = flat
 
-    def wait(self) -> list[LayerLoad]:
+    def wait(self) -> list[HostLoad]:
         """The same loads on the host."""
         if not self._loads:
             return []
         if self._event is not None and not self._event.query():
             self._event.synchronize()
-        sizes = [load.counts.numel() + load.rank_load.numel() + 1 for load in self._loads]
-        parts = zip(self._loads, self._flat.split(sizes), strict=True)
-        return [_unpacked(load, values) for load, values in parts]
-
-
-def _unpacked(load: LayerLoad, values: Tensor) -> LayerLoad:
-    counts, rank_load, aux_loss = values.split([load.counts.numel(), load.rank_load.numel(), 1])
-    counts = counts.long().view(load.counts.shape)
-    return LayerLoad(counts, rank_load.long(), aux_loss.squeeze(), load.num_forwards)
+        # One conversion for all layers: what is left for each of them are views.
+        flat = self._flat.numpy()
+        num_integers = flat.size - len(self._loads)
+        integers = flat[:num_integers].astype(np.int64)
+        losses = flat[num_integers:].tolist()
+        on_host, start = [], 0
+        for load, loss in zip(self._loads, losses, strict=True):
+            num_ranks, num_experts = load.counts.shape
+            middle = start + num_ranks * num_experts
+            end = middle + num_ranks
+            counts = integers[start:middle].reshape(num_ranks, num_experts)
+            on_host.append(HostLoad(counts, integers[middle:end], loss, load.num_forwards))
+            start = end
+        return on_host
 
 
 def count_by_expert(idx: Tensor, num_experts: int) -> Tensor:
