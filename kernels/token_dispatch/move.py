@@ -1,7 +1,8 @@
 """Moving rows between tokens and their places: in peers' memory, or in this process's send buffer.
 
 Shape legend: T tokens, k choices, d width of a row, N ranks, P rows of a buffer, R residents, n parts of a sum.
-`peers` is `[N]` int64 on the device: the raw address of every rank's buffer of rows, on a 16-byte boundary.
+`peers` is `[N]` int64 on the device: the raw address of every rank's buffer of rows, on a 16-byte boundary. Tensors of
+this rank's tokens may be `Indirect`, all of a call or none.
 """
 
 import torch
@@ -11,6 +12,7 @@ from lightning_swiftmoe.kernels.dispatch import on_device
 from lightning_swiftmoe.kernels.token_dispatch import move_reference
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
 from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
+from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 
 
 def peer_addresses(buffer_ptrs: list[int], device: torch.device, offset_bytes: int = 0) -> Tensor:
@@ -31,10 +33,10 @@ def peer_addresses(buffer_ptrs: list[int], device: torch.device, offset_bytes: i
 
 
 def push_rows(
-    source: Tensor,
+    source: Tensor | Indirect,
     address: Address,
     peers: Tensor,
-    weights: Tensor | None = None,
+    weights: Tensor | Indirect | None = None,
     peer_weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -57,12 +59,16 @@ def push_rows(
         return
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
-    with on_device(source):
+    with on_device(address.row):
         move_launch.push_rows(source, address, peers, weights, peer_weights, dtype or source.dtype)
 
 
 def pull_rows(
-    address: Address, peers: Tensor, weights: Tensor | None, out: Tensor, dtype: torch.dtype | None = None
+    address: Address,
+    peers: Tensor,
+    weights: Tensor | Indirect | None,
+    out: Tensor | Indirect,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """`out[t] = sum_j weights[t, j] * row[t, j]`, summed in fp32 in the order of j; dropped assignments add nothing.
 
@@ -77,27 +83,28 @@ def pull_rows(
         return
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
-    with on_device(out):
+    with on_device(address.row):
         move_launch.pull_rows(address, peers, weights, out, dtype or out.dtype)
 
 
-def pull_scalars(address: Address, peers: Tensor, num_parts: int = 1, part_stride: int = 0) -> Tensor:
-    """`[T, k]` fp32: each assignment's scalar at its row, zero where dropped.
+def pull_scalars(
+    address: Address, peers: Tensor, out: Tensor | Indirect, num_parts: int = 1, part_stride: int = 0
+) -> None:
+    """`out[t, j]`: each assignment's scalar at its row, zero where dropped.
 
     Args:
         address: where the scalars are.
         peers: `[N]` addresses of the peers' fp32 `[n, P]` scalars.
+        out: `[T, k]` fp32, contiguous.
         num_parts: n; the parts are added in their order.
         part_stride: elements from one part to the next.
     """
-    out = torch.empty(address.row.shape, dtype=torch.float32, device=address.row.device)
     if out.numel() == 0:
-        return out
+        return
     from lightning_swiftmoe.kernels.token_dispatch import move_launch
 
-    with on_device(out):
+    with on_device(address.row):
         move_launch.pull_scalars(address, peers, num_parts, part_stride, out)
-    return out
 
 
 def pack_rows(source: Tensor, address: Address, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:

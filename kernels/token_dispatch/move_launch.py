@@ -1,8 +1,10 @@
 """Launches of the row-moving kernels. No constant depends on the number of tokens.
 
 Shape legend: T tokens, k choices, d width of a row, N ranks, R residents. `peers` is `[N]` addresses, or one buffer of
-this process.
+this process. Tensors of tokens are given directly, or all of a launch as `Indirect`.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.token_dispatch import move_triton
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
+from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 
 _PUSHED = 2048  # elements that a pushing or clearing program holds
 _PULLED = 1024  # the same in columns for a pulling program, which sums in fp32
@@ -26,10 +29,10 @@ _clear_padding = Launcher(move_triton.clear_padding_kernel)
 
 
 def push_rows(
-    source: Tensor,
+    source: Tensor | Indirect,
     address: Address,
     peers: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | Indirect | None,
     peer_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
@@ -39,16 +42,18 @@ def push_rows(
     tokens = _PUSHED // block
     _push_rows(
         (triton.cdiv(num_tokens, tokens), 1, 1),
-        source.contiguous(),
+        _passed(source),
         address.host,
         address.row,
         peers,
-        None if weights is None else weights.contiguous(),
+        _passed(weights),
         peer_weights,
         num_tokens,
         width,
         LOCAL=_is_local(peers),
-        WEIGHTED=weights is not None,
+        INDIRECT=isinstance(source, Indirect),
+        ELEMENT=_ELEMENT[source.dtype],
+        WEIGHT=_weight(weights),
         DTYPE=_ELEMENT[dtype],
         TOP_K=address.row.shape[1],
         TOKENS=tokens,
@@ -56,7 +61,13 @@ def push_rows(
     )
 
 
-def pull_rows(address: Address, peers: Tensor, weights: Tensor | None, out: Tensor, dtype: torch.dtype) -> None:
+def pull_rows(
+    address: Address,
+    peers: Tensor,
+    weights: Tensor | Indirect | None,
+    out: Tensor | Indirect,
+    dtype: torch.dtype,
+) -> None:
     """`move.pull_rows`, or from one buffer."""
     num_tokens, width = out.shape
     block = min(_PULLED, triton.next_power_of_2(width))
@@ -66,13 +77,15 @@ def pull_rows(address: Address, peers: Tensor, weights: Tensor | None, out: Tens
         address.host,
         address.row,
         peers,
-        None if weights is None else weights.contiguous(),
-        out,
+        _passed(weights),
+        out.cell if isinstance(out, Indirect) else out,
         num_tokens,
         width,
-        out.stride(0),
+        width if isinstance(out, Indirect) else out.stride(0),
         LOCAL=_is_local(peers),
-        WEIGHTED=weights is not None,
+        INDIRECT=isinstance(out, Indirect),
+        ELEMENT=_ELEMENT[out.dtype],
+        WEIGHT=_weight(weights),
         DTYPE=_ELEMENT[dtype],
         TOP_K=address.row.shape[1],
         TOKENS=tokens,
@@ -80,7 +93,7 @@ def pull_rows(address: Address, peers: Tensor, weights: Tensor | None, out: Tens
     )
 
 
-def pull_scalars(address: Address, peers: Tensor, num_parts: int, part_stride: int, out: Tensor) -> None:
+def pull_scalars(address: Address, peers: Tensor, num_parts: int, part_stride: int, out: Tensor | Indirect) -> None:
     """`move.pull_scalars`, or from one buffer."""
     num_assignments = address.row.numel()
     _pull_scalars(
@@ -88,11 +101,12 @@ def pull_scalars(address: Address, peers: Tensor, num_parts: int, part_stride: i
         address.host,
         address.row,
         peers,
-        out,
+        out.cell if isinstance(out, Indirect) else out,
         num_assignments,
         num_parts,
         part_stride,
         LOCAL=_is_local(peers),
+        INDIRECT=isinstance(out, Indirect),
         BLOCK=_SCALARS,
     )
 
@@ -108,3 +122,15 @@ def clear_padding(rows: Tensor, starts: Tensor, ends: Tensor) -> None:
 def _is_local(peers: Tensor) -> bool:
     """Addresses are int64, and no row is."""
     return peers.dtype != torch.int64
+
+
+def _passed(tensor: Tensor | Indirect | None) -> Tensor | None:
+    """What the kernel is given for it."""
+    if isinstance(tensor, Indirect):
+        return tensor.cell
+    return None if tensor is None else tensor.contiguous()
+
+
+def _weight(weights: Tensor | Indirect | None) -> Any:
+    """The element that the kernel reads where weights are `Indirect`."""
+    return tl.float32 if weights is None else _ELEMENT[weights.dtype]

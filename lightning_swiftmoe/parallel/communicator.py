@@ -304,6 +304,13 @@ class Communicator:
         else:
             self.meter.add(phase, seconds=time.perf_counter() - start)
 
+    def watch(self, phase: str, layer: str) -> None:
+        """What the current stream was given so far exchanges by itself: it ends in time, or this process does."""
+        if self.watchdog is not None:
+            done = torch.cuda.Event()
+            done.record()
+            self.watchdog.watch(phase, layer, done)
+
 
 def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, on_device, runs_without_host
 from lightning_swiftmoe.kernels.rows_mlp import forward_rows, input_gradients, weight_gradients
 from lightning_swiftmoe.parallel.cuda_graphs import identity
-from lightning_swiftmoe.parallel.row_exchange import RowTrip
+from lightning_swiftmoe.parallel.row_exchange import OfTokens, RowTrip
 
 
 class GradientSink(Protocol):
@@ -57,28 +57,27 @@ class ExpertsElsewhere(torch.autograd.Function):
         ctx.trip, ctx.activation, ctx.sink = trip, activation, sink
         path = choose_path(x_TD.device, trip.dtype, width, hidden, num_residents, activation, "auto")
         keeps = any(ctx.needs_input_grad)
+        up, down = aligned(up_proj), aligned(down_proj)
+
+        def compute(x: OfTokens, weights: OfTokens, y: OfTokens) -> tuple[Tensor, ...]:
+            rows_PD, row_weights_P = trip.to_hosts(x, weights)
+            assert row_weights_P is not None
+            if keeps:
+                # What arrived is in a buffer that the next layers use again.
+                rows_PD, row_weights_P = rows_PD.clone(), row_weights_P.clone()
+            out = trip.result_buffer(rows_PD)
+            done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out)
+            trip.offer(done_PD)
+            trip.to_tokens(done_PD, y, weights)
+            return rows_PD, row_weights_P, pre
+
         with on_device(x_TD):
-            arrived_PD, arrived_weights_P = trip.to_hosts(x_TD, weights_TK)
-            assert arrived_weights_P is not None
-            up, down = aligned(up_proj), aligned(down_proj)
-
-            def compute() -> tuple[Tensor, ...]:
-                rows_PD, row_weights_P = arrived_PD, arrived_weights_P
-                if keeps:
-                    # What arrived is in a buffer that the next layers use again.
-                    rows_PD, row_weights_P = rows_PD.clone(), row_weights_P.clone()
-                out = trip.result_buffer(rows_PD)
-                done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out)
-                trip.offer(done_PD)
-                return rows_PD, row_weights_P, pre, done_PD
-
-            key = identity(arrived_PD, arrived_weights_P, up, down), activation, path
-            section = "forward" if keeps else "forward without backward"
-            parts = trip.run(section, key, compute) if runs_without_host(path) else compute()
-            rows_PD, row_weights_P, pre, done_PD = parts
-            y_TD, _ = trip.to_tokens(done_PD, x_TD.dtype, weights_TK)
+            key = (identity(up, down), activation, path, keeps) if runs_without_host(path) else None
+            tokens_TD = x_TD.contiguous()
+            y_TD = torch.empty_like(tokens_TD)
+            rows_PD, row_weights_P, pre = trip.travel("forward", key, compute, tokens_TD, weights_TK.contiguous(), y_TD)
         ctx.save_for_backward(rows_PD, row_weights_P, up, down, pre)
-        ctx.path, ctx.dtype, ctx.weights_dtype = path, x_TD.dtype, weights_TK.dtype
+        ctx.path, ctx.weights = path, (weights_TK.shape, weights_TK.dtype)
         return y_TD
 
     @staticmethod
@@ -86,42 +85,39 @@ class ExpertsElsewhere(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         rows_PD, row_weights_P, up, down, pre = ctx.saved_tensors
         trip, path, activation, sink = ctx.trip, ctx.path, ctx.activation, ctx.sink
-        layout = trip.layout
         _, _, wants_up, wants_down, *_ = ctx.needs_input_grad
         # Unless the graph is kept for another backward, nobody needs the pre-activations any more.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        out_up, out_down = sink.memory()
+
+        def compute(grad_y: OfTokens, grad_x: OfTokens, grad_weights: OfTokens) -> tuple[Tensor | None, ...]:
+            grad_PD, _ = trip.to_hosts(grad_y)
+            out = trip.result_buffer(grad_PD)
+            grad_rows, grad_row_weights, hidden = input_gradients(
+                grad_PD, row_weights_P, up, down, pre, trip.layout, activation, path, is_last, out=out
+            )
+            assert grad_rows is not None
+            trip.offer(grad_rows, grad_row_weights)
+            # Before the results are fetched: other ranks do not wait for it.
+            grads = weight_gradients(
+                grad_PD, rows_PD, hidden, trip.layout, path, wants_up, wants_down, out_up, out_down
+            )
+            trip.to_tokens(grad_rows, grad_x)
+            trip.scalars_to_tokens(grad_row_weights, grad_weights)
+            return grads
+
         with on_device(grad_y):
-            grad_PD, _ = trip.to_hosts(grad_y.contiguous())
-            out_up, out_down = sink.memory()
-
-            def compute() -> tuple[Tensor | None, ...]:
-                grad_rows, grad_row_weights, hidden = input_gradients(
-                    grad_PD,
-                    row_weights_P,
-                    up,
-                    down,
-                    pre,
-                    layout,
-                    activation,
-                    path,
-                    is_last,
-                    out=trip.result_buffer(grad_PD),
-                )
-                assert grad_rows is not None
-                trip.offer(grad_rows, grad_row_weights)
-                # Last: other ranks do not wait for it.
-                grads = weight_gradients(grad_PD, rows_PD, hidden, layout, path, wants_up, wants_down, out_up, out_down)
-                return grad_rows, grad_row_weights, *grads
-
-            memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
-            where = identity(grad_PD, rows_PD, row_weights_P, up, down, pre, *memory)
-            key = where, path, is_last, wants_up, wants_down
-            may_record = sink.is_empty and runs_without_host(path)
-            grads = trip.run("backward", key, compute) if may_record else compute()
-            grad_rows, grad_row_weights, grad_up, grad_down = grads
-            grad_x, grad_weights = trip.to_tokens(grad_rows, ctx.dtype, None, grad_row_weights)
-            assert grad_weights is not None
+            tokens_TD = grad_y.contiguous()
+            grad_x = torch.empty_like(tokens_TD)
+            shape, dtype = ctx.weights
+            grad_weights = grad_y.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
+            key = None
+            if sink.is_empty and runs_without_host(path):
+                memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
+                where = identity(rows_PD, row_weights_P, up, down, pre, *memory)
+                key = where, path, is_last, wants_up, wants_down
+            grad_up, grad_down = trip.travel("backward", key, compute, tokens_TD, grad_x, grad_weights)
             sink.take(grad_up, grad_down)
         if is_last:
             trip.end()
-        return grad_x, grad_weights.to(ctx.weights_dtype), None, None, None, None, None
+        return grad_x, grad_weights.to(dtype), None, None, None, None, None

@@ -10,11 +10,19 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import tile_rows
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
+from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 from lightning_swiftmoe.kernels.token_dispatch.move import clear_padding, pack_rows, unpack_rows
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip, TokenBound
+from lightning_swiftmoe.parallel.row_exchange import (
+    OfTokens,
+    PlacementTables,
+    Routed,
+    RowExchange,
+    RowTrip,
+    TokenBound,
+)
 
 
 class NcclRows(RowExchange):
@@ -29,7 +37,7 @@ class NcclRows(RowExchange):
         self.communicator = communicator
         self.bound = bound
 
-    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> tuple[NcclTrip, Tensor]:
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> NcclTrip:
         """See ``RowExchange.plan``."""
         gathered = self.communicator.gather_counts(routed.counts, name)
         tile = tile_rows(routed.topk_idx.device)
@@ -37,12 +45,10 @@ class NcclRows(RowExchange):
         most = self.communicator.num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         rows = tables.max_rows(most, tile)
         size = PlanSize(tables.max_residents, rows, tile, "packed", most)
-        plan = plan_tokens(
-            gathered, tables.multiplicity, tables.replicas, self.communicator.rank, size, tables.capacity
-        )
+        plan = plan_tokens(gathered, *tables.unpacked(tables.packed), self.communicator.rank, size, tables.capacity)
         splits = _HostSplits(plan)
         address = address_tokens(routed.topk_idx, plan)
-        return NcclTrip(self.communicator, plan, address, splits, routed.dtype, name), gathered
+        return NcclTrip(self.communicator, plan, address, splits, gathered, routed.dtype, name)
 
 
 class _HostSplits:
@@ -84,6 +90,7 @@ class NcclTrip(RowTrip):
         plan: TokenPlan,
         address: Address,
         splits: _HostSplits,
+        counts: Tensor,
         dtype: torch.dtype,
         name: str,
     ) -> None:
@@ -92,6 +99,7 @@ class NcclTrip(RowTrip):
         self._plan = plan
         self._address = address
         self._name = name
+        self.counts = counts
         self.rank_load = plan.rank_load
         send, recv = splits.wait()
         tile = plan.size.tile
@@ -105,27 +113,36 @@ class NcclTrip(RowTrip):
         inverse = plan.inverse[: sum(recv)].view(-1, 1)
         self._arrival = Address(torch.zeros_like(inverse), inverse)
 
-    def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
         """See ``RowTrip``."""
-        packed = pack_rows(tokens_TD.contiguous(), self._address, sum(self._sizes.send), self.dtype)
+        assert isinstance(tokens_TD, Tensor)
+        packed = pack_rows(tokens_TD, self._address, sum(self._sizes.send), self.dtype)
         arrived = self._communicator.all_to_all(packed, self._sizes.send, self._sizes.recv, "dispatch", self._name)
         rows = pack_rows(arrived, self._arrival, self._sizes.rows)
         clear_padding(rows, self._plan.starts, self._plan.ends)
-        return rows, None if weights_TK is None else self._weights_to_hosts(weights_TK)
+        return rows, self._weights_to_hosts(weights_TK) if isinstance(weights_TK, Tensor) else None
 
     def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
         """See ``RowTrip``: they are sent by ``to_tokens``."""
 
-    def to_tokens(
-        self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_tokens(self, rows_PD: Tensor, out_TD: OfTokens, weights_TK: OfTokens | None = None) -> None:
         """See ``RowTrip``."""
+        assert isinstance(out_TD, Tensor)
+        assert not isinstance(weights_TK, Indirect)
         leaving = rows_PD.new_empty(sum(self._sizes.recv), rows_PD.shape[1])
         unpack_rows(rows_PD, self._arrival, None, leaving)
         back = self._communicator.all_to_all(leaving, self._sizes.recv, self._sizes.send, "combine", self._name)
-        out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1], dtype=dtype)
-        unpack_rows(back, self._address, weights_TK, out)
-        return out, None if scalars_P is None else self._scalars_to_tokens(scalars_P)
+        unpack_rows(back, self._address, weights_TK, out_TD)
+
+    def scalars_to_tokens(self, scalars_P: Tensor, out_TK: OfTokens) -> None:
+        """See ``RowTrip``."""
+        assert isinstance(out_TK, Tensor)
+        leaving = scalars_P[self._arrival.row.flatten().long()]
+        back = self._communicator.all_to_all(leaving, self._sizes.recv, self._sizes.send, "combine", self._name)
+        row = self._address.row.long()
+        # Dropped assignments read a zero behind the last.
+        padded = torch.nn.functional.pad(back, (0, 1))
+        out_TK.copy_(padded[torch.where(row >= 0, row, back.numel())])
 
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """See ``RowTrip``: rows are packed on their way anyway."""
@@ -136,14 +153,6 @@ class NcclTrip(RowTrip):
         packed = _scattered(numbers, self._address.row, sum(self._sizes.send))
         arrived = self._communicator.all_to_all(packed, self._sizes.send, self._sizes.recv, "dispatch", self._name)
         return _scattered(arrived, self._arrival.row, self._sizes.rows)
-
-    def _scalars_to_tokens(self, scalars_P: Tensor) -> Tensor:
-        leaving = scalars_P[self._arrival.row.flatten().long()]
-        back = self._communicator.all_to_all(leaving, self._sizes.recv, self._sizes.send, "combine", self._name)
-        row = self._address.row.long()
-        # Dropped assignments read a zero behind the last.
-        padded = torch.nn.functional.pad(back, (0, 1))
-        return padded[torch.where(row >= 0, row, back.numel())]
 
 
 def _scattered(numbers: Tensor, rows: Tensor, size: int) -> Tensor:

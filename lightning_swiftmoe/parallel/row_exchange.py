@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,30 +19,50 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity
 
 T = TypeVar("T")
+OfTokens: TypeAlias = Tensor | Indirect
+Way: TypeAlias = Literal["forward", "backward"]
 
 
 class RowTrip(ABC):
     """The way of one batch of tokens to the hosts of their experts and back. It may be taken again.
 
+    ``travel`` runs work that calls ``to_hosts``, ``offer`` and ``to_tokens`` in this order; what the attributes say is
+    known from the first ``to_hosts`` on.
+
     Attributes:
         layout: where the rows that arrive here stand.
+        counts: ``[N, E]`` int64, what all ranks routed.
         rank_load: ``[N]`` int64, assignments that every rank processes.
         dtype: of the rows that travel.
-        has_ended: whether nobody will use the trip again, nor what its sections gave.
+        has_ended: whether nobody will use the trip again, nor what its travels gave.
     """
 
     layout: RowLayout
+    counts: Tensor
     rank_load: Tensor
     dtype: torch.dtype
     has_ended: bool = False
 
+    def travel(self, way: Way, key: Hashable, work: Callable[..., T], *tensors: Tensor) -> T:
+        """The result of ``work``, given what stands for ``tensors``. It may be recorded, and replayed another time.
+
+        Args:
+            way: of the rows of tokens, or of their gradients.
+            key: all that the launches of ``work`` depend on beside the trip and the shapes and dtypes of ``tensors``;
+                None: they cannot be recorded.
+            work: launches kernels; it hands what it is given to ``to_hosts`` and ``to_tokens`` only.
+            tensors: of this rank's tokens, contiguous and on 16-byte boundaries: other ones on every step.
+        """
+        return work(*tensors)
+
     @abstractmethod
-    def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
         """Each token's row, as ``dtype``, to the host of each of its experts.
 
         Args:
@@ -60,34 +80,27 @@ class RowTrip(ABC):
         """The results for ``to_tokens`` are there: other ranks may fetch theirs. What follows overlaps with that."""
 
     @abstractmethod
-    def to_tokens(
-        self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Each row that was offered back to the token that it came from.
+    def to_tokens(self, rows_PD: Tensor, out_TD: OfTokens, weights_TK: OfTokens | None = None) -> None:
+        """Each row that was offered back to the token that it came from: the sum over each token's experts.
 
         Args:
             rows_PD: results by row.
-            dtype: of what is returned.
+            out_TD: what is written; dropped assignments count zero.
             weights_TK: multiply a token's results before they are added up; None for ones.
-            scalars_P: a number for each row that travels along, fp32 at least, or None.
+        """
 
-        Returns:
-            ``[T, D]`` the sum over each token's experts, and the numbers ``[T, K]``; dropped assignments count zero.
+    @abstractmethod
+    def scalars_to_tokens(self, scalars_P: Tensor, out_TK: OfTokens) -> None:
+        """Each number that was offered to its assignment, after ``to_tokens``; zero for dropped ones.
+
+        Args:
+            scalars_P: a number for each row, fp32 at least.
+            out_TK: what is written, in the dtype of the numbers.
         """
 
     @abstractmethod
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """Where the rows of ``to_tokens`` should be written so that they travel without a copy; None: anywhere."""
-
-    def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
-        """The result of ``work``, which may be recorded and replayed; see ``GraphedSection``.
-
-        Args:
-            section: which part of the layer's work.
-            key: all that its launches depend on beside the trip.
-            work: launches kernels.
-        """
-        return work()
 
     def end(self) -> None:
         """The last backward is over."""
@@ -149,8 +162,8 @@ class RowExchange(ABC):
     """Plans trips over one transport."""
 
     @abstractmethod
-    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> tuple[RowTrip, Tensor]:
-        """The trip of what was routed, and the counts ``[N, E]`` of all ranks that it was planned from.
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> RowTrip:
+        """The trip of what was routed.
 
         Args:
             routed: by this rank.
@@ -166,15 +179,13 @@ class PlacementTables:
 
     Args:
         placement: which.
-        multiplicity: ``[N, E]`` int32, slots of expert ``e`` on rank ``j``.
-        replicas: ``[E]`` int32.
+        packed: ``[N E + E]`` int32 on the device, ``multiplicity`` and ``replicas``.
         capacity_factor: None processes every token.
         capacity_scope: whose assignments an expert's capacity counts.
     """
 
     placement: Placement
-    multiplicity: Tensor
-    replicas: Tensor
+    packed: Tensor
     capacity_factor: float | None
     capacity_scope: CapacityScope
 
@@ -183,10 +194,13 @@ class PlacementTables:
         cls, device: torch.device, placement: Placement, capacity_factor: float | None, capacity_scope: CapacityScope
     ) -> PlacementTables:
         """Copies to the device without waiting for it."""
-        multiplicity = torch.from_numpy(placement.multiplicity.astype(np.int32))
-        replicas = torch.from_numpy(placement.replicas.astype(np.int32))
-        tensors = (to_device(multiplicity, device), to_device(replicas, device))
-        return cls(placement, *tensors, capacity_factor, capacity_scope)
+        packed = np.concatenate([placement.multiplicity.ravel(), placement.replicas]).astype(np.int32)
+        return cls(placement, to_device(torch.from_numpy(packed), device), capacity_factor, capacity_scope)
+
+    def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, E]`` slots of expert ``e`` on rank ``j`` and ``[E]`` replicas, from ``packed`` or a copy of it."""
+        num_experts = self.placement.num_experts
+        return packed[:-num_experts].view(-1, num_experts), packed[-num_experts:]
 
     @property
     def capacity(self) -> Capacity | None:

@@ -5,7 +5,8 @@ One set of buffers serves all layers of a width; barriers on the device keep one
 There is one after rows are written, and one after results are. What arrived in a forward is used up before the second;
 what arrived in a backward is used until the layer's end, so that the next trip takes the other of two buffers.
 
-In training every layer has fixed memory for its plan, and what happens between two journeys becomes a CUDA graph.
+In training every layer has fixed memory for its plan, and each way, from the counts to the results, is one CUDA graph.
+It finds this step's tokens by addresses in device memory, see ``indirect``.
 
 Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded rows of this rank as a host.
 """
@@ -15,15 +16,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import tile_rows
+from lightning_swiftmoe.kernels.dispatch import aligned, tile_rows
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
+from lightning_swiftmoe.kernels.token_dispatch.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.token_dispatch.move import (
     clear_padding,
     pull_rows,
@@ -35,7 +36,15 @@ from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanS
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSection, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
-from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip, TokenBound
+from lightning_swiftmoe.parallel.row_exchange import (
+    OfTokens,
+    PlacementTables,
+    Routed,
+    RowExchange,
+    RowTrip,
+    TokenBound,
+    Way,
+)
 
 _FORWARD = 1  # the buffer in which rows of forwards arrive
 
@@ -54,48 +63,63 @@ class _Buffers:
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """What a plan is made from on the device."""
+    """What a trip reads on the device beside rows."""
 
     topk_idx: Tensor  # [T, K]
     counts: Tensor  # [E]
-    multiplicity: Tensor  # [N, E]
-    replicas: Tensor  # [E]
+    tables: Tensor  # [N E + E], see PlacementTables
+    cells: Tensor  # addresses of what is given to ``travel``
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All of them, those of the placement last."""
-        return [self.topk_idx, self.counts, self.multiplicity, self.replicas]
+    @classmethod
+    def like(cls, routed: Routed, tables: PlacementTables) -> _Inputs:
+        """Room for them."""
+        topk_idx = torch.empty(routed.topk_idx.shape, dtype=torch.int64, device=routed.topk_idx.device)
+        cells = routed.counts.new_empty(MOST_TENSORS)
+        return cls(topk_idx, torch.empty_like(routed.counts), torch.empty_like(tables.packed), cells)
+
+    def fit(self, routed: Routed, tables: PlacementTables) -> bool:
+        """Whether they have this room."""
+        wanted = (routed.topk_idx.shape, routed.counts.shape, tables.packed.shape)
+        return (self.topk_idx.shape, self.counts.shape, self.tables.shape) == wanted
 
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
     """One trip."""
 
-    counts: Tensor  # [N, E]
     plan: TokenPlan
     address: Address
+    facts: Tensor  # [N E + N] int64: counts of all ranks, and the load of each
+
+
+@dataclass(frozen=True)
+class _Planning:
+    """What a plan is made from, beside what is on the device."""
+
+    num_ranks: int
+    rank: int
+    size: PlanSize
+    capacity: Capacity | None
 
 
 class _Desk:
-    """What one layer uses on every step: memory for the inputs of its plan, and the sections recorded over it.
+    """What one layer uses on every step: memory for the inputs of its trips, and the ways recorded over it.
 
     It serves one trip at a time; a trip that begins before the last one has ended uses memory of its own.
 
     Args:
         number: of the layer, in the order of first use.
         memory: for graphs; None where there are none.
-
-    Attributes:
-        most_rows: the most rows that a plan of the layer had room for.
     """
 
     def __init__(self, number: int, memory: GraphMemory | None) -> None:
         self.number = number
-        self.most_rows = 0
         self._memory = memory
         self._sections: dict[str, GraphedSection] = {}
         self._inputs: _Inputs | None = None
         self._tables: PlacementTables | None = None
+        self._most_rows = 0
+        self._bounded: tuple[PlacementTables, int] | None = None
         self._trip: weakref.ref[SymmetricTrip] | None = None
 
     @property
@@ -108,17 +132,22 @@ class _Desk:
         """From now to its end."""
         self._trip = weakref.ref(trip)
 
-    def hold(self, given: _Inputs, tables: PlacementTables) -> _Inputs:
-        """The inputs of a plan, where they always are."""
-        mine = self._inputs
-        if mine is None or any(a.shape != b.shape for a, b in zip(mine.tensors, given.tensors, strict=True)):
-            mine = self._inputs = _Inputs(*(torch.empty_like(tensor) for tensor in given.tensors))
+    def most_rows(self, tables: PlacementTables, num_assignments: int, tile: int) -> int:
+        """Room for any plan so far: it never falls, as with every size recorded ways start anew."""
+        if self._bounded is None or self._bounded[0] is not tables or self._bounded[1] != num_assignments:
+            self._bounded = tables, num_assignments
+            self._most_rows = max(self._most_rows, tables.max_rows(num_assignments, tile))
+        return self._most_rows
+
+    def inputs(self, routed: Routed, tables: PlacementTables) -> _Inputs:
+        """Where the inputs of a trip always are; those of the placement are there."""
+        if self._inputs is None or not self._inputs.fit(routed, tables):
+            self._inputs = _Inputs.like(routed, tables)
             self._tables = None
-        changed = 2 if tables is self._tables else 4
-        for old, new in zip(mine.tensors[:changed], given.tensors[:changed], strict=True):
-            old.copy_(new)
-        self._tables = tables
-        return mine
+        if tables is not self._tables:
+            self._inputs.tables.copy_(tables.packed)
+            self._tables = tables
+        return self._inputs
 
     def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
         """See ``GraphedSection``."""
@@ -150,34 +179,27 @@ class SymmetricRows(RowExchange):
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
 
-    def plan(
-        self, routed: Routed, tables: PlacementTables, name: str, *, training: bool
-    ) -> tuple[SymmetricTrip, Tensor]:
-        """See ``RowExchange.plan``."""
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> SymmetricTrip:
+        """See ``RowExchange.plan``: the plan itself is made at the beginning of the first way."""
         tile = tile_rows(self.device)
-        most = self.communicator.num_ranks * self.bound.of(routed.topk_idx.numel(), name)
+        num_ranks = self.communicator.num_ranks
+        most = num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         desk = self._desk_of(name)
-        # Never falls: with every size recorded sections start anew.
-        desk.most_rows = max(desk.most_rows, tables.max_rows(most, tile))
-        size = PlanSize(tables.max_residents, desk.most_rows, tile)
+        size = PlanSize(tables.max_residents, desk.most_rows(tables, most, tile), tile)
         buffers = self._buffers_for(routed.width, routed.dtype, most + (tables.max_residents + 1) * tile)
+        planning = _Planning(num_ranks, self.communicator.rank, size, tables.capacity)
         all_counts = self._counts_for(routed.counts.shape[0])
+        self.communicator.meter.add("load", (num_ranks - 1) * routed.counts.nbytes)
         fixed = training and desk.is_free
-        inputs = _Inputs(routed.topk_idx, routed.counts, tables.multiplicity, tables.replicas)
         if fixed:
-            inputs = desk.hold(inputs, tables)
-        work = partial(self._planned, inputs, all_counts, size, tables.capacity)
-        with self.communicator.phase("load", name):
-            if fixed:
-                key = identity(*inputs.tensors), all_counts.local.data_ptr(), size, tables.capacity
-                planned = desk.run("plan", key, work)
-            else:
-                planned = work()
-        self.communicator.meter.add("load", (self.communicator.num_ranks - 1) * routed.counts.nbytes)
-        trip = SymmetricTrip(self, desk, buffers, planned, name, fixed=fixed)
+            inputs = desk.inputs(routed, tables)
+        else:
+            inputs = _Inputs.like(routed, tables)
+            inputs.tables.copy_(tables.packed)
+        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, planning, tables, name, fixed=fixed)
         if fixed:
             desk.serve(trip)
-        return trip, planned.counts.clone()
+        return trip
 
     def arriving_buffer(self, trip: SymmetricTrip, *, backward: bool) -> SharedTensor:
         """Where the rows of a trip arrive next, once all ranks have used up what was there."""
@@ -186,15 +208,6 @@ class SymmetricRows(RowExchange):
             self.memory.barrier(Channel.ROWS)
         self._still_read = number if backward else None
         return trip.buffers.arriving[number]
-
-    def _planned(
-        self, inputs: _Inputs, all_counts: SharedTensor, size: PlanSize, capacity: Capacity | None
-    ) -> _Planned:
-        self.memory.exchange_counts(inputs.counts, all_counts)
-        # Peers write the next counts when this trip's first barrier has passed.
-        gathered = all_counts.local.clone()
-        plan = plan_tokens(gathered, inputs.multiplicity, inputs.replicas, self.communicator.rank, size, capacity)
-        return _Planned(gathered, plan, address_tokens(inputs.topk_idx, plan))
 
     def _desk_of(self, name: str) -> _Desk:
         if name not in self._desks:
@@ -231,36 +244,73 @@ class SymmetricTrip(RowTrip):
         exchange: whose.
         desk: of the layer.
         buffers: where rows are.
-        planned: the plan.
+        routed: what this rank sends.
+        inputs: where kernels read it.
+        all_counts: ``[N, E]``, written by all ranks.
+        planning: how to plan.
+        tables: the placement.
         name: of the layer.
-        fixed: whether the plan stands in the desk's memory.
+        fixed: whether inputs and plan stand in the desk's memory.
     """
 
     def __init__(
-        self, exchange: SymmetricRows, desk: _Desk, buffers: _Buffers, planned: _Planned, name: str, *, fixed: bool
+        self,
+        exchange: SymmetricRows,
+        desk: _Desk,
+        buffers: _Buffers,
+        routed: Routed,
+        inputs: _Inputs,
+        all_counts: SharedTensor,
+        planning: _Planning,
+        tables: PlacementTables,
+        name: str,
+        *,
+        fixed: bool,
     ) -> None:
-        plan = planned.plan
         self.desk = desk
         self.buffers = buffers
         self.dtype = buffers.results.local.dtype
-        self.rank_load = plan.rank_load.clone()
-        self.layout = RowLayout(plan.starts, plan.ends, plan.order, plan.tile_expert, plan.num_rows, plan.size.tile)
         self._exchange = exchange
+        self._routed: Routed | None = routed
+        self._inputs = inputs
+        self._all_counts = all_counts
+        self._planning = planning
+        self._tables = tables
         self._name = name
-        self._plan = plan
-        self._address = planned.address
         self._fixed = fixed
+        self._planned: _Planned | None = None
+        self._arriving = buffers.arriving[_FORWARD]
 
-    def to_hosts(self, tokens_TD: Tensor, weights_TK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def travel(self, way: Way, key: Hashable, work: Callable[..., T], *tensors: Tensor) -> T:
         """See ``RowTrip``."""
-        arriving = self._exchange.arriving_buffer(self, backward=weights_TK is None)
-        rows = arriving.local[: self._plan.size.max_rows]
-        clear_padding(rows, self._plan.starts, self._plan.ends)
+        is_first = self._planned is None
+        self._arriving = self._exchange.arriving_buffer(self, backward=way == "backward")
+        given = [aligned(tensor) for tensor in tensors]
+        point(self._inputs.cells, given, self._routed_copies())
+
+        def whole() -> tuple[_Planned, T]:
+            planned = self._planned = self._planned or self._plan()
+            return planned, work(*pointed(self._inputs.cells, given))
+
+        if self._fixed and key is not None:
+            section = way if is_first or way == "backward" else "forward again"
+            self._planned, result = self.desk.run(section, self._key(key, given), whole)
+        else:
+            self._planned, result = whole()
+        if is_first:
+            self._tell(self._planned)
+        self._exchange.communicator.watch(f"{way} token", self._name)
+        return result
+
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+        """See ``RowTrip``."""
+        plan, address = self._here.plan, self._here.address
+        rows = self._arriving.local[: plan.size.max_rows]
+        clear_padding(rows, plan.starts, plan.ends)
         places = None if weights_TK is None else self.buffers.weights.peers
-        with self._exchange.communicator.phase("dispatch", self._name):
-            push_rows(tokens_TD.contiguous(), self._address, arriving.peers, weights_TK, places, self.dtype)
-            self._exchange.memory.barrier(Channel.ROWS)
-        return rows, None if weights_TK is None else self.buffers.weights.local[: self._plan.size.max_rows]
+        push_rows(tokens_TD, address, self._arriving.peers, weights_TK, places, self.dtype)
+        self._exchange.memory.barrier(Channel.ROWS)
+        return rows, None if weights_TK is None else self.buffers.weights.local[: plan.size.max_rows]
 
     def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
         """See ``RowTrip``."""
@@ -271,25 +321,65 @@ class SymmetricTrip(RowTrip):
             scalars[: scalars_P.shape[0]].copy_(scalars_P)
         self._exchange.memory.arrive(Channel.ROWS)
 
-    def to_tokens(
-        self, rows_PD: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None, scalars_P: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def to_tokens(self, rows_PD: Tensor, out_TD: OfTokens, weights_TK: OfTokens | None = None) -> None:
         """See ``RowTrip``."""
-        out = rows_PD.new_empty(self._address.row.shape[0], rows_PD.shape[1], dtype=dtype)
-        with self._exchange.communicator.phase("combine", self._name):
-            self._exchange.memory.wait(Channel.ROWS)
-            pull_rows(self._address, self.buffers.results.peers, weights_TK, out, self.dtype)
-            scalars = None if scalars_P is None else pull_scalars(self._address, self.buffers.scalars.peers)
-        return out, scalars
+        self._exchange.memory.wait(Channel.ROWS)
+        pull_rows(self._here.address, self.buffers.results.peers, weights_TK, out_TD, self.dtype)
+
+    def scalars_to_tokens(self, scalars_P: Tensor, out_TK: OfTokens) -> None:
+        """See ``RowTrip``."""
+        pull_scalars(self._here.address, self.buffers.scalars.peers, out_TK)
 
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """See ``RowTrip``."""
-        return self.buffers.results.local[: self._plan.size.max_rows]
+        return self.buffers.results.local[: self._planning.size.max_rows]
 
-    def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
+    @property
+    def layout(self) -> RowLayout:  # type: ignore[override]
         """See ``RowTrip``."""
-        if not self._fixed:
-            return work()
-        buffers = (self.buffers.results.local, self.buffers.scalars.local)
-        plan = (self._plan.order, self._plan.starts, self._plan.ends)
-        return self.desk.run(section, (key, identity(*buffers, *plan)), work)
+        plan = self._here.plan
+        return RowLayout(plan.starts, plan.ends, plan.order, plan.tile_expert, plan.num_rows, plan.size.tile)
+
+    @property
+    def _here(self) -> _Planned:
+        assert self._planned is not None, "to_hosts comes first"
+        return self._planned
+
+    def _routed_copies(self) -> list[tuple[Tensor, Tensor]]:
+        """What the plan is made from, to where kernels read it; once."""
+        routed, self._routed = self._routed, None
+        if routed is None:
+            return []
+        topk_idx, counts = routed.topk_idx.contiguous(), routed.counts.contiguous()
+        return [(topk_idx, self._inputs.topk_idx), (counts, self._inputs.counts)]
+
+    def _plan(self) -> _Planned:
+        planning, inputs = self._planning, self._inputs
+        num_ranks, num_experts = self._all_counts.local.shape
+        self._exchange.memory.exchange_counts(inputs.counts, self._all_counts)
+        facts = inputs.counts.new_empty(num_ranks * (num_experts + 1))
+        counts, rank_load = facts[:-num_ranks].view(num_ranks, num_experts), facts[-num_ranks:]
+        # Peers write the next counts when this trip's first barrier has passed.
+        counts.copy_(self._all_counts.local)
+        tables = self._tables.unpacked(inputs.tables)
+        plan = plan_tokens(counts, *tables, planning.rank, planning.size, planning.capacity)
+        rank_load.copy_(plan.rank_load)
+        return _Planned(plan, address_tokens(inputs.topk_idx, plan), facts)
+
+    def _tell(self, planned: _Planned) -> None:
+        """Counts and loads, in memory that stays as it is."""
+        num_ranks, num_experts = self._all_counts.local.shape
+        facts = planned.facts.clone() if self._fixed else planned.facts
+        self.counts = facts[:-num_ranks].view(num_ranks, num_experts)
+        self.rank_load = facts[-num_ranks:]
+
+    def _key(self, key: Hashable, given: list[Tensor]) -> Hashable:
+        """All that the launches of a way depend on."""
+        buffers, inputs = self.buffers, self._inputs
+        fixed = identity(
+            inputs.topk_idx, inputs.counts, inputs.tables, inputs.cells, self._all_counts.local, self._arriving.local,
+            buffers.results.local,
+        )  # fmt: skip
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        planned = None if self._planned is None else identity(self._planned.facts, self._planned.address.row)
+        return key, fixed, shapes, planned, self._planning

@@ -92,7 +92,7 @@ class DeviceDispatcher:
         self.num_processes = fallback.num_processes
         self._fallback = fallback
         self._tables: PlacementTables | None = None
-        self._last: tuple[RowTrip, Tensor] | None = None
+        self._last: RowTrip | None = None
 
     @torch.compiler.disable  # communicates
     def __call__(
@@ -101,24 +101,22 @@ class DeviceDispatcher:
         if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
             return self._fallback(x_TD, routing, experts, capacity_factor)
         tables = self._tables_on(x_TD.device, capacity_factor)
-        trip, counts = self._trip(x_TD, routing, tables, training=experts.training)
+        trip = self._trip(x_TD, routing, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())
         sink = _ResidentGradients(self.layer, experts)
         y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, up, down, trip, experts.activation, sink)
-        return y_TD, counts, trip.rank_load
+        return y_TD, trip.counts, trip.rank_load
 
-    def _trip(
-        self, x_TD: Tensor, routing: Routing, tables: PlacementTables, *, training: bool
-    ) -> tuple[RowTrip, Tensor]:
+    def _trip(self, x_TD: Tensor, routing: Routing, tables: PlacementTables, *, training: bool) -> RowTrip:
         """A forward that activation checkpointing repeats takes the plan of the first, if it can only be the last."""
         if in_backward() and self._last is not None and self.layer.hosted.forwards_since_backward == 1:
             return self._last
         self._last = None
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD))
-        planned = self.rows.plan(routed, tables, self.name, training=training)
+        trip = self.rows.plan(routed, tables, self.name, training=training)
         if training and not in_backward():
-            self._last = planned
-        return planned
+            self._last = trip
+        return trip
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
         placement = self.layer.placement

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.token_dispatch import move, move_reference
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
+from lightning_swiftmoe.kernels.token_dispatch.indirect import point, pointed
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from tests.kernels.token_dispatch.cases import Case
@@ -94,9 +95,37 @@ def check_padded(cluster: Cluster) -> None:
         move.pull_rows(address, row_peers, weights, wide[:, 2:-3])
         torch.testing.assert_close(wide[:, 2:-3], cluster.want(rank))
         assert (wide[:, [0, 1, -3, -2, -1]] == 7).all()
-        back = move.pull_scalars(address, scalar_peers)
+        back = torch.full_like(weights, 7.0)
+        move.pull_scalars(address, scalar_peers, back)
         assert torch.equal(back, torch.where(address.row >= 0, weights, 0))
     check_partial_sums(cluster)
+    check_indirect(cluster, scalar_peers)
+
+
+def check_indirect(cluster: Cluster, scalar_peers: Tensor) -> None:
+    """Tensors of tokens found by addresses in device memory: the same bits."""
+    device = torch.device(cluster.device)
+    rows = [torch.full((cluster.size.max_rows, cluster.width), NAN, device=device) for _ in cluster.plans]
+    direct = [torch.full_like(r, NAN) for r in rows]
+    row_peers, direct_peers = (move.peer_addresses([t.data_ptr() for t in r], device) for r in (rows, direct))
+    cells = torch.zeros(3, dtype=torch.int64, device=device)
+    for x, address, weights in zip(cluster.x, cluster.addresses, cluster.weights, strict=True):
+        fixed = torch.empty_like(weights)
+        source, gates = pointed(cells, [x, weights])
+        point(cells, [x, weights], [(weights, fixed)])
+        assert torch.equal(fixed, weights)
+        move.push_rows(source, address, row_peers, gates, scalar_peers)
+        move.push_rows(x, address, direct_peers)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(rows, direct, strict=True))
+    for x, address, weights in zip(cluster.x, cluster.addresses, cluster.weights, strict=True):
+        got, back, want = torch.full_like(x, 7.0), torch.full_like(weights, 7.0), torch.full_like(x, 7.0)
+        gates, out, out_scalars = pointed(cells, [weights, got, back])
+        point(cells, [weights, got, back])
+        move.pull_rows(address, row_peers, gates, out)
+        move.pull_scalars(address, scalar_peers, out_scalars)
+        move.pull_rows(address, row_peers, weights, want)
+        assert torch.equal(got, want)
+        assert torch.equal(back, torch.where(address.row >= 0, weights, 0))
 
 
 def check_clear_padding(plan: TokenPlan, rows: Tensor) -> None:
@@ -114,7 +143,8 @@ def check_partial_sums(cluster: Cluster) -> None:
     parts = [torch.randn(3, cluster.size.max_rows, device=device) for _ in cluster.plans]
     peers = move.peer_addresses([p.data_ptr() for p in parts], device)
     for address in cluster.addresses:
-        got = move.pull_scalars(address, peers, 3, cluster.size.max_rows)
+        got = torch.empty(address.row.shape, device=device)
+        move.pull_scalars(address, peers, got, 3, cluster.size.max_rows)
         assert torch.equal(got, move_reference.pull_scalars_reference(address, parts))
 
 

@@ -12,6 +12,7 @@ import triton.language as tl  # noqa: E402
 from lightning_swiftmoe.kernels.token_dispatch import (  # noqa: E402
     address_triton,
     barrier_triton,
+    indirect_triton,
     move_triton,
     plan_triton,
 )
@@ -24,7 +25,15 @@ SUMS = ("rank_load", "send_rows", "recv_rows", "needed_rows")
 HOSTS = {"PACKED": True, "TILE": 128, "BINS": 256, "SLOTS": 32, "BLOCK": 1024}
 SCAN = {"EXPERTS": 2, "CHUNK": 512}
 PLACES = dict.fromkeys(("hosts", "rows"), INTS)
-MOVE = {"LOCAL": False, "TOP_K": 8, "TOKENS": 1, "BLOCK": 2048}
+MOVE = {
+    "LOCAL": False,
+    "INDIRECT": False,
+    "ELEMENT": tl.bfloat16,
+    "WEIGHT": tl.float32,
+    "TOP_K": 8,
+    "TOKENS": 1,
+    "BLOCK": 2048,
+}
 
 # Kernel, argument types other than i32, compile-time arguments (None: absent), warps.
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
@@ -77,25 +86,44 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         move_triton.push_rows_kernel,
         {"source": ROWS, "peers": LONGS, "weights": WIDE, "peer_weights": LONGS, **PLACES},
-        {**MOVE, "WEIGHTED": True, "DTYPE": tl.bfloat16},
+        {**MOVE, "DTYPE": tl.bfloat16},
         4,
     ),
     (
         move_triton.push_rows_kernel,
         {"source": ROWS, "peers": ROWS, **PLACES},
-        {**MOVE, "LOCAL": True, "WEIGHTED": False, "weights": None, "peer_weights": None, "DTYPE": tl.bfloat16},
+        {**MOVE, "LOCAL": True, "weights": None, "peer_weights": None, "DTYPE": tl.bfloat16},
+        4,
+    ),
+    (
+        move_triton.push_rows_kernel,
+        {"source": LONGS, "peers": LONGS, "weights": LONGS, "peer_weights": LONGS, **PLACES},
+        {**MOVE, "INDIRECT": True, "DTYPE": tl.bfloat16},
         4,
     ),
     (
         move_triton.pull_rows_kernel,
         {"peers": LONGS, "weights": WIDE, "out": ROWS, **PLACES},
-        {**MOVE, "WEIGHTED": True, "DTYPE": tl.bfloat16, "TOKENS": 2, "BLOCK": 1024},
+        {**MOVE, "DTYPE": tl.bfloat16, "TOKENS": 2, "BLOCK": 1024},
+        4,
+    ),
+    (
+        move_triton.pull_rows_kernel,
+        {"peers": LONGS, "weights": LONGS, "out": LONGS, **PLACES},
+        {**MOVE, "INDIRECT": True, "DTYPE": tl.bfloat16, "TOKENS": 2, "BLOCK": 1024},
         4,
     ),
     (
         move_triton.pull_scalars_kernel,
         {"peers": LONGS, "out": WIDE, **PLACES},
-        {"LOCAL": False, "BLOCK": 256},
+        {"LOCAL": False, "INDIRECT": False, "BLOCK": 256},
+        4,
+    ),
+    (
+        indirect_triton.point_kernel,
+        {"cells": LONGS, "source_0": LONGS, "target_0": LONGS, "source_1": WIDE, "target_1": WIDE}
+        | dict.fromkeys(("address_0", "address_1", "address_2"), "i64"),
+        {"source_2": None, "target_2": None, "NUM_TENSORS": 3, "BLOCK": 1024},
         4,
     ),
     (
@@ -145,6 +173,6 @@ def test_signals_are_ordered_between_gpus() -> None:
 
 def test_every_kernel_is_compiled() -> None:
     """A new `*_kernel` must join the list above."""
-    modules = (address_triton, barrier_triton, move_triton, plan_triton)
+    modules = (address_triton, barrier_triton, indirect_triton, move_triton, plan_triton)
     known = {case[0].__name__ for case in KERNELS}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
