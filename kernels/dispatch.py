@@ -35,6 +35,11 @@ def has_triton() -> bool:
     return True
 
 
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether Triton runs on this tensor's device; plain torch does otherwise."""
+    return has_triton() and (tensor.device.type == "cuda" or interpreted())
+
+
 def needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether something must see the op as an op: a compiler, a dispatch mode or a tensor subclass."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:

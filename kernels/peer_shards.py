@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device, to_device
+from lightning_swiftmoe.kernels.dispatch import on_device
+from lightning_swiftmoe.kernels.indirect import Indirect
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,20 @@ class Residents:
             for resident, expert in enumerate(here):
                 places[expert].append((host, resident))
         counts = torch.tensor([0, *(len(place) for place in places)])
-        flat = torch.tensor([pair for place in places for pair in place], dtype=torch.int32).view(-1, 2)
-        return cls(counts.cumsum(0).int(), flat[:, 0].contiguous(), flat[:, 1].contiguous())
+        pairs = torch.tensor([pair for place in places for pair in place], dtype=torch.int32).view(-1, 2)
+        return cls(counts.cumsum(0).int(), pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
 
-    def to(self, device: torch.device) -> "Residents":
-        """The same on `device`; from pinned memory to a GPU nobody waits."""
-        return Residents(*(to_device(t, device) for t in (self.first, self.host, self.resident)))
+    @classmethod
+    def within(cls, memory: Tensor, num_experts: int) -> "Residents":
+        """Those that `pack` made `[E + 1 + 2 B]`, or that will be written there."""
+        first, pairs = memory[: num_experts + 1], memory[num_experts + 1 :]
+        return cls(first, *pairs.view(2, -1).unbind())
+
+    def pack(self, room: int) -> Tensor:
+        """`[E + 1 + 2 room]` int32 on the host; places beyond B are zeros that nobody reads."""
+        spare = (0, room - self.host.shape[0])
+        pad = torch.nn.functional.pad
+        return torch.cat([self.first, pad(self.host, spare), pad(self.resident, spare)])
 
     @property
     def num_experts(self) -> int:
@@ -91,7 +100,13 @@ def push_shards(shard: Tensor, residents: Residents, peers: Tensor, size: int, s
 
 
 def pull_shards(
-    total: Tensor, residents: Residents, peers: Tensor, size: int, start: int, dtype: torch.dtype, scale: float
+    total: Tensor | Indirect,
+    residents: Residents,
+    peers: Tensor,
+    size: int,
+    start: int,
+    dtype: torch.dtype,
+    scale: float,
 ) -> None:
     """`total[e] = scale * sum` of this rank's part of the gradients of all residents of e, in their order.
 
@@ -108,5 +123,5 @@ def pull_shards(
         return
     from lightning_swiftmoe.kernels import peer_shards_triton
 
-    with on_device(total):
+    with on_device(peers):
         peer_shards_triton.launch_pull(total, residents, peers, size, start, dtype, scale)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.indirect import Indirect
+from lightning_swiftmoe.kernels.indirect_triton import pointer_of
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.peer_shards import Residents
 
@@ -53,9 +55,11 @@ def push_shards_kernel(
 
 @triton.jit(do_not_specialize=["scale"])
 def pull_shards_kernel(
-    total, first, hosts, numbers, peers, c, P, start, num_tiles, scale, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    total, first, hosts, numbers, peers, c, P, start, num_tiles, scale,
+    INDIRECT: tl.constexpr, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`total[e, i] = scale * sum of gradient[start + i]` over the residents of e, in their order."""
+    total = pointer_of(total, INDIRECT, ELEMENT)
     wide = total.dtype.element_ty
     tiles_of_expert = tl.cdiv(c, BLOCK)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -74,42 +78,57 @@ _pull = Launcher(pull_shards_kernel)
 
 def launch_push(shard: Tensor, residents: Residents, peers: Tensor, size: int, start: int, dtype: torch.dtype) -> None:
     """`peer_shards.push_shards`."""
-    _launch(_push, shard, residents, peers, size, start, dtype)
-
-
-def launch_pull(
-    total: Tensor, residents: Residents, peers: Tensor, size: int, start: int, dtype: torch.dtype, scale: float
-) -> None:
-    """`peer_shards.pull_shards`."""
-    _launch(_pull, total, residents, peers, size, start, dtype, scale)
-
-
-def _launch(
-    kernel: Launcher,
-    shard: Tensor,
-    residents: Residents,
-    peers: Tensor,
-    size: int,
-    start: int,
-    dtype: torch.dtype,
-    *more: float,
-) -> None:
-    num_experts, num_elements = shard.shape
-    block = _BLOCK if shard.device.type == "cuda" else _INTERPRETER_BLOCK
-    num_tiles = num_experts * triton.cdiv(num_elements, block)
-    kernel(
+    block, num_tiles = _tiles(shard)
+    _push(
         (min(num_tiles, _PROGRAMS), 1, 1),
         shard,
         residents.first,
         residents.host,
         residents.resident,
         peers,
-        num_elements,
+        shard.shape[1],
         size,
         start,
         num_tiles,
-        *more,
         num_warps=_WARPS,
         DTYPE=_ELEMENT[dtype],
         BLOCK=block,
     )
+
+
+def launch_pull(
+    total: Tensor | Indirect,
+    residents: Residents,
+    peers: Tensor,
+    size: int,
+    start: int,
+    dtype: torch.dtype,
+    scale: float,
+) -> None:
+    """`peer_shards.pull_shards`."""
+    block, num_tiles = _tiles(total)
+    _pull(
+        (min(num_tiles, _PROGRAMS), 1, 1),
+        total.cell if isinstance(total, Indirect) else total,
+        residents.first,
+        residents.host,
+        residents.resident,
+        peers,
+        total.shape[1],
+        size,
+        start,
+        num_tiles,
+        scale,
+        num_warps=_WARPS,
+        INDIRECT=isinstance(total, Indirect),
+        ELEMENT=_ELEMENT[total.dtype],
+        DTYPE=_ELEMENT[dtype],
+        BLOCK=block,
+    )
+
+
+def _tiles(shard: Tensor | Indirect) -> tuple[int, int]:
+    """Elements of a tile, and tiles of a shard `[E, c]`."""
+    num_experts, num_elements = shard.shape
+    block = _BLOCK if shard.device.type == "cuda" else _INTERPRETER_BLOCK
+    return block, num_experts * triton.cdiv(num_elements, block)

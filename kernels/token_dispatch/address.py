@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device
-from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
+from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import TokenPlan
 
 

@@ -8,11 +8,10 @@ this rank's tokens may be `Indirect`, all of a call or none.
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device
+from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
+from lightning_swiftmoe.kernels.indirect import Indirect
 from lightning_swiftmoe.kernels.token_dispatch import move_reference
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
-from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
-from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 
 
 def peer_addresses(buffer_ptrs: list[int], device: torch.device, offset_bytes: int = 0) -> Tensor:

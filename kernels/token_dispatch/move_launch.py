@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.indirect import Indirect
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.token_dispatch import move_triton
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
-from lightning_swiftmoe.kernels.token_dispatch.indirect import Indirect
 
 _PUSHED = 2048  # elements that a pushing or clearing program holds
 _PULLED = 1024  # the same in columns for a pulling program, which sums in fp32

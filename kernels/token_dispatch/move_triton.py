@@ -9,7 +9,7 @@ Shape legend: T tokens, k choices, D width of a row, N ranks, P padded rows, R r
 import triton
 import triton.language as tl
 
-from lightning_swiftmoe.kernels.token_dispatch.indirect_triton import pointer_of
+from lightning_swiftmoe.kernels.indirect_triton import pointer_of
 
 
 @triton.jit

@@ -6,8 +6,7 @@ Shape legend: N ranks, E experts.
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device
-from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
+from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 

@@ -76,6 +76,27 @@ class GraphedSection:
         return self._result
 
 
+class GraphedSections:
+    """Sections by name.
+
+    Args:
+        memory: that they share; None where there are no graphs: all work is done at once.
+    """
+
+    def __init__(self, memory: GraphMemory | None) -> None:
+        self._memory = memory
+        self._sections: dict[str, GraphedSection] = {}
+
+    def run(self, name: str, key: Hashable, work: Callable[[], T]) -> T:
+        """See ``GraphedSection``."""
+        if self._memory is None:
+            return work()
+        if name not in self._sections:
+            self._sections[name] = GraphedSection(self._memory)
+        result: T = self._sections[name].run(key, work)
+        return result
+
+
 def identity(*tensors: Tensor) -> Hashable:
     """What a recorded launch knows of tensors: where they are and how they are laid out."""
     return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)

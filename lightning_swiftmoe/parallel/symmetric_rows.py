@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import aligned, tile_rows
+from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
-from lightning_swiftmoe.kernels.token_dispatch.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.token_dispatch.move import (
     clear_padding,
     pull_rows,
@@ -34,7 +34,7 @@ from lightning_swiftmoe.kernels.token_dispatch.move import (
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.parallel.cuda_graphs import GraphedSection, GraphMemory, identity
+from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
 from lightning_swiftmoe.parallel.row_exchange import (
     OfTokens,
@@ -114,8 +114,7 @@ class _Desk:
 
     def __init__(self, number: int, memory: GraphMemory | None) -> None:
         self.number = number
-        self._memory = memory
-        self._sections: dict[str, GraphedSection] = {}
+        self.sections = GraphedSections(memory)
         self._inputs: _Inputs | None = None
         self._tables: PlacementTables | None = None
         self._most_rows = 0
@@ -148,15 +147,6 @@ class _Desk:
             self._inputs.tables.copy_(tables.packed)
             self._tables = tables
         return self._inputs
-
-    def run(self, section: str, key: Hashable, work: Callable[[], T]) -> T:
-        """See ``GraphedSection``."""
-        if self._memory is None:
-            return work()
-        if section not in self._sections:
-            self._sections[section] = GraphedSection(self._memory)
-        result: T = self._sections[section].run(key, work)
-        return result
 
 
 class SymmetricRows(RowExchange):
@@ -294,7 +284,7 @@ class SymmetricTrip(RowTrip):
 
         if self._fixed and key is not None:
             section = way if is_first or way == "backward" else "forward again"
-            self._planned, result = self.desk.run(section, self._key(key, given), whole)
+            self._planned, result = self.desk.sections.run(section, self._key(key, given), whole)
         else:
             self._planned, result = whole()
         if is_first:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.peer_shards import Residents, pull_shards, push_shards
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
+from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
 from lightning_swiftmoe.parallel.shard_exchange import Cuts, Locals, ShardExchange
 from lightning_swiftmoe.placement import Placement
@@ -27,10 +29,13 @@ class SymmetricState:
     def __init__(self, memory: PeerMemory) -> None:
         self._memory = memory
         self._buffers = GradientBuffers(memory)
+        # Of its own: what is recorded here runs beside what rows have recorded.
+        self._graphs = GraphMemory(memory.device) if memory.device.type == "cuda" else None
 
     def __call__(self, communicator: Communicator, name: str, cuts: Cuts, num_sharers: int) -> ShardExchange:
         """See ``ShardExchangeFactory``."""
-        return SymmetricShards(communicator, self._memory, self._buffers, name, cuts, num_sharers)
+        sections = GraphedSections(self._graphs)
+        return SymmetricShards(communicator, self._memory, self._buffers, sections, name, cuts, num_sharers)
 
 
 class GradientBuffers:
@@ -90,6 +95,7 @@ class SymmetricShards(ShardExchange):
         communicator: for expert state: its stream, and what times and watches.
         memory: of the same ranks.
         buffers: for gradients of all layers.
+        sections: of this layer; they run on the communicator's stream.
         name: of the layer.
         cuts: who owns what of each parameter.
         num_sharers: ranks that the mean of gradients is over.
@@ -100,6 +106,7 @@ class SymmetricShards(ShardExchange):
         communicator: Communicator,
         memory: PeerMemory,
         buffers: GradientBuffers,
+        sections: GraphedSections,
         name: str,
         cuts: Cuts,
         num_sharers: int,
@@ -108,11 +115,13 @@ class SymmetricShards(ShardExchange):
         self._memory = memory
         self._buffers = buffers
         self._turn = buffers.turn()
+        self._sections = sections
         self._name = name
         self._cuts = cuts
         self._num_sharers = num_sharers
         self._residents: dict[str, SharedTensor] = {}
-        self._known_places: tuple[Placement, Residents] | None = None
+        self._placed: tuple[Placement, Tensor] | None = None
+        self._cells = torch.empty(MOST_TENSORS, dtype=torch.int64, device=communicator.device)
 
     def make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See ``ShardExchange``. Collective."""
@@ -123,19 +132,25 @@ class SymmetricShards(ShardExchange):
 
     def start_weights(self, shards: Locals, residents: Locals, placement: Placement) -> Pending[None]:
         """See ``ShardExchange``."""
-        places = self._places(placement)
         rank = self._communicator.rank
         copies = int(placement.num_residents.sum() - placement.num_residents[rank])
 
         @torch.no_grad()
         def push() -> None:
-            # Nobody computes with the weights of the last step any more.
-            self._memory.barrier(Channel.STATE)
-            for key, shared in self._residents.items():
-                cut = self._cuts[key]
-                start = cut.bounds[rank]
-                push_shards(shards[key].flatten(1), places, shared.peers, cut.bounds[-1], start, shared.local.dtype)
-            self._memory.barrier(Channel.STATE)
+            memory = self._places(placement)
+            places = Residents.within(memory, placement.num_experts)
+
+            def write() -> None:
+                # Nobody computes with the weights of the last step any more.
+                self._memory.barrier(Channel.STATE)
+                for key, shared in self._residents.items():
+                    cut = self._cuts[key]
+                    start = cut.bounds[rank]
+                    push_shards(shards[key].flatten(1), places, shared.peers, cut.bounds[-1], start, shared.local.dtype)
+                self._memory.barrier(Channel.STATE)
+
+            residents = [shared.local for shared in self._residents.values()]
+            self._sections.run("weights", identity(memory, *shards.values(), *residents), write)
 
         for key, shared in self._residents.items():
             sent = copies * self._cuts[key].size(rank)
@@ -144,7 +159,6 @@ class SymmetricShards(ShardExchange):
 
     def start_gradients(self, grads: Locals, shards: Locals, placement: Placement) -> Pending[Locals]:
         """See ``ShardExchange``."""
-        places = self._places(placement)
         rank = self._communicator.rank
         mine = placement.residents(rank).size
         buffer = self._buffer(grads)
@@ -155,22 +169,22 @@ class SymmetricShards(ShardExchange):
                 here = buffer.tensors[key].local
                 if grad.data_ptr() != here.data_ptr():
                     here[:mine].copy_(grad[:mine])
-            self._memory.barrier(Channel.STATE)
-            totals = {}
-            for key, grad in grads.items():
-                cut = self._cuts[key]
-                total = torch.empty_like(shards[key])
-                pull_shards(
-                    total.view(total.shape[0], -1),
-                    places,
-                    buffer.tensors[key].peers,
-                    cut.bounds[-1],
-                    cut.bounds[rank],
-                    grad.dtype,
-                    1 / self._num_sharers,
-                )
-                totals[key] = total
-            self._memory.barrier(Channel.STATE)
+            memory = self._places(placement)
+            places = Residents.within(memory, placement.num_experts)
+            totals = {key: torch.empty_like(shards[key]) for key in grads}
+            flat = [total.view(total.shape[0], -1) for total in totals.values()]
+            point(self._cells, flat)
+
+            def fetch() -> None:
+                self._memory.barrier(Channel.STATE)
+                for key, total in zip(grads, pointed(self._cells, flat), strict=True):
+                    cut, shared = self._cuts[key], buffer.tensors[key]
+                    start, scale = cut.bounds[rank], 1 / self._num_sharers
+                    pull_shards(total, places, shared.peers, cut.bounds[-1], start, shared.local.dtype, scale)
+                self._memory.barrier(Channel.STATE)
+
+            where = identity(memory, self._cells, *(buffer.tensors[key].local for key in grads))
+            self._sections.run("gradients", (tuple(grads), where), fetch)
             buffer.fetched()
             return totals
 
@@ -190,9 +204,18 @@ class SymmetricShards(ShardExchange):
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in like.items())
         return self._buffers.of(shapes, next(iter(like.values())).dtype, self._turn)
 
-    def _places(self, placement: Placement) -> Residents:
-        if self._known_places is None or not self._known_places[0].same_residents(placement):
-            experts = [placement.residents(rank).tolist() for rank in range(self._communicator.num_ranks)]
-            places = Residents.of(experts, placement.num_experts)
-            self._known_places = placement, places.to(self._communicator.device)
-        return self._known_places[1]
+    def _places(self, placement: Placement) -> Tensor:
+        """``Residents`` in memory that stays the same, on the stream of the exchanges."""
+        num_experts, ranks = placement.num_experts, range(self._communicator.num_ranks)
+        room = len(ranks) * min(placement.slots_per_rank, num_experts)
+        if self._placed is None:
+            memory = torch.empty(num_experts + 1 + 2 * room, dtype=torch.int32, device=self._communicator.device)
+        else:
+            known, memory = self._placed
+            if known.same_residents(placement):
+                return memory
+        experts = [placement.residents(rank).tolist() for rank in ranks]
+        packed = Residents.of(experts, num_experts).pack(room)
+        memory.copy_(packed.pin_memory() if memory.device.type == "cuda" else packed, non_blocking=True)
+        self._placed = placement, memory
+        return memory

@@ -9,6 +9,7 @@ import itertools
 
 import torch
 
+from lightning_swiftmoe.kernels.indirect import point, pointed
 from lightning_swiftmoe.kernels.peer_shards import (
     Residents,
     pull_shards,
@@ -30,6 +31,7 @@ CASES = [
 
 def check(experts: list[list[int]], num_experts: int, size: int, bounds: list[int], dtype: torch.dtype) -> None:
     places = Residents.of(experts, num_experts)
+    within = Residents.within(places.pack(room=20), num_experts)
     most = max(len(here) for here in experts) + 1
     held = [torch.full((most, size), 7.0, dtype=dtype) for _ in experts]
     expected = [tensor.clone() for tensor in held]
@@ -48,6 +50,10 @@ def check(experts: list[list[int]], num_experts: int, size: int, bounds: list[in
         pull_shards(total, places, addresses, size, start, dtype, 0.25)
         pull_shards_reference(oracle, places, held, start, 0.25)
         assert torch.equal(total, oracle)
+        found, cells = torch.full_like(total, 7.0), torch.zeros(1, dtype=torch.int64)
+        point(cells, [found])
+        pull_shards(*pointed(cells, [found]), within, addresses, size, start, dtype, 0.25)
+        assert torch.equal(found, oracle)
 
 
 if __name__ == "__main__":

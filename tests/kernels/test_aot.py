@@ -145,7 +145,13 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         peer_shards_triton.pull_shards_kernel,
         {"total": WIDE, "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS, "scale": "fp32"},
-        {"DTYPE": triton.language.bfloat16, "BLOCK": 2048},
+        {"INDIRECT": False, "ELEMENT": triton.language.float32, "DTYPE": triton.language.bfloat16, "BLOCK": 2048},
+        4,
+    ),
+    (
+        peer_shards_triton.pull_shards_kernel,
+        {"total": "*i64", "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS, "scale": "fp32"},
+        {"INDIRECT": True, "ELEMENT": triton.language.float32, "DTYPE": triton.language.bfloat16, "BLOCK": 1024},
         4,
     ),
 ]

@@ -284,18 +284,19 @@ def test_shards_through_peers_match_their_reference(cut: EvenShards, dtype: torc
     """Ranks of one device: an address is an address."""
     experts = [[0, 2], [2], [0, 1, 2, 3], [3]][: cut.num_ranks]
     places = Residents.of(experts, 4)
+    within = Residents.within(places.pack(room=20).to(CUDA), 4)
     held = [torch.randn(4, cut.num_elements, device=CUDA).to(dtype) for _ in experts]
     expected = [tensor.clone() for tensor in held]
     addresses = peer_addresses([tensor.data_ptr() for tensor in held], torch.device(CUDA))
     for start, stop in pairwise(cut.bounds):
         shard = torch.randn(4, stop - start, device=CUDA)
-        push_shards(shard, places.to(torch.device(CUDA)), addresses, cut.num_elements, start, dtype)
+        push_shards(shard, within, addresses, cut.num_elements, start, dtype)
         push_shards_reference(shard, places, expected, start)
     assert all(torch.equal(one, other) for one, other in zip(held, expected, strict=True))
     for start, stop in pairwise(cut.bounds):
         total = torch.empty(4, stop - start, device=CUDA)
         oracle = torch.empty_like(total)
-        pull_shards(total, places.to(torch.device(CUDA)), addresses, cut.num_elements, start, dtype, 0.5)
+        pull_shards(total, within, addresses, cut.num_elements, start, dtype, 0.5)
         pull_shards_reference(oracle, places, held, start, 0.5)
         assert torch.equal(total, oracle)
 

@@ -6,9 +6,9 @@ Shape legend: T tokens, k choices, d width, N ranks, P padded rows, A arrivals.
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.indirect import point, pointed
 from lightning_swiftmoe.kernels.token_dispatch import move, move_reference
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
-from lightning_swiftmoe.kernels.token_dispatch.indirect import point, pointed
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from tests.kernels.token_dispatch.cases import Case

@@ -9,10 +9,10 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from lightning_swiftmoe.kernels import indirect_triton  # noqa: E402
 from lightning_swiftmoe.kernels.token_dispatch import (  # noqa: E402
     address_triton,
     barrier_triton,
-    indirect_triton,
     move_triton,
     plan_triton,
 )
@@ -152,17 +152,21 @@ def test_kernels_compile_everywhere(case: tuple, target: str, tmp_path: Path) ->
     assert spill_bytes(compiled, tmp_path) <= MAX_SPILL_BYTES
 
 
-def ptx_of(name: str, target: str = "sm_90") -> str:
-    """PTX of the first entry of that name, with everything on 16 bytes that is so at run time."""
-    kernel, types, constants, warps = next(case for case in KERNELS if case[0].__name__ == name)
+def ptx_of(name: str, target: str = "sm_90", **wanted: Any) -> str:
+    """PTX of the first entry of that name and constants, with everything on 16 bytes that is so at run time."""
+    named = (case for case in KERNELS if case[0].__name__ == name)
+    kernel, types, constants, warps = next(case for case in named if wanted.items() <= case[2].items())
     divisible = tuple(n for n in kernel.arg_names if types.get(n, "").startswith("*") or n in ("D", "out_stride"))
     return compile_kernel(kernel, types, constants, warps, TARGETS[target], divisible).asm["ptx"]
 
 
-def test_rows_move_in_16_bytes() -> None:
-    """Peers' addresses are loaded, so Triton cannot know that they are aligned."""
-    assert "st.global.v4.b32" in ptx_of("push_rows_kernel")
-    assert "ld.global.v4.b32" in ptx_of("pull_rows_kernel")
+@pytest.mark.parametrize("indirect", [False, True])
+def test_rows_move_in_16_bytes(indirect: bool) -> None:
+    """Peers' addresses are loaded, so Triton cannot know that they are aligned; those of tokens are where indirect."""
+    for name in ("push_rows_kernel", "pull_rows_kernel"):
+        ptx = ptx_of(name, INDIRECT=indirect)
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v4.b32" in ptx
 
 
 def test_signals_are_ordered_between_gpus() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from lightning_swiftmoe.kernels import indirect_triton
 from lightning_swiftmoe.kernels.launch import Launcher
-from lightning_swiftmoe.kernels.token_dispatch import indirect_triton
 
 _BLOCK = 1024  # elements copied by one program
 _NOTHING = (None, None, 0)

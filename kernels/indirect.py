@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import on_device
-from lightning_swiftmoe.kernels.token_dispatch.backend import uses_triton
+from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
 
 MOST_TENSORS = 3  # that `point` takes at once
 MOST_COPIES = 3
@@ -72,7 +71,7 @@ def point(cells: Tensor, tensors: Sequence[Tensor], copies: Sequence[tuple[Tenso
     if not uses_triton(cells):
         point_reference(cells, tensors, copies)
         return
-    from lightning_swiftmoe.kernels.token_dispatch import indirect_launch
+    from lightning_swiftmoe.kernels import indirect_launch
 
     with on_device(cells):
         indirect_launch.point(cells, tensors, copies)
