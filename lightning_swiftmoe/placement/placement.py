@@ -69,6 +69,15 @@ class Placement:
         """Slots ``s`` of one rank."""
         return self.table.shape[1]
 
+    def is_contiguous_with(self, replicas: IntArray, slots_per_rank: int) -> bool:
+        """Whether ``contiguous(replicas, slots_per_rank)`` would be equal to this placement."""
+        return slots_per_rank == self.slots_per_rank and np.array_equal(replicas, self.replicas) and self._is_sorted
+
+    @cached_property
+    def _is_sorted(self) -> bool:
+        slots = self.table.ravel()
+        return not np.count_nonzero(slots[1:] < slots[:-1])
+
     @cached_property
     def multiplicity(self) -> IntArray:
         """``[N, E]`` slots of rank ``j`` that hold expert ``e``."""

@@ -49,9 +49,12 @@ def uniform(cluster: ClusterShape) -> Placement:
 
 def proportional(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
     """Replicas in proportion to the load, laid out contiguously (SwiftMoE, Algorithm 1)."""
-    if loads.sum() == 0:
+    if not np.count_nonzero(loads):
         return previous
-    return Placement.contiguous(proportional_replicas(loads, cluster), cluster.slots_per_rank)
+    counts = proportional_replicas(loads, cluster)
+    if previous.is_contiguous_with(counts, cluster.slots_per_rank):
+        return previous
+    return Placement.contiguous(counts, cluster.slots_per_rank)
 
 
 def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
@@ -60,7 +63,7 @@ def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
     The loads must not be all zero; ``ClusterShape`` guarantees ``N * s >= E``, without which the repair never ends.
     """
     goal = loads / loads.sum() * cluster.num_slots
-    counts = np.floor(np.maximum(goal, 1)).astype(np.int64)
+    counts = np.maximum(goal, 1.0).astype(np.int64)
     diff = counts - goal
     missing = cluster.num_slots - int(counts.sum())
     if missing > 0:
@@ -95,7 +98,7 @@ def balanced(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Pla
     Counts as in EPLB (deepseek-ai/EPLB): the next replica goes to the expert with the largest load per replica.
     Packing: the heaviest replica goes to the least loaded rank with a free slot that does not host the expert yet.
     """
-    if loads.sum() == 0:
+    if not np.count_nonzero(loads):
         return previous
     counts = greedy_replicas(loads, cluster)
     return Placement(pack_heaviest_first(loads, counts, cluster), cluster.num_experts)

@@ -25,6 +25,14 @@ def test_counts_of_slots(shape):
         assert after.moved_from(before) == sum(len(experts) for experts in new)
 
 
+def test_contiguous_with():
+    placement = Placement.contiguous([1, 3, 2, 2], 4)
+    assert placement.is_contiguous_with(placement.replicas, 4)
+    assert not placement.is_contiguous_with(np.array([2, 2, 2, 2]), 4)
+    assert not placement.is_contiguous_with(placement.replicas, 2)  # the same slots on other ranks
+    assert not Placement(placement.table[::-1], 4).is_contiguous_with(placement.replicas, 4)
+
+
 def test_a_placement_is_a_value():
     given = np.array([[0, 1], [1, 1]])
     placement = Placement(given, 2)

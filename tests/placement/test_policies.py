@@ -78,6 +78,15 @@ def test_proportional_is_contiguous():
     assert placement.table.tolist() == [[0, 0], [0, 0], [1, 1], [2, 2]]
 
 
+def test_proportional_keeps_what_is_right_already():
+    cluster, loads = ClusterShape(4, 2, 3), np.array([500, 250, 250])
+    policy = get_policy("proportional")
+    placement = policy(loads, cluster, uniform(cluster))
+    assert policy(loads, cluster, placement) is placement
+    turned = Placement(placement.table[::-1], 3)  # as many replicas of each expert
+    assert policy(loads, cluster, turned) == placement
+
+
 def test_greedy_counts_minimise_the_largest_share():
     loads, cluster = np.array([90, 50, 20, 10]), ClusterShape(4, 2, 4)
     counts = greedy_replicas(loads, cluster)
