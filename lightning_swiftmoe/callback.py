@@ -48,7 +48,6 @@ class ExpertRebalancer(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.rebalancing = Rebalancing(get_policy(policy), every_n_steps)
         self._trace = TraceWriter(trace) if trace is not None else None
-        self._metrics = load_metrics()
         self._engine: ExpertEngine | None = None
         self._state = EngineState()
         self._finished: list[Step] = []
@@ -121,7 +120,8 @@ class ExpertRebalancer(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         values = self._values(step)
         # Always to be read there; all else of Lightning's logging costs a copy to the device and kernels for a value.
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        as_tensors = torch.tensor(list(values.values())).unbind()
+        trainer.callback_metrics.update(zip(values, as_tensors, strict=True))
         if will_log(trainer):
             self._log_values(pl_module, values)
         elif trainer.progress_bar_callback is not None:
@@ -134,13 +134,12 @@ class ExpertRebalancer(Callback):
             pl_module.log(name, value, prog_bar=name in IN_PROGRESS_BAR)
 
     def _values(self, step: Step) -> dict[str, float]:
-        self._metrics.reset()
-        self._metrics.update(*step.layers)
-        values = {name: float(value) for name, value in self._metrics.compute().items()}
+        values = load_metrics(step.layers)
         values["moe/aux_loss"] = sum(layer.aux_loss for layer in step.layers) / len(step.layers)
         for phase in LOGGED_PHASES:
-            values[f"moe/bytes_{phase}"] = float(step.traffic[phase].sent_bytes)
-            values[f"moe/ms_{phase}"] = step.traffic[phase].seconds * 1e3
+            traffic = step.traffic[phase]
+            values[f"moe/bytes_{phase}"] = float(traffic.sent_bytes)
+            values[f"moe/ms_{phase}"] = traffic.seconds * 1e3
         now = time.perf_counter()
         if self._last_time is not None:
             values["moe/tokens_per_s"] = step.layers[0].num_tokens / (now - self._last_time)

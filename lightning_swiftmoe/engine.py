@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -303,7 +303,7 @@ class ExpertEngine:
         everybody = self._control.gather_counts(torch.from_numpy(mine), "placement").numpy()
         self._check_agreement(everybody[:, 0].reshape(self._group.count, -1))
         losses = everybody[:, 1 : 1 + len(steps)].mean(axis=0).tolist()
-        steps = [replace(step, aux_loss=loss) for step, loss in zip(steps, losses, strict=True)]
+        steps = [step.with_aux_loss(loss) for step, loss in zip(steps, losses, strict=True)]
         if self._group.count == 1:
             return steps
         ends = np.cumsum([part.size for part in facts])

@@ -1,91 +1,38 @@
-"""torchmetrics of expert load. Their inputs are global already, so they never communicate."""
+"""What is logged of expert load: one number for all layers of a step, however many they are.
+
+Layers are global already, so nothing here communicates.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_swiftmoe.step import LayerStep
 
 
-class TokenSurvival(Metric):
-    """Assignments processed per assignment routed, over all layers and steps seen; 1.0 when nothing was routed."""
+def load_metrics(layers: Sequence[LayerStep]) -> dict[str, float]:
+    """Metrics of one step by name.
 
-    full_state_update = False
-    processed: Tensor
-    routed: Tensor
+    * ``moe/expert_imbalance``: max/mean load of the experts before drops, mean over layers; 1.0 is even.
+    * ``moe/rank_imbalance``: max/mean load of the ranks after drops, mean over layers; 1.0 is even.
+    * ``moe/replicas_moved``: residents that reached a new rank, added over layers.
+    * ``moe/token_survival``: assignments processed per assignment routed, over all layers; 1.0 when nothing was routed.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(sync_on_compute=False, **kwargs)
-        self.add_state("processed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("routed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, *layers: LayerStep) -> None:
-        """Add the layers of one step."""
-        self.processed += float(sum(layer.rank_load.sum() for layer in layers))
-        self.routed += float(sum(layer.counts.sum() for layer in layers))
-
-    def compute(self) -> Tensor:
-        """Scalar in 0 .. 1."""
-        return torch.where(self.routed > 0, self.processed / self.routed.clamp_min(1), 1.0)
-
-
-class _LayerMean(MeanMetric):
-    """Mean over layers and steps of one value of ``LayerStep``."""
-
-    def __init__(self, value: str) -> None:
-        super().__init__(nan_strategy="ignore", sync_on_compute=False)
-        self.value = value
-
-    def update(self, *layers: LayerStep) -> None:  # type: ignore[override]
-        """Add the layers of one step."""
-        super().update(torch.tensor([getattr(layer, self.value) for layer in layers]))
+    Args:
+        layers: of one step, at least one.
+    """
+    routed = sum(layer.num_routed for layer in layers)
+    processed = sum(layer.num_processed for layer in layers)
+    return {
+        "moe/expert_imbalance": _mean([layer.expert_imbalance for layer in layers]),
+        "moe/rank_imbalance": _mean([layer.rank_imbalance for layer in layers]),
+        "moe/replicas_moved": float(sum(layer.next_placement.moved_from(layer.placement) for layer in layers)),
+        "moe/token_survival": processed / routed if routed else 1.0,
+    }
 
 
-class RankImbalance(_LayerMean):
-    """Mean over layers of max/mean load of the ranks, after drops; 1.0 is even."""
-
-    def __init__(self) -> None:
-        super().__init__("rank_imbalance")
-
-
-class ExpertImbalance(_LayerMean):
-    """Mean over layers of max/mean load of the experts, before drops; 1.0 is even."""
-
-    def __init__(self) -> None:
-        super().__init__("expert_imbalance")
-
-
-class ReplicasMoved(Metric):
-    """Residents that reached a new rank, added over layers and steps."""
-
-    full_state_update = False
-    moved: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(sync_on_compute=False, **kwargs)
-        self.add_state("moved", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, *layers: LayerStep) -> None:
-        """Add the layers of one step."""
-        self.moved += sum(layer.next_placement.moved_from(layer.placement) for layer in layers)
-
-    def compute(self) -> Tensor:
-        """A count."""
-        return self.moved
-
-
-def load_metrics() -> MetricCollection:
-    """The metrics that ``ExpertRebalancer`` logs, a fixed number whatever the number of layers."""
-    return MetricCollection(
-        {
-            "moe/token_survival": TokenSurvival(),
-            "moe/rank_imbalance": RankImbalance(),
-            "moe/expert_imbalance": ExpertImbalance(),
-            "moe/replicas_moved": ReplicasMoved(),
-        },
-        compute_groups=False,
-    )
+def _mean(values: list[float]) -> float:
+    """In fp32, as torchmetrics has it: logs stay comparable with older ones to the last digit."""
+    return torch.tensor(values).mean().item()

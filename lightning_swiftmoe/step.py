@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +36,31 @@ class LayerStep:
     next_placement: Placement
     top_k: int
 
-    @property
+    @cached_property
     def loads(self) -> IntArray:
         """``[E]`` assignments routed to each expert."""
         return self.counts.sum(axis=0)
 
     @property
+    def num_routed(self) -> int:
+        """Assignments routed."""
+        return sum(self.loads.tolist())
+
+    @property
+    def num_processed(self) -> int:
+        """Assignments processed, after drops."""
+        return sum(self.rank_load.tolist())
+
+    @property
     def num_tokens(self) -> float:
         """Tokens of the global batch."""
-        return float(self.counts.sum()) / self.top_k
+        return self.num_routed / self.top_k
+
+    def with_aux_loss(self, aux_loss: float) -> LayerStep:
+        """The same step with another loss."""
+        return LayerStep(
+            self.name, self.counts, self.rank_load, aux_loss, self.placement, self.next_placement, self.top_k
+        )
 
     def facts_of(self, rank: int) -> NDArray[np.float64]:
         """``[E + 1 + s]`` what other expert groups must know of a rank of this one: counts, load, next slots."""
@@ -70,8 +87,7 @@ class LayerStep:
     @property
     def survival(self) -> float:
         """Assignments processed per assignment routed; 1.0 where nothing was routed."""
-        routed = self.counts.sum()
-        return float(self.rank_load.sum() / routed) if routed else 1.0
+        return self.num_processed / self.num_routed if self.num_routed else 1.0
 
     @property
     def rank_imbalance(self) -> float:
@@ -101,5 +117,7 @@ class Step:
 
 def imbalance(load: IntArray) -> float:
     """``max / mean``, 1.0 for an even load and for none at all."""
-    mean = np.mean(load)
-    return float(np.max(load) / mean) if mean > 0 else 1.0
+    # A dozen numbers: reductions of arrays would take several times longer.
+    values = load.tolist()
+    mean = sum(values) / len(values)
+    return max(values) / mean if mean > 0 else 1.0

@@ -1,7 +1,8 @@
 """The two halves of the ``balanced`` policy: greedy replica counts and heaviest-first packing.
 
 Both are defined by a loop over single replicas (the tests hold that loop); what is here gives the same answer, bit for
-bit, from one operation per *expert*, so that thousands of slots take less than a millisecond.
+bit, from one operation per *expert*, so that thousands of slots take less than a millisecond. A few dozen slots take
+some tens of microseconds: every layer of a step waits for its own, and there arrays cost more than plain numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from lightning_swiftmoe.placement.placement import IntArray
 
 FloatArray = NDArray[np.float64]
 
+FEW_RANKS = 64
+"""Up to here one sorted list of ranks is faster than groups of them (measured with 64 experts)."""
+
 
 def greedy_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
     """``[E]`` replica counts by repeated argmax of ``load / replicas``, ties to the lowest expert.
@@ -28,7 +32,9 @@ def greedy_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
     limit = (rounds + 1) * cluster.num_ranks
     counts = np.full(cluster.num_experts, max(rounds * cluster.num_ranks, 1), dtype=np.int64)
     values = np.asarray(loads, dtype=np.float64)
-    counts = _fill_above_threshold(values, counts, cluster.num_slots, limit)
+    # A threshold leaves up to E replicas to grant one by one: with no more than that it would gain nothing.
+    if cluster.num_slots - int(counts.sum()) > cluster.num_experts:
+        counts = _fill_above_threshold(values, counts, cluster.num_slots, limit)
     return _fill_one_by_one(values, counts, cluster.num_slots, limit)
 
 
@@ -68,21 +74,23 @@ def _num_above(loads: FloatArray, bound: float) -> IntArray:
 
 
 def _fill_one_by_one(loads: FloatArray, counts: IntArray, num_slots: int, limit: int) -> IntArray:
-    counts, left = counts.copy(), num_slots - int(counts.sum())
-    heap = [(-load / count, e) for e, (load, count) in enumerate(zip(loads.tolist(), counts.tolist(), strict=True))]
-    heap = [entry for entry in heap if counts[entry[1]] < limit]
+    left = num_slots - int(counts.sum())
+    if left == 0:
+        return counts
+    load_of, count_of = loads.tolist(), counts.tolist()
+    heap = [(-load / count, e) for e, (load, count) in enumerate(zip(load_of, count_of, strict=True)) if count < limit]
     heapq.heapify(heap)
     while left:
         value, e = heap[0]
         # Without load the lowest expert stays first until it is full.
-        granted = min(left, limit - int(counts[e])) if value == 0 else 1
-        counts[e] += granted
+        granted = min(left, limit - count_of[e]) if value == 0 else 1
+        count_of[e] += granted
         left -= granted
-        if counts[e] == limit:
+        if count_of[e] == limit:
             heapq.heappop(heap)
         else:
-            heapq.heapreplace(heap, (-float(loads[e]) / float(counts[e]), e))
-    return counts
+            heapq.heapreplace(heap, (-load_of[e] / count_of[e], e))
+    return np.array(count_of, dtype=np.int64)
 
 
 def pack_heaviest_first(loads: IntArray, counts: IntArray, cluster: ClusterShape) -> IntArray:
@@ -90,17 +98,51 @@ def pack_heaviest_first(loads: IntArray, counts: IntArray, cluster: ClusterShape
 
     Ties go to the lowest rank.
     """
-    weight = loads / counts
-    order = sorted(range(cluster.num_experts), key=lambda e: (-weight[e], e))
-    pool = _RankPool(cluster)
+    weights = loads / counts
+    order = np.argsort(-weights, kind="stable").tolist()
+    ranks = _FewRanks(cluster) if cluster.num_ranks <= FEW_RANKS else _RankPool(cluster)
+    weight_of, count_of = weights.tolist(), counts.tolist()
     for e in order:
-        pool.place(e, int(counts[e]), float(weight[e]))
-    return pool.table()
+        ranks.place(e, count_of[e], weight_of[e])
+    return ranks.table()
+
+
+class _FewRanks:
+    """Ranks with room, in one list of ``(load, rank)``, ascending. All replicas of an expert weigh the same and go to
+    different ranks, so they take the first of the list.
+    """
+
+    def __init__(self, cluster: ClusterShape) -> None:
+        self._free = [cluster.slots_per_rank] * cluster.num_ranks
+        self._rows: list[list[int]] = [[] for _ in range(cluster.num_ranks)]
+        self._open = [(0.0, rank) for rank in range(cluster.num_ranks)]
+
+    def place(self, expert: int, count: int, weight: float) -> None:
+        taken = self._open[:count]
+        del self._open[:count]
+        for load, rank in taken:
+            self._fill_slot(rank, expert, load + weight)
+        self._open.sort()
+        # Every rank with room hosts the expert already: one by one, to the least loaded.
+        for _ in range(count - len(taken)):
+            load, rank = self._open.pop(0)
+            self._fill_slot(rank, expert, load + weight)
+            self._open.sort()
+
+    def _fill_slot(self, rank: int, expert: int, load: float) -> None:
+        """``rank`` takes ``expert`` and then has ``load``; the list is no longer in order."""
+        self._rows[rank].append(expert)
+        self._free[rank] -= 1
+        if self._free[rank]:
+            self._open.append((load, rank))
+
+    def table(self) -> IntArray:
+        return np.array([sorted(row) for row in self._rows], dtype=np.int64)
 
 
 class _RankPool:
-    """Ranks with room, in groups of equal load. All replicas of an expert weigh the same and go to different ranks, so
-    they take the first ranks of the first groups: one slice per group instead of one search per replica.
+    """What ``_FewRanks`` is, for thousands: ranks with room in groups of equal load. The replicas of an expert take the
+    first ranks of the first groups: one slice per group instead of one search per replica.
     """
 
     def __init__(self, cluster: ClusterShape) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,25 +19,35 @@ class Placement:
         table: ``[N, s]`` integers; ``table[j, i]`` is the expert in slot ``i`` of rank ``j``.
         num_experts: logical experts ``E`` of the layer.
 
+    Attributes:
+        replicas: ``[E]`` slots that hold each expert; they add up to ``N * s``.
+
     Raises:
         ValueError: not a two-dimensional integer table, an expert outside ``0 .. E-1``, or an expert without a slot.
     """
 
     table: IntArray
     num_experts: int
+    replicas: IntArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         table = np.array(self.table, dtype=np.int64 if np.size(self.table) else None)
-        if table.ndim != 2 or table.size == 0 or not np.array_equal(table, np.asarray(self.table)):
+        if table.ndim != 2 or table.size == 0 or not self._is_exact(table):
             raise ValueError(f"a placement is an [N, s] table of expert numbers, got {self.table!r}")
-        outside = table[(table < 0) | (table >= self.num_experts)]
-        if outside.size:
-            raise ValueError(f"slots hold experts 0 .. {self.num_experts - 1}, got {sorted(set(outside.tolist()))}")
-        missing = np.flatnonzero(np.bincount(table.ravel(), minlength=self.num_experts) == 0)
-        if missing.size:
-            raise ValueError(f"every expert needs a slot; these have none: {missing.tolist()}")
-        table.setflags(write=False)
-        object.__setattr__(self, "table", table)
+        is_outside = (table < 0) | (table >= self.num_experts)
+        if np.count_nonzero(is_outside):
+            outside = sorted(set(table[is_outside].tolist()))
+            raise ValueError(f"slots hold experts 0 .. {self.num_experts - 1}, got {outside}")
+        replicas = np.bincount(table.ravel(), minlength=self.num_experts)
+        if np.count_nonzero(replicas) < self.num_experts:
+            raise ValueError(f"every expert needs a slot; these have none: {np.flatnonzero(replicas == 0).tolist()}")
+        object.__setattr__(self, "table", _frozen(table))
+        object.__setattr__(self, "replicas", _frozen(replicas))
+
+    def _is_exact(self, table: IntArray) -> bool:
+        """Whether ``table`` holds what was given, not numbers rounded down."""
+        given = np.asarray(self.table)
+        return given.dtype == np.int64 or np.array_equal(table, given)
 
     @classmethod
     def contiguous(cls, replicas: ArrayLike, slots_per_rank: int) -> Placement:
@@ -59,17 +69,22 @@ class Placement:
         """Slots ``s`` of one rank."""
         return self.table.shape[1]
 
+    def is_contiguous_with(self, replicas: IntArray, slots_per_rank: int) -> bool:
+        """Whether ``contiguous(replicas, slots_per_rank)`` would be equal to this placement."""
+        return slots_per_rank == self.slots_per_rank and np.array_equal(replicas, self.replicas) and self._is_sorted
+
     @cached_property
-    def replicas(self) -> IntArray:
-        """``[E]`` slots that hold each expert; they add up to ``N * s``."""
-        return _frozen(np.bincount(self.table.ravel(), minlength=self.num_experts))
+    def _is_sorted(self) -> bool:
+        slots = self.table.ravel()
+        return not np.count_nonzero(slots[1:] < slots[:-1])
 
     @cached_property
     def multiplicity(self) -> IntArray:
         """``[N, E]`` slots of rank ``j`` that hold expert ``e``."""
-        counts = np.zeros((self.num_ranks, self.num_experts), dtype=np.int64)
-        np.add.at(counts, (np.arange(self.num_ranks)[:, None], self.table), 1)
-        return _frozen(counts)
+        first_of_rank = np.arange(0, self.num_ranks * self.num_experts, self.num_experts)
+        pairs = self.table + first_of_rank[:, None]
+        counts = np.bincount(pairs.ravel(), minlength=self.num_ranks * self.num_experts)
+        return _frozen(counts.reshape(self.num_ranks, self.num_experts))
 
     @cached_property
     def _residents(self) -> tuple[IntArray, ...]:
@@ -90,7 +105,7 @@ class Placement:
 
     def moved_from(self, previous: Placement) -> int:
         """Residents here that were not resident on the same rank before: weights that reach a new rank."""
-        return int(((self.multiplicity > 0) & (previous.multiplicity == 0)).sum())
+        return int(np.count_nonzero((self.multiplicity > 0) & (previous.multiplicity == 0)))
 
     def same_residents(self, other: Placement) -> bool:
         """Whether every rank holds as many of each expert: the order of its slots changes nothing."""

@@ -6,6 +6,7 @@ no clock, no global random state, ties broken towards the lowest index.
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.cluster import ClusterShape
-from lightning_swiftmoe.placement.greedy import greedy_replicas, pack_heaviest_first
+from lightning_swiftmoe.placement.greedy import FloatArray, greedy_replicas, pack_heaviest_first
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
 
@@ -48,9 +49,12 @@ def uniform(cluster: ClusterShape) -> Placement:
 
 def proportional(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
     """Replicas in proportion to the load, laid out contiguously (SwiftMoE, Algorithm 1)."""
-    if loads.sum() == 0:
+    if not np.count_nonzero(loads):
         return previous
-    return Placement.contiguous(proportional_replicas(loads, cluster), cluster.slots_per_rank)
+    counts = proportional_replicas(loads, cluster)
+    if previous.is_contiguous_with(counts, cluster.slots_per_rank):
+        return previous
+    return Placement.contiguous(counts, cluster.slots_per_rank)
 
 
 def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
@@ -59,18 +63,33 @@ def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
     The loads must not be all zero; ``ClusterShape`` guarantees ``N * s >= E``, without which the repair never ends.
     """
     goal = loads / loads.sum() * cluster.num_slots
-    counts = np.floor(np.maximum(goal, 1)).astype(np.int64)
+    counts = np.maximum(goal, 1.0).astype(np.int64)
     diff = counts - goal
-    while counts.sum() > cluster.num_slots:
-        e = int(np.argmax(diff))
-        if counts[e] > 1:
-            counts[e] -= 1
-        diff[e] -= 1
-    while counts.sum() < cluster.num_slots:
-        e = int(np.argmin(diff))
-        counts[e] += 1
-        diff[e] += 1
+    missing = cluster.num_slots - int(counts.sum())
+    if missing > 0:
+        # Nobody gets two: a rounded count is short by less than one, so more experts than are missing are short.
+        shortest = np.argsort(diff, kind="stable")[:missing]
+        counts[shortest] += 1
+    if missing < 0:
+        _take_back(counts, diff, -missing)
     return counts
+
+
+def _take_back(counts: IntArray, diff: FloatArray, surplus: int) -> None:
+    """Lower ``counts [E]`` by ``surplus`` in all, each time where ``count - goal`` is largest, the lowest such expert.
+
+    The algorithm also picks experts that have one replica and keep it; nobody else sees that, so they are left out.
+    """
+    givers = np.flatnonzero(counts > 1)
+    heap = list(zip((-diff[givers]).tolist(), givers.tolist(), strict=True))
+    heapq.heapify(heap)
+    for _ in range(surplus):
+        value, expert = heap[0]
+        counts[expert] -= 1
+        if counts[expert] > 1:
+            heapq.heapreplace(heap, (value + 1, expert))
+        else:
+            heapq.heappop(heap)
 
 
 def balanced(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Placement:
@@ -79,7 +98,7 @@ def balanced(loads: IntArray, cluster: ClusterShape, previous: Placement) -> Pla
     Counts as in EPLB (deepseek-ai/EPLB): the next replica goes to the expert with the largest load per replica.
     Packing: the heaviest replica goes to the least loaded rank with a free slot that does not host the expert yet.
     """
-    if loads.sum() == 0:
+    if not np.count_nonzero(loads):
         return previous
     counts = greedy_replicas(loads, cluster)
     return Placement(pack_heaviest_first(loads, counts, cluster), cluster.num_experts)
@@ -164,7 +183,7 @@ def next_placement(
         ValueError: loads that are not ``[E]`` counts, or a result that is no placement of this cluster's shape.
     """
     loads = np.asarray(loads)
-    if loads.shape != (cluster.num_experts,) or (loads < 0).any():
+    if loads.shape != (cluster.num_experts,) or np.count_nonzero(loads < 0):
         raise ValueError(f"loads must be {cluster.num_experts} counts, got {loads!r}")
     result = policy(loads, cluster, previous)
     name = getattr(policy, "__name__", type(policy).__name__)

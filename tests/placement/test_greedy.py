@@ -8,7 +8,7 @@ import pytest
 
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement import get_policy, uniform
-from lightning_swiftmoe.placement.greedy import greedy_replicas, pack_heaviest_first
+from lightning_swiftmoe.placement.greedy import FEW_RANKS, greedy_replicas, pack_heaviest_first
 
 
 def one_replica_at_a_time(loads, cluster):
@@ -60,17 +60,30 @@ def some_loads(kind, num_experts, rng):
     return rng.integers(0, 10**6, num_experts)
 
 
+@pytest.mark.parametrize(("first_ranks", "last_ranks", "cases"), [(1, 19, 250), (FEW_RANKS - 4, FEW_RANKS + 20, 25)])
 @pytest.mark.parametrize("kind", ["ties", "one_hot", "zipf", "uniform"])
-def test_same_counts_and_tables_as_the_loops(kind):
+def test_same_counts_and_tables_as_the_loops(kind, first_ranks, last_ranks, cases):
     rng = np.random.default_rng(len(kind))
-    for _ in range(250):
-        num_ranks, slots = (int(x) for x in rng.integers(1, [20, 9]))
+    for _ in range(cases):
+        num_ranks, slots = (int(x) for x in rng.integers([first_ranks, 1], [last_ranks + 1, 9]))
         cluster = ClusterShape(num_ranks, slots, int(rng.integers(1, num_ranks * slots + 1)))
         loads = some_loads(kind, cluster.num_experts, rng)
         counts = greedy_replicas(loads, cluster)
         assert counts.tolist() == one_replica_at_a_time(loads, cluster).tolist(), (cluster, loads)
         table = pack_heaviest_first(loads, counts, cluster)
         assert table.tolist() == one_search_per_replica(loads, counts, cluster).tolist(), (cluster, loads)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 8, 16), (8, 16, 64), (4, 16, 5)])
+def test_same_where_ranks_have_many_slots(shape):
+    # As many slots as experts or more: replicas are granted in whole rounds, and what is left one by one.
+    cluster, rng = ClusterShape(*shape), np.random.default_rng(0)
+    for _ in range(50):
+        loads = rng.multinomial(4096, rng.dirichlet(np.ones(cluster.num_experts)))
+        counts = greedy_replicas(loads, cluster)
+        assert counts.tolist() == one_replica_at_a_time(loads, cluster).tolist(), loads
+        table = pack_heaviest_first(loads, counts, cluster)
+        assert table.tolist() == one_search_per_replica(loads, counts, cluster).tolist(), loads
 
 
 @pytest.mark.parametrize("kind", ["ties", "one_hot", "zipf", "uniform"])

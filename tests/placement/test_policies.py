@@ -41,10 +41,50 @@ def test_algorithm_1_by_hand():
     assert counts.tolist() == [5, 1, 1, 1]
 
 
+def algorithm_1(loads, cluster):
+    """As it is published: a search for every replica, also of experts that have one and keep it."""
+    goal = loads / loads.sum() * cluster.num_slots
+    counts = np.floor(np.maximum(goal, 1)).astype(np.int64)
+    diff = counts - goal
+    while counts.sum() > cluster.num_slots:
+        e = int(np.argmax(diff))
+        if counts[e] > 1:
+            counts[e] -= 1
+        diff[e] -= 1
+    while counts.sum() < cluster.num_slots:
+        e = int(np.argmin(diff))
+        counts[e] += 1
+        diff[e] += 1
+    return counts
+
+
+@pytest.mark.parametrize("largest", [3, 10**6])
+@pytest.mark.parametrize("skew", [0, 1, 4])
+def test_same_counts_as_algorithm_1(skew, largest):
+    rng = np.random.default_rng(skew)
+    for _ in range(400):
+        num_ranks, slots = (int(x) for x in rng.integers(1, [20, 9]))
+        cluster = ClusterShape(num_ranks, slots, int(rng.integers(1, num_ranks * slots + 1)))
+        shares = rng.uniform(size=cluster.num_experts) ** skew
+        loads = np.ceil(largest * shares).astype(np.int64) * rng.integers(0, 2, cluster.num_experts)
+        loads[rng.integers(cluster.num_experts)] += 1
+        counts = proportional_replicas(loads, cluster)
+        assert counts.tolist() == algorithm_1(loads, cluster).tolist(), (cluster, loads)
+
+
 def test_proportional_is_contiguous():
     cluster = ClusterShape(4, 2, 3)
     placement = get_policy("proportional")(np.array([500, 250, 250]), cluster, uniform(cluster))
     assert placement.table.tolist() == [[0, 0], [0, 0], [1, 1], [2, 2]]
+
+
+def test_proportional_keeps_what_is_right_already():
+    cluster, loads = ClusterShape(4, 2, 3), np.array([500, 250, 250])
+    policy = get_policy("proportional")
+    placement = policy(loads, cluster, uniform(cluster))
+    assert policy(loads, cluster, placement) is placement
+    turned = Placement(placement.table[::-1], 3)  # as many replicas of each expert
+    assert policy(loads, cluster, turned) == placement
 
 
 def test_greedy_counts_minimise_the_largest_share():

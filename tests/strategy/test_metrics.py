@@ -1,0 +1,49 @@
+"""What is logged of a step, against torchmetrics and loops over its layers."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics import MeanMetric
+
+from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.metrics import load_metrics
+from lightning_swiftmoe.placement import RandomPolicy, uniform
+from lightning_swiftmoe.step import LayerStep
+
+
+def some_layer(rng, num_ranks, num_experts, largest):
+    cluster = ClusterShape(num_ranks, 2 * num_experts, num_experts)
+    counts = rng.integers(0, largest, (num_ranks, num_experts))
+    before = uniform(cluster)
+    after = RandomPolicy()(counts.sum(axis=0), cluster, before)
+    return LayerStep("a", counts, counts.sum(axis=1) // 2, 0.5, before, after, top_k=2)
+
+
+def mean_over_layers(values):
+    metric = MeanMetric()
+    metric.update(torch.tensor(values))
+    return metric.compute().item()
+
+
+def imbalance(loads):
+    return float(np.max(loads) / np.mean(loads)) if np.sum(loads) else 1.0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 12, 61])
+@pytest.mark.parametrize("largest", [1, 3, 10**9])
+def test_to_the_last_digit(num_layers, largest):
+    rng = np.random.default_rng(num_layers)
+    layers = [some_layer(rng, int(rng.integers(1, 9)), int(rng.integers(1, 65)), largest) for _ in range(num_layers)]
+    got = load_metrics(layers)
+    routed = sum(int(layer.counts.sum()) for layer in layers)
+    processed = sum(int(layer.rank_load.sum()) for layer in layers)
+    moved = 0
+    for layer in layers:
+        pairs = zip(layer.next_placement.table.tolist(), layer.placement.table.tolist(), strict=True)
+        moved += sum(len(set(new) - set(old)) for new, old in pairs)
+    assert got == {
+        "moe/expert_imbalance": mean_over_layers([imbalance(layer.counts.sum(axis=0)) for layer in layers]),
+        "moe/rank_imbalance": mean_over_layers([imbalance(layer.rank_load) for layer in layers]),
+        "moe/replicas_moved": moved,
+        "moe/token_survival": processed / routed if routed else 1.0,
+    }
