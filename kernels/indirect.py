@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
 
-MOST_TENSORS = 3  # that `point` takes at once
+MOST_TENSORS = 4  # that `point` takes at once
 MOST_COPIES = 3
 
 
@@ -51,7 +51,7 @@ def point(cells: Tensor, tensors: Sequence[Tensor], copies: Sequence[tuple[Tenso
 
     Args:
         cells: `[C]` int64 on the device.
-        tensors: at most C and 3, contiguous, on 16-byte boundaries. The caller holds them until kernels are done.
+        tensors: at most C and 4, contiguous, on 16-byte boundaries. The caller holds them until kernels are done.
         copies: at most 3 pairs, what to copy and where to; contiguous, of the same dtype and size.
 
     Raises:

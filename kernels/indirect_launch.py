@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels import indirect_triton
+from lightning_swiftmoe.kernels.indirect import MOST_COPIES, MOST_TENSORS
 from lightning_swiftmoe.kernels.launch import Launcher
 
 _BLOCK = 1024  # elements copied by one program
@@ -19,9 +20,9 @@ def point(cells: Tensor, tensors: Sequence[Tensor], copies: Sequence[tuple[Tenso
     """`indirect.point`."""
     # An empty tensor may be nowhere, and a small number would be of another type.
     addresses = [tensor.data_ptr() or cells.data_ptr() for tensor in tensors]
-    missing = [0] * (3 - len(addresses))
+    missing = [0] * (MOST_TENSORS - len(addresses))
     triples: list[tuple[Any, Any, int]] = [(source, target, source.numel()) for source, target in copies]
-    triples += [_NOTHING] * (3 - len(triples))
+    triples += [_NOTHING] * (MOST_COPIES - len(triples))
     most = max(size for _, _, size in triples)
     _point(
         (max(triton.cdiv(most, _BLOCK), 1), 1, 1),

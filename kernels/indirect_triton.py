@@ -22,9 +22,9 @@ def _copy(source, target, size, BLOCK: tl.constexpr):
     tl.store(target + at, tl.load(source + at, mask=at < size), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["address_0", "address_1", "address_2", "size_0", "size_1", "size_2"])
+@triton.jit(do_not_specialize=["address_0", "address_1", "address_2", "address_3", "size_0", "size_1", "size_2"])
 def point_kernel(
-    cells, address_0, address_1, address_2, source_0, target_0, size_0, source_1, target_1, size_1,
+    cells, address_0, address_1, address_2, address_3, source_0, target_0, size_0, source_1, target_1, size_1,
     source_2, target_2, size_2, NUM_TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`cells[i]` becomes address i, and every target its source, which may be None."""
@@ -35,6 +35,8 @@ def point_kernel(
             tl.store(cells + 1, address_1.to(tl.int64))
         if NUM_TENSORS > 2:
             tl.store(cells + 2, address_2.to(tl.int64))
+        if NUM_TENSORS > 3:
+            tl.store(cells + 3, address_3.to(tl.int64))
     if source_0 is not None:
         _copy(source_0, target_0, size_0, BLOCK)
     if source_1 is not None:

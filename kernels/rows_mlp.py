@@ -110,7 +110,7 @@ def _sum_partials(partials: Tensor, layout: RowLayout) -> Tensor:
 
 def weight_gradients(
     grad_rows: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     hidden: HiddenGradients,
     layout: RowLayout,
     path: str,
@@ -119,16 +119,21 @@ def weight_gradients(
     out_up: Tensor | None = None,
     out_down: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The half of the backward that can run while gradients of rows travel: `[R, H, d]` and `[R, d, h]`."""
-    num_residents, width = layout.ends.shape[0], rows.shape[1]
-    _check_rows("rows", rows, layout, width)
-    _check_out("out_grad_up", out_up, (num_residents, hidden.grad_pre.shape[1], width), rows)
-    _check_out("out_grad_down", out_down, (num_residents, width, hidden.scaled_hidden.shape[1]), rows)
+    """The half of the backward that can run while gradients of rows travel: `[R, H, d]` and `[R, d, h]`.
+
+    Rows may be None where the first is not wanted.
+    """
+    num_residents, width = layout.ends.shape[0], grad_rows.shape[1]
+    _check_rows("grad_rows", grad_rows, layout, width)
+    _check_out("out_grad_up", out_up, (num_residents, hidden.grad_pre.shape[1], width), grad_rows)
+    _check_out("out_grad_down", out_down, (num_residents, width, hidden.scaled_hidden.shape[1]), grad_rows)
     gemm = gemms(path)
     grad_up = grad_down = None
     if wanted_down:
         grad_down = gemm.weight_gemm(grad_rows, hidden.scaled_hidden, layout, in_token_order="left", out=out_down)
     if wanted_up:
+        assert rows is not None
+        _check_rows("rows", rows, layout, width)
         grad_up = gemm.weight_gemm(hidden.grad_pre, rows, layout, in_token_order="right", out=out_up)
     return grad_up, grad_down
 

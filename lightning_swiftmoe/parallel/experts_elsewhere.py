@@ -61,10 +61,9 @@ class ExpertsElsewhere(torch.autograd.Function):
 
         def compute(x: OfTokens, weights: OfTokens, y: OfTokens) -> tuple[Tensor, ...]:
             rows_PD, row_weights_P = trip.to_hosts(x, weights)
-            assert row_weights_P is not None
             if keeps:
-                # What arrived is in a buffer that the next layers use again.
-                rows_PD, row_weights_P = rows_PD.clone(), row_weights_P.clone()
+                # What arrived may be in a buffer that the next layers use again.
+                row_weights_P = row_weights_P.clone()
             out = trip.result_buffer(rows_PD)
             done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out)
             trip.offer(done_PD)
@@ -76,22 +75,26 @@ class ExpertsElsewhere(torch.autograd.Function):
             tokens_TD = x_TD.contiguous()
             y_TD = torch.empty_like(tokens_TD)
             rows_PD, row_weights_P, pre = trip.travel("forward", key, compute, tokens_TD, weights_TK.contiguous(), y_TD)
-        ctx.save_for_backward(rows_PD, row_weights_P, up, down, pre)
+        kept = tokens_TD if trip.resends_tokens else rows_PD
+        ctx.save_for_backward(kept, row_weights_P, up, down, pre)
         ctx.path, ctx.weights = path, (weights_TK.shape, weights_TK.dtype)
         return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows_PD, row_weights_P, up, down, pre = ctx.saved_tensors
+        kept, row_weights_P, up, down, pre = ctx.saved_tensors
         trip, path, activation, sink = ctx.trip, ctx.path, ctx.activation, ctx.sink
         _, _, wants_up, wants_down, *_ = ctx.needs_input_grad
         # Unless the graph is kept for another backward, nobody needs the pre-activations any more.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         out_up, out_down = sink.memory()
 
-        def compute(grad_y: OfTokens, grad_x: OfTokens, grad_weights: OfTokens) -> tuple[Tensor | None, ...]:
-            grad_PD, _ = trip.to_hosts(grad_y)
+        def compute(
+            grad_y: OfTokens, grad_x: OfTokens, grad_weights: OfTokens, tokens: OfTokens | None = None
+        ) -> tuple[Tensor | None, ...]:
+            grad_PD, again_PD = trip.gradients_to_hosts(grad_y, tokens)
+            rows_PD = again_PD if trip.resends_tokens else kept
             out = trip.result_buffer(grad_PD)
             grad_rows, grad_row_weights, hidden = input_gradients(
                 grad_PD, row_weights_P, up, down, pre, trip.layout, activation, path, is_last, out=out
@@ -107,16 +110,19 @@ class ExpertsElsewhere(torch.autograd.Function):
             return grads
 
         with on_device(grad_y):
-            tokens_TD = grad_y.contiguous()
-            grad_x = torch.empty_like(tokens_TD)
+            grads_TD = grad_y.contiguous()
+            grad_x = torch.empty_like(grads_TD)
             shape, dtype = ctx.weights
             grad_weights = grad_y.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-            key = None
-            if sink.is_empty and runs_without_host(path):
-                memory = [tensor for tensor in (out_up, out_down) if tensor is not None]
-                where = identity(rows_PD, row_weights_P, up, down, pre, *memory)
-                key = where, path, is_last, wants_up, wants_down
-            grad_up, grad_down = trip.travel("backward", key, compute, tokens_TD, grad_x, grad_weights)
+            tensors = [grads_TD, grad_x, grad_weights]
+            fixed = [row_weights_P, up, down, pre, *(memory for memory in (out_up, out_down) if memory is not None)]
+            if trip.resends_tokens and wants_up:
+                tensors.append(kept)
+            else:
+                fixed.append(kept)
+            may_record = sink.is_empty and runs_without_host(path)
+            key = (identity(*fixed), path, is_last, wants_up, wants_down) if may_record else None
+            grad_up, grad_down = trip.travel("backward", key, compute, *tensors)
             sink.take(grad_up, grad_down)
         if is_last:
             trip.end()

@@ -113,14 +113,14 @@ class NcclTrip(RowTrip):
         inverse = plan.inverse[: sum(recv)].view(-1, 1)
         self._arrival = Address(torch.zeros_like(inverse), inverse)
 
-    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens) -> tuple[Tensor, Tensor]:
         """See ``RowTrip``."""
-        assert isinstance(tokens_TD, Tensor)
-        packed = pack_rows(tokens_TD, self._address, sum(self._sizes.send), self.dtype)
-        arrived = self._communicator.all_to_all(packed, self._sizes.send, self._sizes.recv, "dispatch", self._name)
-        rows = pack_rows(arrived, self._arrival, self._sizes.rows)
-        clear_padding(rows, self._plan.starts, self._plan.ends)
-        return rows, self._weights_to_hosts(weights_TK) if isinstance(weights_TK, Tensor) else None
+        assert isinstance(weights_TK, Tensor)
+        return self._rows_to_hosts(tokens_TD), self._weights_to_hosts(weights_TK)
+
+    def gradients_to_hosts(self, grads_TD: OfTokens, tokens_TD: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+        """See ``RowTrip``."""
+        return self._rows_to_hosts(grads_TD), None if tokens_TD is None else self._rows_to_hosts(tokens_TD)
 
     def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
         """See ``RowTrip``: they are sent by ``to_tokens``."""
@@ -147,6 +147,14 @@ class NcclTrip(RowTrip):
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """See ``RowTrip``: rows are packed on their way anyway."""
         return None
+
+    def _rows_to_hosts(self, tokens_TD: OfTokens) -> Tensor:
+        assert isinstance(tokens_TD, Tensor)
+        packed = pack_rows(tokens_TD, self._address, sum(self._sizes.send), self.dtype)
+        arrived = self._communicator.all_to_all(packed, self._sizes.send, self._sizes.recv, "dispatch", self._name)
+        rows = pack_rows(arrived, self._arrival, self._sizes.rows)
+        clear_padding(rows, self._plan.starts, self._plan.ends)
+        return rows
 
     def _weights_to_hosts(self, weights_TK: Tensor) -> Tensor:
         numbers = weights_TK.flatten().to(torch.promote_types(weights_TK.dtype, torch.float32))

@@ -32,14 +32,15 @@ Way: TypeAlias = Literal["forward", "backward"]
 class RowTrip(ABC):
     """The way of one batch of tokens to the hosts of their experts and back. It may be taken again.
 
-    ``travel`` runs work that calls ``to_hosts``, ``offer`` and ``to_tokens`` in this order; what the attributes say is
-    known from the first ``to_hosts`` on.
+    ``travel`` runs work that calls ``to_hosts`` or ``gradients_to_hosts``, ``offer`` and ``to_tokens`` in this order;
+    what the attributes say is known from then on.
 
     Attributes:
         layout: where the rows that arrive here stand.
         counts: ``[N, E]`` int64, what all ranks routed.
         rank_load: ``[N]`` int64, assignments that every rank processes.
         dtype: of the rows that travel.
+        resends_tokens: whether tokens travel once more in a backward rather than wait here for it.
         has_ended: whether nobody will use the trip again, nor what its travels gave.
     """
 
@@ -47,6 +48,7 @@ class RowTrip(ABC):
     counts: Tensor
     rank_load: Tensor
     dtype: torch.dtype
+    resends_tokens: bool = False
     has_ended: bool = False
 
     def travel(self, way: Way, key: Hashable, work: Callable[..., T], *tensors: Tensor) -> T:
@@ -56,23 +58,31 @@ class RowTrip(ABC):
             way: of the rows of tokens, or of their gradients.
             key: all that the launches of ``work`` depend on beside the trip and the shapes and dtypes of ``tensors``;
                 None: they cannot be recorded.
-            work: launches kernels; it hands what it is given to ``to_hosts`` and ``to_tokens`` only.
+            work: launches kernels; it hands what it is given to the methods below only.
             tensors: of this rank's tokens, contiguous and on 16-byte boundaries: other ones on every step.
         """
         return work(*tensors)
 
     @abstractmethod
-    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens) -> tuple[Tensor, Tensor]:
         """Each token's row, as ``dtype``, to the host of each of its experts.
 
         Args:
             tokens_TD: what travels.
-            weights_TK: a number for each assignment that travels along, or None.
+            weights_TK: a number for each assignment that travels along.
 
         Returns:
             ``[P, D]`` what arrives here, zeros in the padding, and the numbers in fp32 at least, ``[P]``, anything in
-            the padding. Both are to be used up before the second call from now, of whatever trip, and those that
-            came with numbers before ``offer``.
+            the padding. Both are to be used up before ``offer``, but rows stay where tokens are not sent again.
+        """
+
+    @abstractmethod
+    def gradients_to_hosts(self, grads_TD: OfTokens, tokens_TD: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+        """Gradients the way that their tokens took, and the tokens once more, if they are given.
+
+        Returns:
+            ``[P, D]`` gradients and tokens that arrive here, zeros in the padding. Both are to be used up before the
+            second call from now, of whatever trip.
         """
 
     @abstractmethod

@@ -3,7 +3,9 @@
 Tokens are written to their padded, expert-ordered place at the host of their expert, and results are read from there.
 One set of buffers serves all layers of a width; barriers on the device keep one layer's rows apart from the next's.
 There is one after rows are written, and one after results are. What arrived in a forward is used up before the second;
-what arrived in a backward is used until the layer's end, so that the next trip takes the other of two buffers.
+what arrived in a backward is used until the layer's end, so that the next trip takes the other of two buffers. Tokens
+do not wait for the backward where they were computed with: they are written there once more, which takes less time than
+their memory is worth.
 
 In training every layer has fixed memory for its plan, and each way, from the counts to the results, is one CUDA graph.
 It finds this step's tokens by addresses in device memory, see ``indirect``.
@@ -56,6 +58,7 @@ class _Buffers:
     """For rows of one width and dtype."""
 
     arriving: tuple[SharedTensor, SharedTensor]  # [P, D]
+    again: tuple[SharedTensor, SharedTensor]  # [P, D]: tokens in a backward
     results: SharedTensor  # [P, D]
     weights: SharedTensor  # [P] fp32: gate weights of arriving rows
     scalars: SharedTensor  # [P] fp32: gradients of gate weights
@@ -191,13 +194,13 @@ class SymmetricRows(RowExchange):
             desk.serve(trip)
         return trip
 
-    def arriving_buffer(self, trip: SymmetricTrip, *, backward: bool) -> SharedTensor:
-        """Where the rows of a trip arrive next, once all ranks have used up what was there."""
-        number = trip.desk.number % 2 if backward else _FORWARD
+    def next_buffer(self, trip: SymmetricTrip, way: Way) -> int:
+        """Number of the buffers in which the rows of a trip arrive next, once all ranks have used up what was there."""
+        number = trip.desk.number % 2 if way == "backward" else _FORWARD
         if number == self._still_read:
             self.memory.barrier(Channel.ROWS)
-        self._still_read = number if backward else None
-        return trip.buffers.arriving[number]
+        self._still_read = number if way == "backward" else None
+        return number
 
     def _desk_of(self, name: str) -> _Desk:
         if name not in self._desks:
@@ -218,6 +221,7 @@ class SymmetricRows(RowExchange):
         if known is None or known.results.local.shape[0] < rows:
             shape = (rows, width)
             self._buffers[key] = _Buffers(
+                (self.memory.empty(shape, dtype), self.memory.empty(shape, dtype)),
                 (self.memory.empty(shape, dtype), self.memory.empty(shape, dtype)),
                 self.memory.empty(shape, dtype),
                 self.memory.empty((rows,), torch.float32),
@@ -242,6 +246,8 @@ class SymmetricTrip(RowTrip):
         name: of the layer.
         fixed: whether inputs and plan stand in the desk's memory.
     """
+
+    resends_tokens = True
 
     def __init__(
         self,
@@ -269,12 +275,12 @@ class SymmetricTrip(RowTrip):
         self._name = name
         self._fixed = fixed
         self._planned: _Planned | None = None
-        self._arriving = buffers.arriving[_FORWARD]
+        self._buffer = _FORWARD
 
     def travel(self, way: Way, key: Hashable, work: Callable[..., T], *tensors: Tensor) -> T:
         """See ``RowTrip``."""
         is_first = self._planned is None
-        self._arriving = self._exchange.arriving_buffer(self, backward=way == "backward")
+        self._buffer = self._exchange.next_buffer(self, way)
         given = [aligned(tensor) for tensor in tensors]
         point(self._inputs.cells, given, self._routed_copies())
 
@@ -292,15 +298,33 @@ class SymmetricTrip(RowTrip):
         self._exchange.communicator.watch(f"{way} token", self._name)
         return result
 
-    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+    def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens) -> tuple[Tensor, Tensor]:
         """See ``RowTrip``."""
-        plan, address = self._here.plan, self._here.address
-        rows = self._arriving.local[: plan.size.max_rows]
-        clear_padding(rows, plan.starts, plan.ends)
-        places = None if weights_TK is None else self.buffers.weights.peers
-        push_rows(tokens_TD, address, self._arriving.peers, weights_TK, places, self.dtype)
+        rows_PD = self._push(tokens_TD, self.buffers.arriving, weights_TK)
         self._exchange.memory.barrier(Channel.ROWS)
-        return rows, None if weights_TK is None else self.buffers.weights.local[: plan.size.max_rows]
+        return rows_PD, self.buffers.weights.local[: rows_PD.shape[0]]
+
+    def gradients_to_hosts(self, grads_TD: OfTokens, tokens_TD: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
+        """See ``RowTrip``."""
+        grads_PD = self._push(grads_TD, self.buffers.arriving)
+        rows_PD = None if tokens_TD is None else self._push(tokens_TD, self.buffers.again)
+        self._exchange.memory.barrier(Channel.ROWS)
+        return grads_PD, rows_PD
+
+    def _push(
+        self,
+        tokens_TD: OfTokens,
+        buffers: tuple[SharedTensor, SharedTensor],
+        weights_TK: OfTokens | None = None,
+    ) -> Tensor:
+        """Start rows on their way; gives those that will be here after the barrier."""
+        plan, address = self._here.plan, self._here.address
+        buffer = buffers[self._buffer]
+        rows_PD = buffer.local[: plan.size.max_rows]
+        clear_padding(rows_PD, plan.starts, plan.ends)
+        places = None if weights_TK is None else self.buffers.weights.peers
+        push_rows(tokens_TD, address, buffer.peers, weights_TK, places, self.dtype)
+        return rows_PD
 
     def offer(self, rows_PD: Tensor, scalars_P: Tensor | None = None) -> None:
         """See ``RowTrip``."""
@@ -365,11 +389,9 @@ class SymmetricTrip(RowTrip):
 
     def _key(self, key: Hashable, given: list[Tensor]) -> Hashable:
         """All that the launches of a way depend on."""
-        buffers, inputs = self.buffers, self._inputs
-        fixed = identity(
-            inputs.topk_idx, inputs.counts, inputs.tables, inputs.cells, self._all_counts.local, self._arriving.local,
-            buffers.results.local,
-        )  # fmt: skip
+        inputs = self._inputs
+        fixed = identity(inputs.topk_idx, inputs.counts, inputs.tables, inputs.cells, self._all_counts.local)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
         planned = None if self._planned is None else identity(self._planned.facts, self._planned.address.row)
-        return key, fixed, shapes, planned, self._planning
+        # Buffers are made anew all at once.
+        return key, fixed, shapes, planned, self._planning, identity(self.buffers.results.local), self._buffer

@@ -166,6 +166,15 @@ class SelfTaught(Net):
         return super().loss((x, y + predicted / 2))
 
 
+class HalfFrozen(Net):
+    """Gradients of the up projection, for which tokens travel once more, are not wanted."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for moe in self.moes:
+            getattr(moe.experts, moe.experts.up_name).requires_grad_(False)
+
+
 CASES = {
     "plain": {},
     "accumulate": {"trainer": {"accumulate_grad_batches": 2}},
@@ -174,6 +183,7 @@ CASES = {
     "twice": {"module": Twice},
     "growing": {"module": Growing},
     "self_taught": {"module": SelfTaught},
+    "half_frozen": {"module": HalfFrozen},
 }
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
     [
         (2, "plain accumulate swiglu_every_loss"),
         (2, "checkpointed twice"),
-        (2, "growing self_taught"),
+        (2, "growing self_taught half_frozen"),
         (3, "plain"),
     ],
 )

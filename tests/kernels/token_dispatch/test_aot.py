@@ -122,8 +122,8 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (
         indirect_triton.point_kernel,
         {"cells": LONGS, "source_0": LONGS, "target_0": LONGS, "source_1": WIDE, "target_1": WIDE}
-        | dict.fromkeys(("address_0", "address_1", "address_2"), "i64"),
-        {"source_2": None, "target_2": None, "NUM_TENSORS": 3, "BLOCK": 1024},
+        | dict.fromkeys(("address_0", "address_1", "address_2", "address_3"), "i64"),
+        {"source_2": None, "target_2": None, "NUM_TENSORS": 4, "BLOCK": 1024},
         4,
     ),
     (
