@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -145,6 +145,9 @@ class ExpertEngine:
         self._steps = state.steps
         self._loads = state.first_loads(group.count)
         self._everywhere = {layer.name: self._first_everywhere(state, layer) for layer in self.layers}
+        moes = {name: moe for layer in self.layers for name, moe in layer.moes.items()}
+        # For the others even the sum of the loads would be for nothing.
+        self._biased_routers = {name: moe.router for name, moe in moes.items() if moe.router.expert_bias is not None}
         self._moe_loads: dict[str, LayerLoad] = {}
         self._host_loads: HostLoads | None = None
         self._stepped = False
@@ -245,7 +248,7 @@ class ExpertEngine:
 
     def _take_loads(self) -> None:
         """Add up what the layers were asked to do, and start the sums on their way to the host."""
-        new = {name: moe.pop_load() for name, moe in self._moes()}
+        new = {name: moe.pop_load() for layer in self.layers for name, moe in layer.moes.items()}
         if self._host_loads is not None and all(load is None for load in new.values()):
             return
         for layer in self.layers:
@@ -255,15 +258,9 @@ class ExpertEngine:
                 self._moe_loads[name] = load if earlier is None else earlier + load
         self._host_loads = HostLoads(list(self._moe_loads.values()))
 
-    def _moes(self) -> Iterator[tuple[str, MoE]]:
-        for layer in self.layers:
-            yield from layer.moes.items()
-
     def _move_biases(self) -> None:
-        for name, moe in self._moes():
-            # Most routers have none, and the sum is work on the device.
-            if moe.router.expert_bias is not None:
-                moe.router.update_bias(self._moe_loads[name].by_expert)
+        for name, router in self._biased_routers.items():
+            router.update_bias(self._moe_loads[name].by_expert)
 
     def _decide(self, layer: EngineLayer, loads: list[HostLoad]) -> LayerStep:
         load = loads[0]

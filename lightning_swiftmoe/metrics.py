@@ -25,14 +25,13 @@ def load_metrics(layers: Sequence[LayerStep]) -> dict[str, float]:
     """
     routed = sum(layer.num_routed for layer in layers)
     processed = sum(layer.num_processed for layer in layers)
+    of_experts = [layer.expert_imbalance for layer in layers]
+    of_ranks = [layer.rank_imbalance for layer in layers]
+    # In fp32, as torchmetrics has it: logs stay comparable with older ones to the last digit.
+    expert_imbalance, rank_imbalance = torch.tensor([of_experts, of_ranks]).mean(dim=1).tolist()
     return {
-        "moe/expert_imbalance": _mean([layer.expert_imbalance for layer in layers]),
-        "moe/rank_imbalance": _mean([layer.rank_imbalance for layer in layers]),
+        "moe/expert_imbalance": expert_imbalance,
+        "moe/rank_imbalance": rank_imbalance,
         "moe/replicas_moved": float(sum(layer.next_placement.moved_from(layer.placement) for layer in layers)),
         "moe/token_survival": processed / routed if routed else 1.0,
     }
-
-
-def _mean(values: list[float]) -> float:
-    """In fp32, as torchmetrics has it: logs stay comparable with older ones to the last digit."""
-    return torch.tensor(values).mean().item()

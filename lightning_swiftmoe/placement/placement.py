@@ -31,8 +31,10 @@ class Placement:
     replicas: IntArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        table = np.array(self.table, dtype=np.int64 if np.size(self.table) else None)
-        if table.ndim != 2 or table.size == 0 or not self._is_exact(table):
+        given = np.asarray(self.table)
+        table = np.array(self.table, dtype=np.int64 if given.size else None)
+        is_exact = given.dtype == np.int64 or np.array_equal(table, given)
+        if table.ndim != 2 or table.size == 0 or not is_exact:
             raise ValueError(f"a placement is an [N, s] table of expert numbers, got {self.table!r}")
         is_outside = (table < 0) | (table >= self.num_experts)
         if np.count_nonzero(is_outside):
@@ -44,11 +46,6 @@ class Placement:
         object.__setattr__(self, "table", _frozen(table))
         object.__setattr__(self, "replicas", _frozen(replicas))
 
-    def _is_exact(self, table: IntArray) -> bool:
-        """Whether ``table`` holds what was given, not numbers rounded down."""
-        given = np.asarray(self.table)
-        return given.dtype == np.int64 or np.array_equal(table, given)
-
     @classmethod
     def contiguous(cls, replicas: ArrayLike, slots_per_rank: int) -> Placement:
         """Lay experts out one after the other, ``replicas[e]`` slots each.
@@ -56,7 +53,7 @@ class Placement:
         Example: replicas ``[1, 3]`` with two slots per rank give ``[[0, 1], [1, 1]]``.
         """
         counts = np.asarray(replicas, dtype=np.int64)
-        slots = np.repeat(np.arange(counts.size), counts)
+        slots = np.arange(counts.size).repeat(counts)
         return cls(slots.reshape(-1, slots_per_rank), counts.size)
 
     @property
@@ -71,7 +68,9 @@ class Placement:
 
     def is_contiguous_with(self, replicas: IntArray, slots_per_rank: int) -> bool:
         """Whether ``contiguous(replicas, slots_per_rank)`` would be equal to this placement."""
-        return slots_per_rank == self.slots_per_rank and np.array_equal(replicas, self.replicas) and self._is_sorted
+        if slots_per_rank != self.slots_per_rank or replicas.size != self.num_experts:
+            return False
+        return not np.count_nonzero(replicas != self.replicas) and self._is_sorted
 
     @cached_property
     def _is_sorted(self) -> bool:
@@ -105,6 +104,8 @@ class Placement:
 
     def moved_from(self, previous: Placement) -> int:
         """Residents here that were not resident on the same rank before: weights that reach a new rank."""
+        if self is previous:
+            return 0
         return int(np.count_nonzero((self.multiplicity > 0) & (previous.multiplicity == 0)))
 
     def same_residents(self, other: Placement) -> bool:

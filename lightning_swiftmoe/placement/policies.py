@@ -68,7 +68,7 @@ def proportional_replicas(loads: IntArray, cluster: ClusterShape) -> IntArray:
     missing = cluster.num_slots - int(counts.sum())
     if missing > 0:
         # Nobody gets two: a rounded count is short by less than one, so more experts than are missing are short.
-        shortest = np.argsort(diff, kind="stable")[:missing]
+        shortest = diff.argsort(kind="stable")[:missing]
         counts[shortest] += 1
     if missing < 0:
         _take_back(counts, diff, -missing)
