@@ -4,7 +4,12 @@ from __future__ import annotations
 
 # What a kernel's name tells, first match wins.
 CATEGORIES = {
-    "communication": ("nccl", "symm", "nvshmem"),  # ours in symmetric memory say so in their names
+    "communication": (
+        *("nccl", "symm", "nvshmem"),
+        # Ours, through peers' memory.
+        *("push_rows", "pull_rows", "pull_scalars", "push_shards", "pull_shards"),
+        *("barrier_kernel", "arrive_kernel", "wait_kernel", "exchange_counts"),
+    ),
     "attention": (
         *("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
         *("cudnn::fusion", "compute_dot_do_o", "convert_dq"),  # cuDNN's helpers around its own

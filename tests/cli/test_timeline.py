@@ -45,6 +45,26 @@ def test_streams_that_compute_at_once_count_once_where_time_is_asked_for():
     assert found["idle_ms"] == 0
 
 
+def test_copies_within_the_device_are_no_waits():
+    """However long the launch took."""
+    events = [
+        event("cuda_runtime", "cudaMemcpyAsync", 0, 30) | {"args": {"correlation": 1}},
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 40, 5) | {"args": {"correlation": 1}},
+        event("cuda_runtime", "cudaMemcpyAsync", 50, 31) | {"args": {"correlation": 2}},
+        event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 60, 5) | {"args": {"correlation": 2}},
+    ]
+    found = Timeline.of(events).summary(steps=1)
+    assert found["copies"] == 1
+    assert [wait["ms"] for wait in found["host_waits"]] == [pytest.approx(0.031)]
+
+
+@pytest.mark.parametrize(
+    "kernel", ["push_rows_kernel", "pull_shards_kernel", "barrier_kernel", "exchange_counts_kernel"]
+)
+def test_our_kernels_through_peers_memory_communicate(kernel):
+    assert Timeline.of([event("kernel", kernel, 0, 8)]).summary(steps=1)["communication_ms"] == pytest.approx(0.008)
+
+
 HOST = [
     event("user_annotation", "ProfilerStep#1", 0, 1000),
     event("user_annotation", "Optimizer.step", 100, 300),

@@ -6,7 +6,13 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_swiftmoe.cluster import ClusterShape
-from lightning_swiftmoe.metrics import load_metrics
+from lightning_swiftmoe.metrics import (
+    ExpertImbalance,
+    RankImbalance,
+    ReplicasMoved,
+    TokenSurvival,
+    load_metrics,
+)
 from lightning_swiftmoe.placement import RandomPolicy, uniform
 from lightning_swiftmoe.step import LayerStep
 
@@ -47,3 +53,20 @@ def test_to_the_last_digit(num_layers, largest):
         "moe/replicas_moved": moved,
         "moe/token_survival": processed / routed if routed else 1.0,
     }
+
+
+def test_metrics_of_many_steps():
+    """What observers add up themselves: the mean over all layers of all steps, or their sum."""
+    rng = np.random.default_rng(0)
+    steps = [[some_layer(rng, 3, 8, 50) for _ in range(2)] for _ in range(4)]
+    metrics = {
+        "moe/expert_imbalance": ExpertImbalance(),
+        "moe/rank_imbalance": RankImbalance(),
+        "moe/replicas_moved": ReplicasMoved(),
+        "moe/token_survival": TokenSurvival(),
+    }
+    for layers in steps:
+        for metric in metrics.values():
+            metric.update(*layers)
+    got = {name: float(metric.compute()) for name, metric in metrics.items()}
+    assert got == pytest.approx(load_metrics([layer for layers in steps for layer in layers]))

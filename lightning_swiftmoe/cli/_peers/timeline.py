@@ -23,6 +23,7 @@ LAUNCHES = (
     *("cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchCooperativeKernel"),
 )
 LONG_COPY_US = 20.0  # a copy that only puts itself into a queue takes less of the host's time
+WITHIN_DEVICE = "Memcpy DtoD"
 NOT_CAUSES = ("ProfilerStep#",)
 
 
@@ -47,7 +48,7 @@ class Timeline:
 
     Args:
         device: kernels and copies on the GPU.
-        calls: of CUDA's API on the host.
+        calls: of CUDA's API on the host, without copies within a device.
         labels: operators, annotations and Python functions, in which calls happen.
     """
 
@@ -59,9 +60,12 @@ class Timeline:
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Timeline:
         """From ``traceEvents`` of a Chrome trace."""
         found: dict[str, list[Span]] = defaultdict(list)
+        events = [event for event in events if event.get("ph") == "X"]
+        local = {correlation(event) for event in events if str(event["name"]).startswith(WITHIN_DEVICE)}
         for event in events:
             kind = str(event.get("cat", "")).lower()
-            if event.get("ph") != "X":
+            # The host has no part in such a copy but its launch.
+            if kind in CALLS and event["name"] in COPIES and correlation(event) in local:
                 continue
             start = float(event["ts"])
             thread = (event.get("pid"), event.get("tid"))
@@ -112,6 +116,11 @@ class Timeline:
         for call, cause in zip(waits, causes(waits, self.labels), strict=True):
             found[call.name, cause].append(call.end - call.start)
         return dict(found)
+
+
+def correlation(event: Mapping[str, Any]) -> Any:
+    """What a call and the work it started have in common; a number of its own for an event without."""
+    return event.get("args", {}).get("correlation", id(event))
 
 
 def kind_of(kernel: str) -> str:
