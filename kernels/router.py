@@ -212,27 +212,33 @@ def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, no
     return route_tokens_reference(logits, bias, top_k, score, normalize)
 
 
+def launch_auxiliary_losses(prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int) -> Tensor:
+    """`[E + 3]`: both losses of `auxiliary_losses`, and their derivatives by `z_sum` and by `prob_sum`."""
+    from lightning_swiftmoe.kernels.router_triton import auxiliary_losses
+
+    num_ranks, num_experts = counts.shape
+    out = prob_sum.new_empty(num_experts + 3)
+    with on_device(prob_sum):
+        auxiliary_losses(
+            (1, 1, 1),
+            prob_sum.contiguous(),
+            z_sum,
+            counts.contiguous(),
+            out,
+            num_ranks,
+            num_experts,
+            top_k * num_processes,
+            BINS=1 << max(num_experts - 1, 1).bit_length(),
+        )
+    return out
+
+
 class _AuxiliaryLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int
     ) -> tuple[Tensor, Tensor]:
-        from lightning_swiftmoe.kernels.router_triton import auxiliary_losses
-
-        num_ranks, num_experts = counts.shape
-        out = prob_sum.new_empty(num_experts + 3)
-        with on_device(prob_sum):
-            auxiliary_losses(
-                (1, 1, 1),
-                prob_sum.contiguous(),
-                z_sum,
-                counts.contiguous(),
-                out,
-                num_ranks,
-                num_experts,
-                top_k * num_processes,
-                BINS=1 << max(num_experts - 1, 1).bit_length(),
-            )
+        out = launch_auxiliary_losses(prob_sum, z_sum, counts, top_k, num_processes)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out)
         return out[0], out[1]

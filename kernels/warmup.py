@@ -84,13 +84,21 @@ def run_rows_mlp(shape: LayerShape, num_residents: int, num_rows: int, tile: int
 
 
 def run_router(num_tokens: int, num_experts: int, top_k: int, score: str, normalize: bool, biased: bool) -> None:
-    """Forward and backward of the router, under `recorded`."""
-    from lightning_swiftmoe.kernels.router import launch_route_tokens, launch_route_tokens_backward
+    """Forward and backward of the router and its losses, under `recorded`."""
+    from lightning_swiftmoe.kernels.router import (
+        launch_auxiliary_losses,
+        launch_route_tokens,
+        launch_route_tokens_backward,
+    )
 
     logits = _meta(num_tokens, num_experts, dtype=torch.float32)
     bias = _meta(num_experts, dtype=torch.float32) if biased else None
-    topk_idx, weights, prob_sum, z_sum, _ = launch_route_tokens(logits, bias, top_k, score, normalize)
-    launch_route_tokens_backward(logits, topk_idx, weights, prob_sum, z_sum, score, normalize)
+    topk_idx, weights, prob_sum, z_sum, counts = launch_route_tokens(logits, bias, top_k, score, normalize)
+    launch_auxiliary_losses(prob_sum, z_sum, counts[None], top_k, 1)
+    # With losses, and where none counts. Gradients are in memory of their own.
+    gradients = (torch.empty_like(prob_sum), torch.empty_like(z_sum))
+    launch_route_tokens_backward(logits, topk_idx, weights, *gradients, score, normalize)
+    launch_route_tokens_backward(logits, topk_idx, weights, None, None, score, normalize)
 
 
 def compile_launches(launches: list[Launch], device: torch.device, on_progress: Progress | None = None) -> int:

@@ -137,7 +137,9 @@ class ExpertRebalancer(Callback):
         values = load_metrics(step.layers)
         values["moe/aux_loss"] = sum(layer.aux_loss for layer in step.layers) / len(step.layers)
         for phase in LOGGED_PHASES:
-            traffic = step.traffic[phase]
+            traffic = step.traffic.get(phase)
+            if traffic is None:
+                continue
             values[f"moe/bytes_{phase}"] = float(traffic.sent_bytes)
             values[f"moe/ms_{phase}"] = traffic.seconds * 1e3
         now = time.perf_counter()

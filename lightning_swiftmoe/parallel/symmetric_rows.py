@@ -171,6 +171,8 @@ class SymmetricRows(RowExchange):
         self._graph_memory = GraphMemory(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
+        # How many rows travel is known on the device alone, and when they do to graphs alone.
+        communicator.meter.leave_out("dispatch", "combine")
 
     def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> SymmetricTrip:
         """See ``RowExchange.plan``: the plan itself is made at the beginning of the first way."""

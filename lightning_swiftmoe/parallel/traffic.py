@@ -28,6 +28,11 @@ class TrafficMeter:
     def __init__(self) -> None:
         self._traffic = {phase: Traffic() for phase in PHASES}
         self._running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._unknown: set[str] = set()
+
+    def leave_out(self, *phases: str) -> None:
+        """Say nothing of these: what nobody counts is not zero."""
+        self._unknown.update(phases)
 
     def add(self, phase: str, sent_bytes: int = 0, seconds: float = 0.0) -> None:
         """Count bytes or time of ``phase``, one of ``PHASES``."""
@@ -39,7 +44,10 @@ class TrafficMeter:
         self._running.append((phase, start, end))
 
     def pop(self) -> dict[str, Traffic]:
-        """Traffic by phase since the last call. Never waits: exchanges still running count in a later call."""
+        """Traffic by phase since the last call, without what was left out.
+
+        Never waits: exchanges still running count in a later call.
+        """
         running = []
         for phase, start, end in self._running:
             if end.query():
@@ -48,4 +56,4 @@ class TrafficMeter:
                 running.append((phase, start, end))
         self._running = running
         traffic, self._traffic = self._traffic, {phase: Traffic() for phase in PHASES}
-        return traffic
+        return {phase: moved for phase, moved in traffic.items() if phase not in self._unknown}
