@@ -4,11 +4,11 @@ The step runs on the meta device while launches are recorded instead of made: th
 what to compile. Triton compiles in threads and keeps the results on disk. What is compiled depends on a layer's sizes,
 never on numbers of rows (`do_not_specialize`), so that one call for a layer shape is enough.
 
-Shape legend: T tokens, k choices, E experts, R residents, d model width, h hidden width, H = 2h when gated, else h.
+Shape legend: T tokens, k choices, E experts, d model width, h hidden width, H = 2h when gated, else h.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -64,25 +64,6 @@ def run_expert_mlp(shape: LayerShape, num_tokens: int, tile: int) -> None:
     padded_mlp.backward(y, x, weights, *projections, pre, routing, shape.activation, shape.path, True, [True] * 4)
 
 
-def run_rows_mlp(shape: LayerShape, num_residents: int, num_rows: int, tile: int) -> None:
-    """Forward and backward over rows in place, under `recorded`."""
-    from lightning_swiftmoe.kernels import rows_mlp
-    from lightning_swiftmoe.kernels.row_layout import row_layout
-
-    starts = _meta(num_residents + 1, dtype=torch.int32)
-    ends = _meta(num_residents, dtype=torch.int32)
-    rows = _meta(num_rows, shape.width, dtype=shape.dtype)
-    row_weights = _meta(num_rows, dtype=torch.float32)
-    projections = shape.projections(num_residents)
-    layout = row_layout(starts, ends, num_rows, tile)
-    if shape.path == "torch":
-        return
-    out, pre = rows_mlp.forward_rows(rows, *projections, layout, shape.activation, shape.path)
-    rows_mlp.backward_rows(
-        out, rows, row_weights, *projections, pre, layout, shape.activation, shape.path, True, [True] * 4
-    )
-
-
 def run_router(num_tokens: int, num_experts: int, top_k: int, score: str, normalize: bool, biased: bool) -> None:
     """Forward and backward of the router and its losses, under `recorded`."""
     from lightning_swiftmoe.kernels.router import (
@@ -132,7 +113,7 @@ def compile_launches(launches: list[Launch], device: torch.device, on_progress: 
     return len(pending)
 
 
-def record_layer(shape: LayerShape, num_residents: int | None, tile: int) -> list[Launch]:
+def record_layer(shape: LayerShape, tile: int) -> list[Launch]:
     """Every launch of a layer's step, each compiled form at least once."""
     # Large products come in bands of columns, whose sum takes other constants.
     many_tokens = _WIDE_STEP // (shape.width * shape.top_k) + 1
@@ -140,15 +121,12 @@ def record_layer(shape: LayerShape, num_residents: int | None, tile: int) -> lis
         if shape.path != "torch":
             run_expert_mlp(shape, 1, tile)
             run_expert_mlp(shape, many_tokens, tile)
-        if num_residents is not None:
-            run_rows_mlp(shape, num_residents, tile, tile)
     return launches
 
 
 def compile_expert_kernels(
     width: int,
     hidden: int,
-    num_residents: int | None,
     num_experts: int,
     top_k: int,
     dtype: torch.dtype,
@@ -162,13 +140,12 @@ def compile_expert_kernels(
     biased: bool = False,
     on_progress: Progress | None = None,
 ) -> int:
-    """Compile all that forward and backward of a layer will launch; a second call finds nothing to do.
+    """Compile all that forward and backward of a layer will launch in one process; a second call finds nothing to do.
 
     Args:
         width: d.
         hidden: h.
-        num_residents: R of the rows that arrive from other ranks (`rows_mlp`), None if there are none.
-        num_experts: E of the one-process path and of the router.
+        num_experts: E.
         top_k: k.
         dtype: of x and the projections.
         activation: one of `activation_names()`.
@@ -187,35 +164,9 @@ def compile_expert_kernels(
         return 0
     path = dispatch.choose_path(device, dtype, width, hidden, num_experts, activation, backend)
     shape = LayerShape(width, hidden, num_experts, top_k, dtype, weights_dtype, activation, path)
-    launches = record_layer(shape, num_residents, dispatch.tile_rows(device))
+    launches = record_layer(shape, dispatch.tile_rows(device))
     if score is not None and num_experts <= MOST_EXPERTS:
         with recorded() as routing:
             run_router(1, num_experts, top_k, score, normalize, biased)
         launches += routing
     return compile_launches(launches, device, on_progress)
-
-
-def record_shard_moves(
-    rows: Sequence[tuple[int, int]], num_ranks: int, compute_dtype: torch.dtype, grad_dtype: torch.dtype
-) -> list[Launch]:
-    """Every launch of the two exchanges of expert state.
-
-    Args:
-        rows: rows and columns of one expert's matrix, for each parameter.
-        num_ranks: N.
-        compute_dtype: of residents, and of weights on the wire.
-        grad_dtype: of gradients on the wire.
-    """
-    from lightning_swiftmoe.kernels import expert_shards_triton as kernels
-
-    bounds = [[min(rank * -(-r // num_ranks), r) * c for rank in range(num_ranks + 1)] for r, c in rows]
-    index = _meta(1, dtype=torch.int64)
-    with recorded() as launches:
-        for k, (r, c) in enumerate(rows):
-            grads, residents = _meta(1, r * c, dtype=grad_dtype), _meta(1, r * c, dtype=compute_dtype)
-            shard = _meta(1, bounds[k][1], dtype=torch.float32)
-            kernels.launch_wire(grads, grads, k, bounds, to_wire=True)
-            kernels.launch_wire(residents, residents, k, bounds, to_wire=False)
-            kernels.launch_gather(shard, index, residents, 0)
-            kernels.launch_sum(grads, index, index, shard, 0, 1 / num_ranks)
-    return launches

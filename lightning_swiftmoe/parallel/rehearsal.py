@@ -95,7 +95,6 @@ def _compile_alone(moe: MoE, dtype: torch.dtype, device: torch.device) -> int:
     return compile_expert_kernels(
         width,
         hidden,
-        None,
         moe.num_experts,
         moe.top_k,
         dtype,

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels import rows_mlp
 from lightning_swiftmoe.kernels.activations import activation_forward, is_gated
 from lightning_swiftmoe.kernels.row_layout import RowLayout, row_layout
+from lightning_swiftmoe.kernels.warmup import LayerShape
 
 SPARE_TILES = 2  # allocated beyond the rows in use
 
@@ -102,3 +103,19 @@ def relative_errors(got: list[Tensor], want: list[Tensor], num_rows: int) -> lis
         difference = (result[used].double() - wanted[used]).norm()
         errors.append(float(difference / wanted[used].norm().clamp_min(1e-30)))
     return errors
+
+
+def launch_rows(shape: LayerShape, num_residents: int, num_rows: int, tile: int) -> None:
+    """Forward and backward over rows in place, on the meta device: under `recorded`."""
+    if shape.path == "torch":
+        return
+
+    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    ends = empty(num_residents, dtype=torch.int32)
+    layout = row_layout(empty(num_residents + 1, dtype=torch.int32), ends, num_rows, tile)
+    rows, weights = empty(num_rows, shape.width, dtype=shape.dtype), empty(num_rows, dtype=torch.float32)
+    matrices = shape.projections(num_residents)
+    out, pre = rows_mlp.forward_rows(rows, *matrices, layout, shape.activation, shape.path)
+    rows_mlp.backward_rows(out, rows, weights, *matrices, pre, layout, shape.activation, shape.path, True, [True] * 4)

@@ -10,8 +10,18 @@ pytest.importorskip("triton")
 
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels import dispatch, hopper, rows_mlp, warmup
+from lightning_swiftmoe.kernels.launch import recorded
 from lightning_swiftmoe.kernels.row_layout import row_layout_reference
-from tests.kernels.rows_oracle import Case, loop_over_residents, make_case, make_layout, relative_errors, run_rows
+from lightning_swiftmoe.kernels.warmup import LayerShape
+from tests.kernels.rows_oracle import (
+    Case,
+    launch_rows,
+    loop_over_residents,
+    make_case,
+    make_layout,
+    relative_errors,
+    run_rows,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -110,8 +120,14 @@ def test_nothing_compiles_after_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     width, hidden, experts, residents, top_k, dtype = 256, 384, 6, 3, 2, torch.bfloat16
-    warmup.compile_expert_kernels(width, hidden, residents, experts, top_k, dtype, "swiglu", CUDA)
-    assert warmup.compile_expert_kernels(width, hidden, residents, experts, top_k, dtype, "swiglu", CUDA) == 0
+    path = dispatch.choose_path(CUDA, dtype, width, hidden, experts, "swiglu", "auto")
+    warmup.compile_expert_kernels(width, hidden, experts, top_k, dtype, "swiglu", CUDA)
+    assert warmup.compile_expert_kernels(width, hidden, experts, top_k, dtype, "swiglu", CUDA) == 0
+    with recorded() as launches:
+        launch_rows(
+            LayerShape(width, hidden, experts, top_k, dtype, torch.float32, "swiglu", path), residents, TILE, TILE
+        )
+    warmup.compile_launches(launches, CUDA)
     compiled: list[str] = []
 
     def note(**hook: Any) -> bool:
@@ -119,7 +135,6 @@ def test_nothing_compiles_after_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    path = dispatch.choose_path(CUDA, dtype, width, hidden, experts, "swiglu", "auto")
     rng = random.Random(0)
     counts = [0, 1, 16, 17, 1023, 1024, 1025, *(int(2 ** rng.uniform(0, 14)) for _ in range(193))]
     for count in counts:
