@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_swiftmoe.kernels.activations import is_gated
+from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated
 
 _NARROW = (torch.bfloat16, torch.float16)
 _GEMMS = {"hopper": "hopper", "triton": "portable", "grouped_mm": "library", "torch": "plain"}
@@ -106,7 +106,7 @@ def gemms(path: str) -> ModuleType:
     Where a launcher takes the result of its module's `expert_rows(source[T, .], routing)`, that may be rows `[P, .]` in
     expert order or, where the GEMM gathers by itself, the source.
     """
-    return importlib.import_module(f"lightning_swiftmoe.kernels.{_GEMMS[path]}")
+    return importlib.import_module(f"lightning_swiftmoe.kernels.expert_mlp.{_GEMMS[path]}")
 
 
 def tile_rows(device: torch.device) -> int:
@@ -118,7 +118,7 @@ def layout_sizes(path: str, num_assignments: int, num_experts: int, device: torc
     """Rows of the path's layout and elements of its packed routing."""
     if path == "torch":
         return num_assignments, 2 * num_assignments + num_experts
-    from lightning_swiftmoe.kernels.padded_routing import packed_size, padded_rows
+    from lightning_swiftmoe.kernels.token_permute.padded_routing import packed_size, padded_rows
 
     tile = tile_rows(device)
     return padded_rows(num_assignments, num_experts, tile), packed_size(num_assignments, num_experts, tile)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels import dispatch
-from lightning_swiftmoe.kernels.activations import is_gated
+from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated
 from lightning_swiftmoe.kernels.launch import Launch, recorded
-from lightning_swiftmoe.kernels.router import MOST_EXPERTS
+from lightning_swiftmoe.kernels.router.route_tokens import MOST_EXPERTS
 
 Progress = Callable[[int, int, str], None]  # done, total, name of the kernel
 
@@ -53,7 +53,8 @@ class LayerShape:
 
 def run_expert_mlp(shape: LayerShape, num_tokens: int, tile: int) -> None:
     """Forward and backward of the one-process path, under `recorded`."""
-    from lightning_swiftmoe.kernels import padded_mlp, padded_routing
+    from lightning_swiftmoe.kernels.expert_mlp import padded_mlp
+    from lightning_swiftmoe.kernels.token_permute import padded_routing
 
     x = _meta(num_tokens, shape.width, dtype=shape.dtype)
     topk_idx = _meta(num_tokens, shape.top_k, dtype=torch.int64)
@@ -66,7 +67,7 @@ def run_expert_mlp(shape: LayerShape, num_tokens: int, tile: int) -> None:
 
 def run_router(num_tokens: int, num_experts: int, top_k: int, score: str, normalize: bool, biased: bool) -> None:
     """Forward and backward of the router and its losses, under `recorded`."""
-    from lightning_swiftmoe.kernels.router import (
+    from lightning_swiftmoe.kernels.router.route_tokens import (
         launch_auxiliary_losses,
         launch_route_tokens,
         launch_route_tokens_backward,

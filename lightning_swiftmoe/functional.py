@@ -10,10 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import expert_shards, ops, router
-from lightning_swiftmoe.kernels.activations import activation_names, is_gated
-from lightning_swiftmoe.kernels.expert_shards import Blocks, Bounds
-from lightning_swiftmoe.kernels.router import SCORES, RoutedTokens
+from lightning_swiftmoe.kernels.expert_mlp import ops
+from lightning_swiftmoe.kernels.expert_mlp.activations import activation_names, is_gated
+from lightning_swiftmoe.kernels.router import route_tokens as router
+from lightning_swiftmoe.kernels.router.route_tokens import SCORES, RoutedTokens
+from lightning_swiftmoe.kernels.shards import expert_shards
+from lightning_swiftmoe.kernels.shards.expert_shards import Blocks, Bounds
 
 __all__ = [
     "SCORES",

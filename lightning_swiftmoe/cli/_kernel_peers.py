@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_swiftmoe.functional import expert_mlp, is_gated
-from lightning_swiftmoe.kernels.activations import elementwise_name
+from lightning_swiftmoe.kernels.expert_mlp.activations import elementwise_name
 
 ExpertMLP = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lightning_swiftmoe.cli._kernel_peers import PEERS, ExpertMLP, ours
 from lightning_swiftmoe.functional import is_gated
-from lightning_swiftmoe.kernels import reference
-from lightning_swiftmoe.kernels.routing import route_reference
+from lightning_swiftmoe.kernels.expert_mlp import reference
+from lightning_swiftmoe.kernels.token_permute.routing import route_reference
 
 DEFAULTS: dict[str, Any] = {
     "shapes": ["a", "b", "c", "d"],

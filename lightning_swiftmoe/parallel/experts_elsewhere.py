@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, on_device, runs_without_host
-from lightning_swiftmoe.kernels.rows_mlp import forward_rows, input_gradients, weight_gradients
+from lightning_swiftmoe.kernels.expert_mlp.rows_mlp import forward_rows, input_gradients, weight_gradients
 from lightning_swiftmoe.parallel.cuda_graphs import identity
 from lightning_swiftmoe.parallel.row_exchange import OfTokens, RowTrip
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import tile_rows
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
 from lightning_swiftmoe.kernels.token_dispatch.move import clear_padding, pack_rows, unpack_rows
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens

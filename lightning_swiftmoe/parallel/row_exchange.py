@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import to_device
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.row_layout import RowLayout
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity

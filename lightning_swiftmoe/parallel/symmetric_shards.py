@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
-from lightning_swiftmoe.kernels.peer_shards import Residents, pull_shards, push_shards
+from lightning_swiftmoe.kernels.shards.peer_shards import Residents, pull_shards, push_shards
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor

@@ -21,17 +21,22 @@ from lightning_swiftmoe.functional import (
     route_tokens,
     sum_shards,
 )
-from lightning_swiftmoe.kernels import portable
-from lightning_swiftmoe.kernels import rows as row_kernels
-from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward, activation_names, is_gated
-from lightning_swiftmoe.kernels.expert_shards import (
+from lightning_swiftmoe.kernels.expert_mlp import portable
+from lightning_swiftmoe.kernels.expert_mlp.activations import (
+    activation_backward,
+    activation_forward,
+    activation_names,
+    is_gated,
+)
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout_reference
+from lightning_swiftmoe.kernels.router.route_tokens import auxiliary_losses_reference, route_tokens_reference
+from lightning_swiftmoe.kernels.shards.expert_shards import (
     gather_shards_reference,
     pack_shards_reference,
     sum_shards_reference,
 )
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting, padded_rows, route
-from lightning_swiftmoe.kernels.router import auxiliary_losses_reference, route_tokens_reference
-from lightning_swiftmoe.kernels.row_layout import row_layout_reference
+from lightning_swiftmoe.kernels.token_permute import rows as row_kernels
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting, padded_rows, route
 from lightning_swiftmoe.placement import EvenShards
 from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
 
@@ -116,8 +121,8 @@ def check_activation(activation: str) -> None:
 
 def check_narrow_gelu() -> None:
     """The polynomial behind 16-bit gelu, in fp32, where its error is visible."""
-    from lightning_swiftmoe.kernels import activations_triton
-    from lightning_swiftmoe.kernels.activations import NARROW_GELU_CODE
+    from lightning_swiftmoe.kernels.expert_mlp import activations_triton
+    from lightning_swiftmoe.kernels.expert_mlp.activations import NARROW_GELU_CODE
 
     pre = torch.linspace(-9, 9, 64).view(16, 4)
     hidden = torch.empty_like(pre)

@@ -10,7 +10,7 @@ import itertools
 import torch
 
 from lightning_swiftmoe.kernels.indirect import point, pointed
-from lightning_swiftmoe.kernels.peer_shards import (
+from lightning_swiftmoe.kernels.shards.peer_shards import (
     Residents,
     pull_shards,
     pull_shards_reference,

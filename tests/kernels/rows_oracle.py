@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import rows_mlp
-from lightning_swiftmoe.kernels.activations import activation_forward, is_gated
-from lightning_swiftmoe.kernels.row_layout import RowLayout, row_layout
+from lightning_swiftmoe.kernels.expert_mlp import rows_mlp
+from lightning_swiftmoe.kernels.expert_mlp.activations import activation_forward, is_gated
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout, row_layout
 from lightning_swiftmoe.kernels.warmup import LayerShape
 
 SPARE_TILES = 2  # allocated beyond the rows in use

@@ -14,16 +14,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from lightning_swiftmoe.kernels import (  # noqa: E402
-    activations_triton,
-    expert_shards_triton,
-    gemm_hopper,
-    gemm_triton,
-    peer_shards_triton,
-    router_triton,
-    routing_triton,
-    rows_triton,
-)
+from lightning_swiftmoe.kernels.expert_mlp import activations_triton, gemm_hopper, gemm_triton  # noqa: E402
+from lightning_swiftmoe.kernels.router import route_tokens_triton  # noqa: E402
+from lightning_swiftmoe.kernels.shards import expert_shards_triton, peer_shards_triton  # noqa: E402
+from lightning_swiftmoe.kernels.token_permute import routing_triton, rows_triton  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -98,27 +92,27 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         8,
     ),
     (
-        router_triton.route_tokens_kernel,
+        route_tokens_triton.route_tokens_kernel,
         {"topk_idx": "*i64", "counts": INTS} | dict.fromkeys(("logits", "bias", "topk_weights", "sums"), WIDE),
         {"TOP_K": 8, "CHOICES": 8, "BINS": 128, "BLOCK": 8, "SIGMOID": True, "NORMALIZE": True},
         4,
     ),
     (
-        router_triton.route_tokens_grad_kernel,
+        route_tokens_triton.route_tokens_grad_kernel,
         {"topk_idx": "*i64"}
         | dict.fromkeys(("logits", "grad_weights", "grad_prob_sum", "grad_z_sum", "grad_logits"), WIDE),
         {"TOP_K": 8, "BINS": 128, "BLOCK": 8, "SIGMOID": True, "NORMALIZE": True},
         4,
     ),
     (
-        router_triton.auxiliary_losses_kernel,
+        route_tokens_triton.auxiliary_losses_kernel,
         {"counts": "*i64"} | dict.fromkeys(("prob_sum", "z_sum", "out"), WIDE),
         {"BINS": 128},
         4,
     ),
     (expert_shards_triton.wire_kernel, {"rows": WIDE, "wire": ROWS}, {"TO_WIRE": True, "BLOCK": 2048}, 4),
     (
-        router_triton.auxiliary_losses_kernel,
+        route_tokens_triton.auxiliary_losses_kernel,
         {"counts": "*i64"} | dict.fromkeys(("prob_sum", "z_sum", "out"), WIDE),
         {"BINS": 128},
         4,
@@ -297,7 +291,7 @@ def test_every_kernel_is_compiled() -> None:
         activations_triton,
         gemm_hopper,
         gemm_triton,
-        router_triton,
+        route_tokens_triton,
         routing_triton,
         rows_triton,
         expert_shards_triton,

@@ -16,22 +16,23 @@ from lightning_swiftmoe.functional import (
     route_tokens,
     sum_shards,
 )
-from lightning_swiftmoe.kernels import dispatch, reference
-from lightning_swiftmoe.kernels.expert_shards import (
+from lightning_swiftmoe.kernels import dispatch
+from lightning_swiftmoe.kernels.expert_mlp import reference
+from lightning_swiftmoe.kernels.router.route_tokens import route_tokens_reference
+from lightning_swiftmoe.kernels.shards.expert_shards import (
     gather_shards_reference,
     pack_shards_reference,
     sum_shards_reference,
 )
-from lightning_swiftmoe.kernels.peer_shards import (
+from lightning_swiftmoe.kernels.shards.peer_shards import (
     Residents,
     pull_shards,
     pull_shards_reference,
     push_shards,
     push_shards_reference,
 )
-from lightning_swiftmoe.kernels.router import route_tokens_reference
-from lightning_swiftmoe.kernels.routing import route_reference
 from lightning_swiftmoe.kernels.token_dispatch.move import peer_addresses
+from lightning_swiftmoe.kernels.token_permute.routing import route_reference
 from lightning_swiftmoe.placement import EvenShards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

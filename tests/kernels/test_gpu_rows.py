@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from lightning_swiftmoe.functional import expert_mlp
-from lightning_swiftmoe.kernels import dispatch, hopper, rows_mlp, warmup
+from lightning_swiftmoe.kernels import dispatch, warmup
+from lightning_swiftmoe.kernels.expert_mlp import hopper, rows_mlp
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout_reference
 from lightning_swiftmoe.kernels.launch import recorded
-from lightning_swiftmoe.kernels.row_layout import row_layout_reference
 from lightning_swiftmoe.kernels.warmup import LayerShape
 from tests.kernels.rows_oracle import (
     Case,

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lightning_swiftmoe.kernels.peer_shards import Residents
+from lightning_swiftmoe.kernels.shards.peer_shards import Residents
 
 pytest.importorskip("triton")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_swiftmoe.kernels import rows_mlp
-from lightning_swiftmoe.kernels.row_layout import row_layout
+from lightning_swiftmoe.kernels.expert_mlp import rows_mlp
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout
 from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
 
 COUNTS = [[5, 0, 4, 1], [0, 0, 9], [0, 0], [1]]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightning_swiftmoe.kernels import gemm_hopper, hopper
+from lightning_swiftmoe.kernels.expert_mlp import gemm_hopper, hopper
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from lightning_swiftmoe.kernels import expert_shards_triton, warmup  # noqa: E402
+from lightning_swiftmoe.kernels import warmup  # noqa: E402
 from lightning_swiftmoe.kernels.launch import Launch, recorded  # noqa: E402
+from lightning_swiftmoe.kernels.shards import expert_shards_triton  # noqa: E402
 from lightning_swiftmoe.kernels.warmup import LayerShape, record_layer  # noqa: E402
 from lightning_swiftmoe.placement import EvenShards  # noqa: E402
 from tests.kernels.rows_oracle import launch_rows  # noqa: E402

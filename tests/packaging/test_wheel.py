@@ -23,7 +23,7 @@ except SystemExit as end:
     status = end.code
 ours = {n: m.__file__ for n, m in sys.modules.items() if n.startswith(("lightning_swiftmoe", "hydra_plugins.light"))}
 strays = {n: f for n, f in ours.items() if f and not f.startswith(site)}
-assert "lightning_swiftmoe.kernels.ops" in ours, sorted(ours)
+assert "lightning_swiftmoe.kernels.expert_mlp.ops" in ours, sorted(ours)
 assert not strays, strays
 assert status == 0, status
 """

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import routing_triton
 from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.token_permute import routing_triton
 
 TILE = 128  # rows of a tile; also the row tile of every grouped GEMM
 # Sizes of the programs depend on the number of experts alone: following the tokens, each class would be compiled anew.

@@ -93,7 +93,7 @@ def push_shards(shard: Tensor, residents: Residents, peers: Tensor, size: int, s
     """
     if shard.numel() == 0:
         return
-    from lightning_swiftmoe.kernels import peer_shards_triton
+    from lightning_swiftmoe.kernels.shards import peer_shards_triton
 
     with on_device(shard):
         peer_shards_triton.launch_push(shard, residents, peers, size, start, dtype)
@@ -121,7 +121,7 @@ def pull_shards(
     """
     if total.numel() == 0:
         return
-    from lightning_swiftmoe.kernels import peer_shards_triton
+    from lightning_swiftmoe.kernels.shards import peer_shards_triton
 
     with on_device(peers):
         peer_shards_triton.launch_pull(total, residents, peers, size, start, dtype, scale)

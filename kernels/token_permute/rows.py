@@ -7,11 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import activations_triton, rows_triton
-from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
+from lightning_swiftmoe.kernels.expert_mlp import activations_triton
+from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated, kernel_code
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.launch import Launcher
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.token_permute import rows_triton
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
 
 _CLEARERS = 8  # programs that share the padding of one expert
 

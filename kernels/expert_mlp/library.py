@@ -6,11 +6,11 @@ Shape legend: P padded rows, E experts, d model width, h hidden width, H = 2h wh
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_swiftmoe.kernels.grouped import kept_in
+from lightning_swiftmoe.kernels.expert_mlp.grouped import kept_in
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.launch import is_recording
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.row_layout import RowLayout
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward, expert_rows
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.token_permute.rows import act_backward, act_forward, expert_rows
 
 __all__ = ["expert_rows", "hidden_grad_gemm", "rows_gemm", "up_gemm", "weight_gemm"]
 

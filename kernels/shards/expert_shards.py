@@ -102,7 +102,7 @@ def pack_shards(grads: Sequence[Tensor], bounds: Bounds) -> Tensor:
     """`pack_shards_reference`, in one kernel a parameter on a GPU."""
     if not _use_triton(grads[0]):
         return pack_shards_reference(grads, bounds)
-    from lightning_swiftmoe.kernels import expert_shards_triton as kernels
+    from lightning_swiftmoe.kernels.shards import expert_shards_triton as kernels
 
     num_residents = grads[0].shape[0]
     out = grads[0].new_empty(num_residents * sum(grad.shape[1] for grad in grads))
@@ -116,7 +116,7 @@ def place_shards(arrived: Tensor, residents: Sequence[Tensor], bounds: Bounds) -
     if not _use_triton(arrived):
         place_shards_reference(arrived, residents, bounds)
         return
-    from lightning_swiftmoe.kernels import expert_shards_triton as kernels
+    from lightning_swiftmoe.kernels.shards import expert_shards_triton as kernels
 
     for k, resident in enumerate(residents):
         kernels.launch_wire(resident, arrived, k, bounds, to_wire=False)
@@ -126,7 +126,7 @@ def gather_shards(shards: Sequence[Tensor], blocks: Blocks, dtype: torch.dtype) 
     """`gather_shards_reference`, in one kernel a parameter on a GPU."""
     if not _use_triton(shards[0]):
         return gather_shards_reference(shards, blocks, dtype)
-    from lightning_swiftmoe.kernels import expert_shards_triton as kernels
+    from lightning_swiftmoe.kernels.shards import expert_shards_triton as kernels
 
     columns = sum(shard.shape[1] for shard in shards)
     out = torch.empty(blocks.experts.shape[0], columns, dtype=dtype, device=shards[0].device)
@@ -141,7 +141,7 @@ def sum_shards(arrived: Tensor, sizes: Sequence[int], blocks: Blocks, scale: flo
     """`sum_shards_reference`, in one kernel a parameter on a GPU and without waiting for it."""
     if not _use_triton(arrived):
         return sum_shards_reference(arrived, sizes, blocks, scale, dtype)
-    from lightning_swiftmoe.kernels import expert_shards_triton as kernels
+    from lightning_swiftmoe.kernels.shards import expert_shards_triton as kernels
 
     totals = []
     first = 0

@@ -69,7 +69,7 @@ def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> 
     # A meta tensor stands for a GPU's: `warmup.py` asks what would be launched.
     if not has_triton() or (starts.device.type == "cpu" and not interpreted()):
         return row_layout_reference(starts, ends, allocated_rows, tile)
-    from lightning_swiftmoe.kernels import routing_triton
+    from lightning_swiftmoe.kernels.token_permute import routing_triton
 
     num_residents, num_tiles = ends.shape[0], allocated_rows // tile
     order = torch.empty(allocated_rows, dtype=torch.int32, device=starts.device)

@@ -6,9 +6,9 @@ Shape legend: P rows of a `RowLayout`, R residents, d model width, h hidden widt
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward
-from lightning_swiftmoe.kernels.grouped import grouped_matmul, grouped_weight_grad
-from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.expert_mlp.activations import activation_backward, activation_forward
+from lightning_swiftmoe.kernels.expert_mlp.grouped import grouped_matmul, grouped_weight_grad
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 
 
 def expert_rows(rows: Tensor, layout: RowLayout) -> Tensor:

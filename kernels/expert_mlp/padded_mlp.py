@@ -9,8 +9,8 @@ from types import ModuleType
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import gemms
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.rows import combine_rows, router_grad
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.token_permute.rows import combine_rows, router_grad
 
 _BAND_ELEMENTS = 2**28  # half of them are more than thirty waves of tiles on any GPU we know
 

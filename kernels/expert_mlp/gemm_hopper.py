@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lightning_swiftmoe.kernels.activations_triton import act_both_ptx, act_value_ptx
+from lightning_swiftmoe.kernels.expert_mlp.activations_triton import act_both_ptx, act_value_ptx
 
 # Renamed between Triton 3.6 and 3.9; the semantics are the same.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

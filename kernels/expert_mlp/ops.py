@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import dispatch, reference
-from lightning_swiftmoe.kernels.routing import route_reference, unpack_reference
+from lightning_swiftmoe.kernels import dispatch
+from lightning_swiftmoe.kernels.expert_mlp import reference
+from lightning_swiftmoe.kernels.token_permute.routing import route_reference, unpack_reference
 
 
 def _check_experts(topk_idx: Tensor, num_experts: int) -> None:
@@ -37,7 +38,8 @@ def _forward(
         routing = route_reference(topk_idx, num_experts)
         y, pre = reference.expert_mlp_forward(x, topk_weights, up_proj, down_proj, routing, activation)
         return y, pre, routing.packed
-    from lightning_swiftmoe.kernels import padded_mlp, padded_routing
+    from lightning_swiftmoe.kernels.expert_mlp import padded_mlp
+    from lightning_swiftmoe.kernels.token_permute import padded_routing
 
     with dispatch.on_device(x):
         padded = padded_routing.route(topk_idx, num_experts, dispatch.tile_rows(x.device))
@@ -89,7 +91,8 @@ def _gradients(
     if path == "torch":
         routing = unpack_reference(packed, num_tokens, top_k, num_experts)
         return reference.expert_mlp_backward(grad_y, x, topk_weights, up_proj, down_proj, pre, routing, activation)
-    from lightning_swiftmoe.kernels import padded_mlp, padded_routing
+    from lightning_swiftmoe.kernels.expert_mlp import padded_mlp
+    from lightning_swiftmoe.kernels.token_permute import padded_routing
 
     with dispatch.on_device(x):
         padded = padded_routing.unpack(packed, num_tokens, top_k, num_experts, dispatch.tile_rows(x.device))

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.indirect import Indirect
 from lightning_swiftmoe.kernels.indirect_triton import pointer_of
 from lightning_swiftmoe.kernels.launch import Launcher
-from lightning_swiftmoe.kernels.peer_shards import Residents
+from lightning_swiftmoe.kernels.shards.peer_shards import Residents
 
 _BLOCK = 2048  # elements moved at a time by one program
 _WARPS = 4

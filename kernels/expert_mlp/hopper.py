@@ -8,14 +8,14 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import gemm_hopper as kernels
-from lightning_swiftmoe.kernels import library
-from lightning_swiftmoe.kernels.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.dispatch import aligned
+from lightning_swiftmoe.kernels.expert_mlp import gemm_hopper as kernels
+from lightning_swiftmoe.kernels.expert_mlp import library
+from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated, kernel_code
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.launch import Box, Launcher, box
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.row_layout import RowLayout
-from lightning_swiftmoe.kernels.rows import expert_rows as rows_in_order
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.token_permute.rows import expert_rows as rows_in_order
 
 BM, BN, BK, HALF = kernels.BLOCK_M, kernels.BLOCK_N, kernels.BLOCK_K, kernels.HALF_N
 _TILING = {"GROUP_M": 8, "BM": BM, "BN": BN, "BK": BK, "STAGES": 3, "WARPS": 8, "COPIERS": 4}

@@ -6,11 +6,11 @@ Shape legend: P padded rows, E experts, K depth, N columns, d model width, h hid
 import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels import gemm_triton
+from lightning_swiftmoe.kernels.expert_mlp import gemm_triton
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.launch import Launcher
-from lightning_swiftmoe.kernels.padded_routing import PaddedRouting
-from lightning_swiftmoe.kernels.row_layout import RowLayout
-from lightning_swiftmoe.kernels.rows import act_backward, act_forward, expert_rows
+from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
+from lightning_swiftmoe.kernels.token_permute.rows import act_backward, act_forward, expert_rows
 
 __all__ = ["expert_rows", "hidden_grad_gemm", "rows_gemm", "up_gemm", "weight_gemm"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import gemms
-from lightning_swiftmoe.kernels.row_layout import RowLayout
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def _sum_partials(partials: Tensor, layout: RowLayout) -> Tensor:
     """`[P]` from `partials[n, P]`."""
     if partials.shape[0] == 1:
         return partials[0]
-    from lightning_swiftmoe.kernels.rows import sum_partials
+    from lightning_swiftmoe.kernels.token_permute.rows import sum_partials
 
     return sum_partials(partials, layout)
 

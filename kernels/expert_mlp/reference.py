@@ -7,9 +7,9 @@ H = 2h for a gated activation, else h.
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.activations import activation_backward, activation_forward
-from lightning_swiftmoe.kernels.grouped import grouped_matmul, grouped_weight_grad
-from lightning_swiftmoe.kernels.routing import Routing
+from lightning_swiftmoe.kernels.expert_mlp.activations import activation_backward, activation_forward
+from lightning_swiftmoe.kernels.expert_mlp.grouped import grouped_matmul, grouped_weight_grad
+from lightning_swiftmoe.kernels.token_permute.routing import Routing
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -57,7 +57,7 @@ def launch_route_tokens(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`route_tokens_reference` in one kernel and two small sums, without a host synchronisation."""
-    from lightning_swiftmoe.kernels.router_triton import route_tokens
+    from lightning_swiftmoe.kernels.router.route_tokens_triton import route_tokens
 
     num_tokens, num_experts = logits.shape
     bins, block = _sizes(num_experts)
@@ -122,7 +122,7 @@ def launch_route_tokens_backward(
     normalize: bool,
 ) -> Tensor:
     """The gradient of the logits; scores are computed again, which costs less than reading them."""
-    from lightning_swiftmoe.kernels.router_triton import route_tokens_grad
+    from lightning_swiftmoe.kernels.router.route_tokens_triton import route_tokens_grad
 
     num_tokens, num_experts = logits.shape
     bins, block = _sizes(num_experts)
@@ -214,7 +214,7 @@ def route_tokens(logits: Tensor, bias: Tensor | None, top_k: int, score: str, no
 
 def launch_auxiliary_losses(prob_sum: Tensor, z_sum: Tensor, counts: Tensor, top_k: int, num_processes: int) -> Tensor:
     """`[E + 3]`: both losses of `auxiliary_losses`, and their derivatives by `z_sum` and by `prob_sum`."""
-    from lightning_swiftmoe.kernels.router_triton import auxiliary_losses
+    from lightning_swiftmoe.kernels.router.route_tokens_triton import auxiliary_losses
 
     num_ranks, num_experts = counts.shape
     out = prob_sum.new_empty(num_experts + 3)

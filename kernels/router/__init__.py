@@ -1,0 +1,1 @@
+"""Top-k routing and its losses, each one kernel beside its reference."""

@@ -1,0 +1,1 @@
+"""Tokens into expert order and back within one process: routing, padding, sums over rows."""
