@@ -119,15 +119,21 @@ def rows_gemm(
     return out
 
 
-def up_gemm(x: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, activation: str) -> tuple[Tensor, Tensor]:
+def up_gemm(
+    x: Tensor,
+    up_proj: Tensor,
+    routing: PaddedRouting | RowLayout,
+    activation: str,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Gather of `x[T, d]`, `pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)` in one kernel.
 
-    Rows in place are `x[P, d]`, loaded by TMA.
+    Rows in place are `x[P, d]`, loaded by TMA. `hidden` is allocated if None.
     """
     gated = is_gated(activation)
     pre = x.new_empty(routing.allocated_rows, up_proj.shape[1])
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
-    hidden = x.new_empty(routing.allocated_rows, hidden_width)
+    hidden = x.new_empty(routing.allocated_rows, hidden_width) if hidden is None else hidden
     grid, stride, span = _schedule(x.device, _row_tiles(routing, hidden_width, HALF if gated else BN))
     _rows_gemm(
         grid,
@@ -162,6 +168,7 @@ def hidden_grad_gemm(
     routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
+    scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows of grad_y[T, d] @ down_proj[e]` and the activation backward taken from its accumulators.
 
@@ -169,6 +176,7 @@ def hidden_grad_gemm(
         grad_y: `[T, d]`, or `[P, d]` rows in place.
         weights: `[T, k]` router weights, or `[P]` of rows in place.
         overwrite_pre: whether `grad_pre` takes the memory of `pre`.
+        scaled_hidden: `[P, h]`, allocated if None.
 
     Returns:
         `grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[n, P]`, whose sum over n is each row's router gradient.
@@ -176,7 +184,7 @@ def hidden_grad_gemm(
     hidden_width = down_proj.shape[2]
     block = (BM, BN // 4)
     grad_pre = pre if overwrite_pre else torch.empty_like(pre)
-    scaled_hidden = pre.new_empty(pre.shape[0], hidden_width)
+    scaled_hidden = pre.new_empty(pre.shape[0], hidden_width) if scaled_hidden is None else scaled_hidden
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
     grid, stride, span = _schedule(grad_y.device, _row_tiles(routing, hidden_width, BN))
     _hidden_grad(

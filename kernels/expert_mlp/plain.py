@@ -21,8 +21,14 @@ def rows_gemm(rows: Tensor, weight: Tensor, layout: RowLayout, transposed: bool,
     return grouped_matmul(rows, weight.mT if transposed else weight, layout.padded_ends, out)
 
 
-def up_gemm(rows: Tensor, up_proj: Tensor, layout: RowLayout, activation: str) -> tuple[Tensor, Tensor]:
-    """`pre[P, H] = rows @ up_proj[r].T` and `hidden[P, h] = act(pre)`."""
+def up_gemm(
+    rows: Tensor,
+    up_proj: Tensor,
+    layout: RowLayout,
+    activation: str,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`pre[P, H] = rows @ up_proj[r].T` and `hidden[P, h] = act(pre)`; memory for it goes unused."""
     pre = rows_gemm(rows, up_proj, layout, transposed=True)
     return pre, activation_forward(pre, activation)
 
@@ -35,15 +41,16 @@ def hidden_grad_gemm(
     layout: RowLayout,
     activation: str,
     overwrite_pre: bool = False,
+    scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`.
 
-    `overwrite_pre` is a permission that goes unused.
+    `overwrite_pre` is a permission that goes unused, and so does memory.
     """
     grad_hidden = rows_gemm(grad_rows, down_proj, layout, transposed=False)
     scale = torch.where(layout.order >= 0, weights, 0)
-    grad_pre, scaled_hidden, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
-    return grad_pre, scaled_hidden, grad_scale.unsqueeze(0)
+    grad_pre, scaled, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
+    return grad_pre, scaled, grad_scale.unsqueeze(0)
 
 
 def weight_gemm(

@@ -54,9 +54,13 @@ def rows_gemm(
 
 
 def up_gemm(
-    rows: Tensor, up_proj: Tensor, routing: PaddedRouting | RowLayout, activation: str
+    rows: Tensor,
+    up_proj: Tensor,
+    routing: PaddedRouting | RowLayout,
+    activation: str,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`."""
+    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`; memory for it goes unused."""
     pre = rows_gemm(rows, up_proj, routing, transposed=True)
     return pre, act_forward(pre, routing, activation)
 
@@ -69,6 +73,7 @@ def hidden_grad_gemm(
     routing: PaddedRouting | RowLayout,
     activation: str,
     overwrite_pre: bool = False,
+    scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
     grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)

@@ -46,6 +46,7 @@ def forward_rows(
     activation: str,
     path: str,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each row through its resident's MLP.
 
@@ -58,6 +59,7 @@ def forward_rows(
         path: "hopper", "triton", "grouped_mm" or "torch"; see `dispatch.choose_path`.
         out: `[P, d]`, where the results go; allocated if None. Written by the GEMM, except on path "grouped_mm",
             whose GEMM allocates and is copied.
+        workspace: `[P, h]` for hidden values, which nobody needs afterwards; a path may allocate its own.
 
     Returns:
         `out[P, d]`, without gate weights, and the pre-activations `pre[P, H]`. Padding rows are zeros; at and beyond
@@ -66,7 +68,7 @@ def forward_rows(
     _check_rows("rows", rows, layout, down_proj.shape[1])
     _check_out("out", out, tuple(rows.shape), rows)
     gemm = gemms(path)
-    pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation)
+    pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation, workspace)
     return gemm.rows_gemm(hidden, down_proj, layout, True, out), pre
 
 
@@ -82,8 +84,11 @@ def input_gradients(
     overwrite_pre: bool,
     wanted: bool = True,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, HiddenGradients]:
     """The half of the backward that other ranks wait for; see `backward_rows`.
+
+    `workspace [P, h]` may take the hidden values, which `weight_gradients` needs.
 
     Returns:
         Gradients of rows, `[P, d]` or None if not wanted, and of row_weights, `[P]`; and what `weight_gradients` takes.
@@ -92,7 +97,7 @@ def input_gradients(
     _check_out("out_grad_rows", out, tuple(grad_rows.shape), grad_rows)
     gemm = gemms(path)
     grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
-        grad_rows, down_proj, pre, row_weights, layout, activation, overwrite_pre
+        grad_rows, down_proj, pre, row_weights, layout, activation, overwrite_pre, workspace
     )
     grad_row_weights = _sum_partials(partials, layout)
     grad_x = gemm.rows_gemm(grad_pre, up_proj, layout, False, out) if wanted else None

@@ -6,7 +6,7 @@ again and again; once it has seen that nothing about it changes, it records the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +18,20 @@ T = TypeVar("T")
 
 
 class GraphMemory:
-    """What the graphs of one device share: temporary memory, and the stream they are recorded on.
+    """What some graphs of one device share: temporary memory, and the stream they are recorded on.
 
-    Graphs that share memory are replayed one at a time, on one stream.
+    They are replayed one at a time, on one stream. What a graph gives stands in this memory too: a graph that was
+    recorded before it may have temporaries in the same place. So only graphs that are replayed in the order in which
+    they were recorded, or of which none gives anything that another's replay may meet, share memory.
+
+    Args:
+        device: where they run.
+        stream: to record on; one for all memories of an owner, as torch has few.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream
         # The pool ends with its last graph, and does not come back: this one stays.
         self._first, _ = self.record(lambda: torch.zeros(1, device=device))
 
@@ -56,6 +62,10 @@ class GraphedSection:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Any = None
 
+    def knows(self, key: Hashable) -> bool:
+        """Whether it will not start anew with this key."""
+        return key == self._key
+
     def run(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """The result of ``work``. That of a replay is the same memory every time.
 
@@ -66,7 +76,7 @@ class GraphedSection:
         """
         if is_recording():
             return work()
-        if key != self._key:
+        if not self.knows(key):
             self._key = key
             self._graph = self._result = None
             return work()
@@ -87,12 +97,22 @@ class GraphedSections:
         self._memory = memory
         self._sections: dict[str, GraphedSection] = {}
 
-    def run(self, name: str, key: Hashable, work: Callable[[], T]) -> T:
-        """See ``GraphedSection``."""
+    def run(self, name: str, key: Hashable, work: Callable[[], T], feeds: Sequence[str] = ()) -> T:
+        """See ``GraphedSection``.
+
+        Args:
+            name: which section.
+            key: all that its launches depend on.
+            work: of the section.
+            feeds: sections that read what this one gives: they start anew with it.
+        """
         if self._memory is None:
             return work()
         if name not in self._sections:
             self._sections[name] = GraphedSection(self._memory)
+        if not self._sections[name].knows(key):
+            for other in feeds:
+                self._sections.pop(other, None)
         result: T = self._sections[name].run(key, work)
         return result
 

@@ -27,6 +27,11 @@ class GradientSink(Protocol):
         """Whether it has done with all that it took."""
         ...
 
+    @property
+    def copies(self) -> bool:
+        """Whether it copies what it takes at once."""
+        ...
+
     def memory(self) -> tuple[Tensor | None, Tensor | None]:
         """Where the current stream should write the next gradients, of up and down projection; None: anywhere."""
         ...
@@ -58,6 +63,7 @@ class ExpertsElsewhere(torch.autograd.Function):
         path = choose_path(x_TD.device, trip.dtype, width, hidden, num_residents, activation, "auto")
         keeps = any(ctx.needs_input_grad)
         up, down = aligned(up_proj), aligned(down_proj)
+        workspace = trip.workspace(hidden)
 
         def compute(x: OfTokens, weights: OfTokens, y: OfTokens) -> tuple[Tensor, ...]:
             rows_PD, row_weights_P = trip.to_hosts(x, weights)
@@ -65,13 +71,14 @@ class ExpertsElsewhere(torch.autograd.Function):
                 # What arrived may be in a buffer that the next layers use again.
                 row_weights_P = row_weights_P.clone()
             out = trip.result_buffer(rows_PD)
-            done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out)
+            done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out, workspace)
             trip.offer(done_PD)
             trip.to_tokens(done_PD, y, weights)
             return rows_PD, row_weights_P, pre
 
         with on_device(x_TD):
-            key = (identity(up, down), activation, path, keeps) if runs_without_host(path) else None
+            fixed = [up, down] if workspace is None else [up, down, workspace]
+            key = (identity(*fixed), activation, path, keeps) if runs_without_host(path) else None
             tokens_TD = x_TD.contiguous()
             y_TD = torch.empty_like(tokens_TD)
             rows_PD, row_weights_P, pre = trip.travel("forward", key, compute, tokens_TD, weights_TK.contiguous(), y_TD)
@@ -89,6 +96,7 @@ class ExpertsElsewhere(torch.autograd.Function):
         # Unless the graph is kept for another backward, nobody needs the pre-activations any more.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         out_up, out_down = sink.memory()
+        workspace = trip.workspace(down.shape[2])
 
         def compute(
             grad_y: OfTokens, grad_x: OfTokens, grad_weights: OfTokens, tokens: OfTokens | None = None
@@ -97,7 +105,17 @@ class ExpertsElsewhere(torch.autograd.Function):
             rows_PD = again_PD if trip.resends_tokens else kept
             out = trip.result_buffer(grad_PD)
             grad_rows, grad_row_weights, hidden = input_gradients(
-                grad_PD, row_weights_P, up, down, pre, trip.layout, activation, path, is_last, out=out
+                grad_PD,
+                row_weights_P,
+                up,
+                down,
+                pre,
+                trip.layout,
+                activation,
+                path,
+                is_last,
+                out=out,
+                workspace=workspace,
             )
             assert grad_rows is not None
             trip.offer(grad_rows, grad_row_weights)
@@ -115,12 +133,15 @@ class ExpertsElsewhere(torch.autograd.Function):
             shape, dtype = ctx.weights
             grad_weights = grad_y.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
             tensors = [grads_TD, grad_x, grad_weights]
-            fixed = [row_weights_P, up, down, pre, *(memory for memory in (out_up, out_down) if memory is not None)]
-            if trip.resends_tokens and wants_up:
-                tensors.append(kept)
-            else:
+            fixed = [row_weights_P, up, down, pre]
+            fixed += [memory for memory in (out_up, out_down, workspace) if memory is not None]
+            if not trip.resends_tokens:
                 fixed.append(kept)
-            may_record = sink.is_empty and runs_without_host(path)
+            elif wants_up:
+                tensors.append(kept)
+            # Gradients that nobody has memory for, nor copies, would wait where the next graphs have temporaries.
+            have_memory = (out_up is not None or not wants_up) and (out_down is not None or not wants_down)
+            may_record = runs_without_host(path) and sink.is_empty and (have_memory or sink.copies)
             key = (identity(*fixed), path, is_last, wants_up, wants_down) if may_record else None
             grad_up, grad_down = trip.travel("backward", key, compute, *tensors)
             sink.take(grad_up, grad_down)

@@ -216,6 +216,11 @@ class HostedExperts(ABC):
         return bool(self._given)
 
     @property
+    def copies_gradients(self) -> bool:
+        """Whether ``take_gradients`` adds up in memory of its own: it widens what it is given."""
+        return self.accumulates and all(resident.dtype.itemsize < 4 for resident in self._residents.values())
+
+    @property
     def wants_exchange(self) -> bool:
         """Whether the gradient phase has work here: a structural fact, the same on every rank whatever its tokens."""
         return self.forwards_since_step > 0 and bool(self.trainable)

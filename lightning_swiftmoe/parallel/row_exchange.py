@@ -112,6 +112,10 @@ class RowTrip(ABC):
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """Where the rows of ``to_tokens`` should be written so that they travel without a copy; None: anywhere."""
 
+    def workspace(self, width: int) -> Tensor | None:
+        """``[P, width]`` as ``dtype``, for what is not needed after a travel; None: take any memory."""
+        return None
+
     def end(self) -> None:
         """The last backward is over."""
         self.has_ended = True

@@ -112,7 +112,8 @@ class _Desk:
 
     Args:
         number: of the layer, in the order of first use.
-        memory: for graphs; None where there are none.
+        memory: for its graphs alone: what a forward gives lasts to the backward, while other layers' graphs run; None
+            where there are none.
     """
 
     def __init__(self, number: int, memory: GraphMemory | None) -> None:
@@ -168,7 +169,8 @@ class SymmetricRows(RowExchange):
         self.bound = bound
         self._counts: dict[int, SharedTensor] = {}
         self._buffers: dict[tuple[int, torch.dtype], _Buffers] = {}
-        self._graph_memory = GraphMemory(self.device) if self.device.type == "cuda" else None
+        self._workspaces: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
         # How many rows travel is known on the device alone, and when they do to graphs alone.
@@ -204,9 +206,18 @@ class SymmetricRows(RowExchange):
         self._still_read = number if way == "backward" else None
         return number
 
+    def workspace(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``[rows, width]`` for one way at a time: in graphs' own memory every layer would have one."""
+        known = self._workspaces.get((width, dtype))
+        if known is None or known.shape[0] < rows:
+            known = self._workspaces[width, dtype] = torch.empty(rows, width, dtype=dtype, device=self.device)
+        return known[:rows]
+
     def _desk_of(self, name: str) -> _Desk:
         if name not in self._desks:
-            self._desks[name] = _Desk(len(self._desks), self._graph_memory)
+            stream = self._recording_stream
+            memory = None if stream is None else GraphMemory(self.device, stream)
+            self._desks[name] = _Desk(len(self._desks), memory)
         return self._desks[name]
 
     def _counts_for(self, num_experts: int) -> SharedTensor:
@@ -292,7 +303,8 @@ class SymmetricTrip(RowTrip):
 
         if self._fixed and key is not None:
             section = way if is_first or way == "backward" else "forward again"
-            self._planned, result = self.desk.sections.run(section, self._key(key, given), whole)
+            feeds = ("forward again", "backward") if section == "forward" else ()
+            self._planned, result = self.desk.sections.run(section, self._key(key, given), whole, feeds)
         else:
             self._planned, result = whole()
         if is_first:
@@ -349,6 +361,10 @@ class SymmetricTrip(RowTrip):
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """See ``RowTrip``."""
         return self.buffers.results.local[: self._planning.size.max_rows]
+
+    def workspace(self, width: int) -> Tensor | None:
+        """See ``RowTrip``."""
+        return self._exchange.workspace(self._planning.size.max_rows, width, self.dtype)
 
     @property
     def layout(self) -> RowLayout:  # type: ignore[override]

@@ -29,8 +29,10 @@ class SymmetricState:
     def __init__(self, memory: PeerMemory) -> None:
         self._memory = memory
         self._buffers = GradientBuffers(memory)
-        # Of its own: what is recorded here runs beside what rows have recorded.
-        self._graphs = GraphMemory(memory.device) if memory.device.type == "cuda" else None
+        # One for all layers: these graphs give nothing. Rows have others, which run beside them.
+        self._graphs: GraphMemory | None = None
+        if memory.device.type == "cuda":
+            self._graphs = GraphMemory(memory.device, torch.cuda.Stream(memory.device))
 
     def __call__(self, communicator: Communicator, name: str, cuts: Cuts, num_sharers: int) -> ShardExchange:
         """See ``ShardExchangeFactory``."""

@@ -120,9 +120,10 @@ class DeviceDispatcher:
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
         placement = self.layer.placement
-        if self._tables is None or not self._tables.placement.same_residents(placement):
-            self._tables = PlacementTables.on(device, placement, capacity_factor, self.capacity_scope)
-        return self._tables
+        known = self._tables
+        if known is None or known.capacity_factor != capacity_factor or not known.placement.same_residents(placement):
+            known = self._tables = PlacementTables.on(device, placement, capacity_factor, self.capacity_scope)
+        return known
 
 
 class _ResidentGradients:
@@ -135,6 +136,10 @@ class _ResidentGradients:
     @property
     def is_empty(self) -> bool:
         return not self._hosted.keeps_given_gradients
+
+    @property
+    def copies(self) -> bool:
+        return self._hosted.copies_gradients
 
     def memory(self) -> tuple[Tensor | None, Tensor | None]:
         memory = self._hosted.gradient_memory() or {}
