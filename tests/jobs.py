@@ -178,13 +178,15 @@ def train_alone(job: Job, ckpt_path: str | None = None, save: str | None = None)
 
 
 def largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest relative norm of a difference over all weights.
+    """Largest relative norm of a difference over all weights; NaN where there is one.
 
     Biases of loss-free balancing are left out: without a strategy the last step's is still to come.
     """
     assert a.keys() == b.keys()
     keys = [key for key in a if not key.endswith("expert_bias")]
-    return max(((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30)).item() for k in keys)
+    errors = [(a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30) for k in keys]
+    # Python's own max passes over a NaN that does not come first.
+    return torch.stack([error.double() for error in errors]).max().item()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
