@@ -17,6 +17,7 @@ from tests.gpu.cases import (
     fit,
     fit_alone,
 )
+from tests.gpu.compilations import Wandering
 from tests.jobs import largest_error
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.gpu
 BOUND = {"32-true": 1e-5, "bf16-mixed": 2e-2}
 WIDE = {"width": 64, "moe": HOPPER}
 STARVED = {**HOPPER, "bias_update_rate": 1e-3}
+# Hidden values as wide as what is kept of them: memory of one kind would fit in the place of the other.
+UNGATED = {"ffn_size": 128, "activation": "gelu", "bias_update_rate": 1e-3}
 
 # By precision, so that both have each.
 SHAPES = {
@@ -43,6 +46,16 @@ VARIANTS = {
     "reentrant": {"module": ReentrantCheckpointed, **WIDE},
     "twice": {"module": Twice, **WIDE},
     "static": {"policy": "static", "slots": 5, **WIDE},
+    # Room for rows grows in one layer and then in another, and their graphs are recorded in any order.
+    "wandering": {
+        "module": Wandering,
+        "policy": "balanced",
+        "slots": 9,
+        "steps": 30,
+        "on_device": True,
+        "width": 64,
+        "moe": UNGATED,
+    },
 }
 CASES = {**SHAPES, **VARIANTS}
 ONE_RANK = ["hopper_k1", "hopper_k2", "odd_k2", "accumulate", "starved", "checkpointed"]
