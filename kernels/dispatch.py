@@ -124,7 +124,7 @@ def layout_sizes(path: str, num_assignments: int, num_experts: int, device: torc
     return padded_rows(num_assignments, num_experts, tile), packed_size(num_assignments, num_experts, tile)
 
 
-def aligned(weight: Tensor) -> Tensor:
-    """Contiguous and on a 16-byte boundary, as TMA wants it; copies only if need be."""
-    weight = weight.contiguous()
-    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, as TMA and wide accesses want it; copies only if need be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

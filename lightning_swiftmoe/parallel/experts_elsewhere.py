@@ -79,9 +79,9 @@ class ExpertsElsewhere(torch.autograd.Function):
         with on_device(x_TD):
             fixed = [up, down] if workspace is None else [up, down, workspace]
             key = (identity(*fixed), activation, path, keeps) if runs_without_host(path) else None
-            tokens_TD = x_TD.contiguous()
+            tokens_TD = aligned(x_TD)
             y_TD = torch.empty_like(tokens_TD)
-            rows_PD, row_weights_P, pre = trip.travel("forward", key, compute, tokens_TD, weights_TK.contiguous(), y_TD)
+            rows_PD, row_weights_P, pre = trip.travel("forward", key, compute, tokens_TD, aligned(weights_TK), y_TD)
         kept = tokens_TD if trip.resends_tokens else rows_PD
         ctx.save_for_backward(kept, row_weights_P, up, down, pre)
         ctx.path, ctx.weights = path, (weights_TK.shape, weights_TK.dtype)
@@ -128,7 +128,7 @@ class ExpertsElsewhere(torch.autograd.Function):
             return grads
 
         with on_device(grad_y):
-            grads_TD = grad_y.contiguous()
+            grads_TD = aligned(grad_y)
             grad_x = torch.empty_like(grads_TD)
             shape, dtype = ctx.weights
             grad_weights = grad_y.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))

@@ -16,14 +16,14 @@ Shape suffixes: T tokens, D hidden size, K top-k, N ranks, E experts, P padded r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import aligned, tile_rows
+from lightning_swiftmoe.kernels.dispatch import tile_rows
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
@@ -34,7 +34,7 @@ from lightning_swiftmoe.kernels.token_dispatch.move import (
     push_rows,
 )
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
@@ -93,16 +93,6 @@ class _Planned:
     plan: TokenPlan
     address: Address
     facts: Tensor  # [N E + N] int64: counts of all ranks, and the load of each
-
-
-@dataclass(frozen=True)
-class _Planning:
-    """What a plan is made from, beside what is on the device."""
-
-    num_ranks: int
-    rank: int
-    size: PlanSize
-    capacity: Capacity | None
 
 
 class _Desk:
@@ -184,7 +174,6 @@ class SymmetricRows(RowExchange):
         desk = self._desk_of(name)
         size = PlanSize(tables.max_residents, desk.most_rows(tables, most, tile), tile)
         buffers = self._buffers_for(routed.width, routed.dtype, most + (tables.max_residents + 1) * tile)
-        planning = _Planning(num_ranks, self.communicator.rank, size, tables.capacity)
         all_counts = self._counts_for(routed.counts.shape[0])
         self.communicator.meter.add("load", (num_ranks - 1) * routed.counts.nbytes)
         fixed = training and desk.is_free
@@ -193,7 +182,7 @@ class SymmetricRows(RowExchange):
         else:
             inputs = _Inputs.like(routed, tables)
             inputs.tables.copy_(tables.packed)
-        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, planning, tables, name, fixed=fixed)
+        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, name, fixed=fixed)
         if fixed:
             desk.serve(trip)
         return trip
@@ -254,7 +243,7 @@ class SymmetricTrip(RowTrip):
         routed: what this rank sends.
         inputs: where kernels read it.
         all_counts: ``[N, E]``, written by all ranks.
-        planning: how to plan.
+        size: of the plan.
         tables: the placement.
         name: of the layer.
         fixed: whether inputs and plan stand in the desk's memory.
@@ -270,7 +259,7 @@ class SymmetricTrip(RowTrip):
         routed: Routed,
         inputs: _Inputs,
         all_counts: SharedTensor,
-        planning: _Planning,
+        size: PlanSize,
         tables: PlacementTables,
         name: str,
         *,
@@ -283,7 +272,7 @@ class SymmetricTrip(RowTrip):
         self._routed: Routed | None = routed
         self._inputs = inputs
         self._all_counts = all_counts
-        self._planning = planning
+        self._size = size
         self._tables = tables
         self._name = name
         self._fixed = fixed
@@ -294,17 +283,16 @@ class SymmetricTrip(RowTrip):
         """See ``RowTrip``."""
         is_first = self._planned is None
         self._buffer = self._exchange.next_buffer(self, way)
-        given = [aligned(tensor) for tensor in tensors]
-        point(self._inputs.cells, given, self._routed_copies())
+        point(self._inputs.cells, tensors, self._routed_copies())
 
         def whole() -> tuple[_Planned, T]:
             planned = self._planned = self._planned or self._plan()
-            return planned, work(*pointed(self._inputs.cells, given))
+            return planned, work(*pointed(self._inputs.cells, tensors))
 
         if self._fixed and key is not None:
             section = way if is_first or way == "backward" else "forward again"
             feeds = ("forward again", "backward") if section == "forward" else ()
-            self._planned, result = self.desk.sections.run(section, self._key(key, given), whole, feeds)
+            self._planned, result = self.desk.sections.run(section, self._key(key, tensors), whole, feeds)
         else:
             self._planned, result = whole()
         if is_first:
@@ -360,11 +348,11 @@ class SymmetricTrip(RowTrip):
 
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """See ``RowTrip``."""
-        return self.buffers.results.local[: self._planning.size.max_rows]
+        return self.buffers.results.local[: self._size.max_rows]
 
     def workspace(self, width: int) -> Tensor | None:
         """See ``RowTrip``."""
-        return self._exchange.workspace(self._planning.size.max_rows, width, self.dtype)
+        return self._exchange.workspace(self._size.max_rows, width, self.dtype)
 
     @property
     def layout(self) -> RowLayout:  # type: ignore[override]
@@ -386,7 +374,7 @@ class SymmetricTrip(RowTrip):
         return [(topk_idx, self._inputs.topk_idx), (counts, self._inputs.counts)]
 
     def _plan(self) -> _Planned:
-        planning, inputs = self._planning, self._inputs
+        inputs = self._inputs
         num_ranks, num_experts = self._all_counts.local.shape
         self._exchange.memory.exchange_counts(inputs.counts, self._all_counts)
         facts = inputs.counts.new_empty(num_ranks * (num_experts + 1))
@@ -394,7 +382,7 @@ class SymmetricTrip(RowTrip):
         # Peers write the next counts when this trip's first barrier has passed.
         counts.copy_(self._all_counts.local)
         tables = self._tables.unpacked(inputs.tables)
-        plan = plan_tokens(counts, *tables, planning.rank, planning.size, planning.capacity)
+        plan = plan_tokens(counts, *tables, self._exchange.communicator.rank, self._size, self._tables.capacity)
         rank_load.copy_(plan.rank_load)
         return _Planned(plan, address_tokens(inputs.topk_idx, plan), facts)
 
@@ -405,11 +393,12 @@ class SymmetricTrip(RowTrip):
         self.counts = facts[:-num_ranks].view(num_ranks, num_experts)
         self.rank_load = facts[-num_ranks:]
 
-    def _key(self, key: Hashable, given: list[Tensor]) -> Hashable:
+    def _key(self, key: Hashable, given: Sequence[Tensor]) -> Hashable:
         """All that the launches of a way depend on."""
         inputs = self._inputs
         fixed = identity(inputs.topk_idx, inputs.counts, inputs.tables, inputs.cells, self._all_counts.local)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
         planned = None if self._planned is None else identity(self._planned.facts, self._planned.address.row)
         # Buffers are made anew all at once.
-        return key, fixed, shapes, planned, self._planning, identity(self.buffers.results.local), self._buffer
+        buffers = identity(self.buffers.results.local), self._buffer
+        return key, fixed, shapes, planned, self._size, self._tables.capacity, buffers
