@@ -5,12 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def pointer_from(address, ELEMENT: tl.constexpr):
+    """The pointer to ELEMENTs at an address, or at each of several, on 16-byte boundaries."""
+    # Nothing is known of a loaded address: without the promise every element is a transaction of its own.
+    return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), 16)
+
+
+@triton.jit
 def pointer_of(tensor, INDIRECT: tl.constexpr, ELEMENT: tl.constexpr):
     """The pointer itself, or the one to ELEMENTs in the cell that it points to."""
     if INDIRECT:
-        pointer = tl.load(tensor).to(tl.pointer_type(ELEMENT))
-        # Nothing is known of a loaded address: without the promise every element is a transaction of its own.
-        pointer = tl.multiple_of(pointer, 16)
+        pointer = pointer_from(tl.load(tensor), ELEMENT)
     else:
         pointer = tensor
     return pointer

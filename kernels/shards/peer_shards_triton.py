@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.indirect_triton import pointer_of
+from lightning_swiftmoe.kernels.indirect_triton import pointer_from, pointer_of
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.shards.peer_shards import Residents
 
@@ -32,9 +32,7 @@ _ELEMENT = {
 @triton.jit
 def _start_of(peers, hosts, numbers, at, P, DTYPE: tl.constexpr):
     """Pointer to the first element of a resident."""
-    base = tl.load(peers + tl.load(hosts + at)).to(tl.pointer_type(DTYPE))
-    # Nothing is known of a loaded address: without the promise every element is a transaction of its own.
-    base = tl.multiple_of(base, 16)
+    base = pointer_from(tl.load(peers + tl.load(hosts + at)), DTYPE)
     return base + tl.load(numbers + at).to(tl.int64) * P
 
 

@@ -9,7 +9,7 @@ Shape legend: T tokens, k choices, D width of a row, N ranks, P padded rows, R r
 import triton
 import triton.language as tl
 
-from lightning_swiftmoe.kernels.indirect_triton import pointer_of
+from lightning_swiftmoe.kernels.indirect_triton import pointer_from, pointer_of
 
 
 @triton.jit
@@ -18,9 +18,7 @@ def _starts_of_rows(peers, host, row, D, LOCAL: tl.constexpr, DTYPE: tl.constexp
     if LOCAL:
         base = peers + tl.zeros_like(row)
     else:
-        base = tl.load(peers + host, mask=host >= 0, other=0).to(tl.pointer_type(DTYPE))
-        # Nothing is known of a loaded address: without the promise every element is a transaction of its own.
-        base = tl.multiple_of(base, 16)
+        base = pointer_from(tl.load(peers + host, mask=host >= 0, other=0), DTYPE)
     return base + row.to(tl.int64) * D
 
 
