@@ -52,6 +52,13 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self._board.note(rank, error)
             show_instead(error, self._tell if self._parent is None else self._leave_to_parent)
 
+    def ends_now(self, rank: int, error: BaseException) -> None:
+        """As ``failed``, for a process that will not reach the end of its program."""
+        if self._board is not None:
+            self._board.note(rank, error)
+            if self._parent is None:
+                self._tell()
+
     def _start_children(self) -> None:
         if self.num_processes == 1:
             self._call_children_scripts()
@@ -125,6 +132,11 @@ class ForkLauncher(MultiProcessingLauncher):
         """The user's own process has heard, by ``error``, that some rank failed."""
         if os.getpid() == self._main:
             show_instead(error, self._tell)
+
+    def ends_now(self, rank: int, error: BaseException) -> None:
+        """This rank will not reach the end of its program."""
+        if self._board is not None:
+            self._board.note(rank, error)
 
     @override
     def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:

@@ -45,6 +45,7 @@ from lightning_swiftmoe.optim import (
     use_installed_parameters,
     use_original_parameters,
 )
+from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
@@ -203,7 +204,9 @@ class SwiftMoEStrategy(DDPStrategy):
             self._check_one_optimizer()
 
     def _make_engine(self) -> None:
-        self.parallelism = Parallelism.on(self.root_device, self._timeout, self.transport, self.expert_parallel_size)
+        self.parallelism = Parallelism.on(
+            self.root_device, self._timeout, self.transport, self.expert_parallel_size, self.on_hang
+        )
         module = self._module
         layers = build_layers(
             module,
@@ -385,7 +388,18 @@ class SwiftMoEStrategy(DDPStrategy):
         self._failed = True
         if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)) and not isinstance(exception, KeyboardInterrupt):
             self._launcher.failed(self.global_rank, exception)
+        if self.parallelism is not None and self.parallelism.num_ranks > 1:
+            self.parallelism.abort()
         super().on_exception(exception)
+
+    def on_hang(self, line: str) -> None:
+        """An exchange on the device does not end, and this process is about to: tell those who started it.
+
+        Args:
+            line: which one, and for how long.
+        """
+        if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)):
+            self._launcher.ends_now(self.global_rank, ExchangeError(line))
 
     @override
     def teardown(self) -> None:

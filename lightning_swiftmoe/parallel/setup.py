@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.parallel.abort import abort_all, abort_nccl
 from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
 from lightning_swiftmoe.parallel.bound_experts import BoundExperts
 from lightning_swiftmoe.parallel.communicator import Communicator
@@ -27,7 +30,7 @@ from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
 from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostDispatcher
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.transports import choose_transport
-from lightning_swiftmoe.parallel.watchdog import Watchdog
+from lightning_swiftmoe.parallel.watchdog import Watchdog, end_process
 from lightning_swiftmoe.placement import CapacityScope, Placement
 
 _HOSTED: dict[str, type[HostedExperts]] = {"decoupled": DecoupledExperts, "bound": BoundExperts}
@@ -82,8 +85,16 @@ class Parallelism:
         timeout: timedelta | None,
         transport: str = "auto",
         expert_parallel_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> Parallelism:
         """All ranks of the job, in expert groups of that size. Collective.
+
+        Args:
+            device: of this rank.
+            timeout: of an exchange.
+            transport: how tokens and expert state travel.
+            expert_parallel_size: ranks of a group; None: all.
+            tell: is called with one line before a watchdog ends this process.
 
         Raises:
             ValueError: a transport that these ranks do not have.
@@ -101,7 +112,7 @@ class Parallelism:
         control = Communicator(own[0]) if own else group_on_host
         chosen = choose_transport(transport, device, group_on_host, control)
         bound = TokenBound(group_on_host)
-        watchdog = _watchdog(device, timeout, control)
+        watchdog = _watchdog(device, timeout, control, tell)
 
         def communicator(group: dist.ProcessGroup | None) -> Communicator:
             return Communicator(group, device, meter, watchdog)
@@ -153,8 +164,18 @@ class Parallelism:
         """Destroy our process groups. Collective."""
         if self.watchdog is not None:
             self.watchdog.close()
-        for group in (*(group for groups in self.groups for group in groups.all), *self.own):
+        for group in self._created():
             dist.destroy_process_group(group)
+
+    def abort(self) -> None:
+        """Leave without the other ranks, after an error. The default group is left when the process ends."""
+        if self.device.type == "cuda":
+            abort_nccl(self._created())
+            atexit.register(abort_all)
+
+    def _created(self) -> list[dist.ProcessGroup]:
+        """Every group that is ours."""
+        return [*(group for groups in self.groups for group in groups.all), *self.own]
 
 
 class FirstPlacements(Protocol):
@@ -240,10 +261,13 @@ def _device_exchanges(
     return None, None
 
 
-def _watchdog(device: torch.device, timeout: timedelta | None, control: Communicator) -> Watchdog | None:
+def _watchdog(
+    device: torch.device, timeout: timedelta | None, control: Communicator, tell: Callable[[str], None] | None
+) -> Watchdog | None:
     if device.type != "cuda" or timeout is None:
         return None
-    watchdog = Watchdog(timeout.total_seconds(), control.rank, control.num_ranks)
+    end = partial(end_process, tell=tell)
+    watchdog = Watchdog(timeout.total_seconds(), control.rank, control.num_ranks, end)
     watchdog.start()
     return watchdog
 

@@ -2,6 +2,9 @@
 
 A rank whose peer is gone waits for it inside a kernel, where no exception reaches. A thread looks at the oldest
 exchange once a second; a step only appends to a queue.
+
+Whatever that thread calls must not wait for the device. Asking an event does not; destroying one does, in the driver
+and with Python's lock in hand, while another thread waits for a copy. So those who start exchanges destroy events.
 """
 
 from __future__ import annotations
@@ -70,10 +73,12 @@ class Watchdog:
         self._end = end or end_process
         self._clock = clock
         self._running: deque[Exchange] = deque()
+        self._passed: deque[Exchange] = deque()
         self._closed = threading.Event()
 
     def watch(self, phase: str, layer: str, done: Passable) -> None:
         """An exchange was started and ``done`` recorded behind it."""
+        self._passed.clear()
         self._running.append(Exchange(phase, layer, done, self._clock()))
 
     def start(self) -> None:
@@ -83,12 +88,13 @@ class Watchdog:
     def close(self) -> None:
         """Stop looking."""
         self._closed.set()
-        self._running.clear()
 
     def look(self) -> None:
-        """Forget what has passed, and end the process where the oldest of the rest is too old."""
+        """Set aside what has passed, and end the process where the oldest of the rest is too old."""
+        if self._closed.is_set():
+            return
         while self._running and self._running[0].done.query():
-            self._running.popleft()
+            self._passed.append(self._running.popleft())
         if not self._running:
             return
         oldest = self._running[0]
@@ -104,8 +110,17 @@ class Watchdog:
             self.look()
 
 
-def end_process(line: str) -> None:
-    """Say ``line`` and end. Nothing else runs: whatever touches the device would wait as well."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
-    os._exit(EXIT_CODE)
+def end_process(line: str, tell: Callable[[str], None] | None = None) -> None:
+    """Say ``line`` and end. Nothing else runs: whatever touches the device would wait as well.
+
+    Args:
+        line: what to say.
+        tell: is called with it, for others that want to know.
+    """
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+        if tell is not None:
+            tell(line)
+    finally:
+        os._exit(EXIT_CODE)

@@ -146,10 +146,13 @@ def test_every_rank_ends_with_an_error(jobs, kind):
     tail = job.output[-3000:]
     assert len(job.ended) == len(job.processes), f"still running after {PATIENCE_S} s:\n{tail}"
     assert all(process.returncode != 0 for process in job.processes), tail
-    assert max(job.ended.values()) - min(job.ended.values()) < TIMEOUT_S + SLACK_S
+    assert max(job.ended.values()) - min(job.ended.values()) < TIMEOUT_S + SLACK_S, tail
     lines = job.output.splitlines()
     if kind[1] == "raises":
-        assert "ArithmeticError: the first cause" in job.output
+        assert "ArithmeticError: the first cause" in job.output, tail
+    if kind[0] == "alone":
+        # Rank 0, which waited for the other.
+        assert "exchange of layer 'moes." in job.logs[0].read_text(), tail
     if kind[0] == "launcher":
         assert "The job ended because of rank 1:" in lines[-30:], tail
         last = {"raises": "ArithmeticError: the first cause", "dies": "rank 1 was killed by SIGKILL"}[kind[1]]

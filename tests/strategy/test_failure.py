@@ -35,6 +35,30 @@ if __name__ == "__main__":
     trainer.fit(Fails(job), data(job, int(os.environ.get("LOCAL_RANK", 0)), 2))
 """
 
+# Rank 1 does as it is told and does not come to its end; rank 0 waits for its device, where no exception reaches, and
+# its watchdog gives up on an exchange.
+HANGS = """
+import atexit, threading
+from functools import partial
+from lightning_swiftmoe.parallel.watchdog import Watchdog, end_process
+
+class Never:
+    def query(self):
+        return False
+
+class Fails(Fails):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == 1:
+            atexit.register(threading.Event().wait)
+        if batch_idx == 2 and self.global_rank == 0:
+            watchdog = Watchdog(4, 0, 2, partial(end_process, tell=self.trainer.strategy.on_hang))
+            watchdog.start()
+            watchdog.watch("combine", "moes.0", Never())
+            threading.Event().wait()
+        return super().training_step(batch, batch_idx)
+
+if __name__"""
+
 ACTIONS = {
     "raises": 'raise ArithmeticError("the first cause")',
     "dies": "os.kill(os.getpid(), signal.SIGKILL)",
@@ -47,8 +71,39 @@ ACTIONS = {
 def test_the_job_ends_with_the_first_cause(tmp_path, start, rank, action):
     if action == "dies" and rank == 0 and start == "popen":
         pytest.skip("rank 0 is the process the user started")
+    output, code = run(tmp_path, SCRIPT.format(rank=rank, action=ACTIONS[action], start=start))
+    assert code != 0
+    lines = output.splitlines()
+    assert f"The job ended because of rank {rank}:" in lines[-30:], output
+    last = {"raises": "ArithmeticError: the first cause", "dies": f"rank {rank} was killed by SIGKILL"}[action]
+    assert lines[-1].startswith(last)
+    assert output.count("Traceback (most recent call last)") == (action == "raises"), output
+    assert len(lines) < 60
+
+
+@pytest.mark.parametrize(
+    ("start", "action", "culprit", "last"),
+    [
+        ("popen", ACTIONS["raises"], 1, "ArithmeticError: the first cause"),
+        ("popen", "threading.Event().wait()", 0, "lightning_swiftmoe.parallel.communicator.ExchangeError: combine"),
+        ("fork", "threading.Event().wait()", 0, "lightning_swiftmoe.parallel.communicator.ExchangeError: combine"),
+    ],
+    ids=["raises", "waits", "waits-forked"],
+)
+def test_a_watchdog_that_ends_a_process_leaves_the_first_cause(tmp_path, start, action, culprit, last):
+    script = SCRIPT.format(rank=1, action=action, start=start).replace("if __name__", HANGS)
+    output, code = run(tmp_path, script)
+    assert code != 0
+    lines = output.splitlines()
+    assert f"The job ended because of rank {culprit}:" in lines[-30:], output
+    assert lines[-1].startswith(last), output
+    assert sum(line.startswith("combine exchange of layer 'moes.0' on rank 0") for line in lines) == 1
+
+
+def run(tmp_path, text):
+    """What a job says, and its exit code."""
     script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(rank=rank, action=ACTIONS[action], start=start)))
+    script.write_text(textwrap.dedent(text))
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     began = time.monotonic()
     process = subprocess.Popen(
@@ -64,11 +119,5 @@ def test_the_job_ends_with_the_first_cause(tmp_path, start, rank, action):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
     assert time.monotonic() - began < 75
-    lines = output.splitlines()
-    assert f"The job ended because of rank {rank}:" in lines[-30:], output
-    last = {"raises": "ArithmeticError: the first cause", "dies": f"rank {rank} was killed by SIGKILL"}[action]
-    assert lines[-1].startswith(last)
-    assert output.count("Traceback (most recent call last)") == (action == "raises"), output
-    assert len(lines) < 60
+    return output, process.returncode

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import pytest
 
@@ -85,6 +86,18 @@ def test_only_the_oldest_is_asked(watchdog):
     assert sum(event.queries for event in events) == 1
 
 
+def test_events_are_destroyed_by_who_starts_exchanges(watchdog):
+    # Where the main thread waits in the driver, the thread that looks would wait there too, and nobody would look.
+    event = FakeEvent(passed=True)
+    alive = weakref.ref(event)
+    watchdog.watch("weight", "moe", event)
+    del event
+    watchdog.look()
+    assert alive() is not None
+    watchdog.watch("weight", "moe", FakeEvent())
+    assert alive() is None
+
+
 def test_nothing_is_watched_after_the_end(watchdog, clock, lines):
     watchdog.watch("weight", "moe", FakeEvent())
     watchdog.close()
@@ -117,3 +130,9 @@ def test_the_process_ends_with_one_line():
     assert done.returncode == EXIT_CODE
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("combine exchange of layer 'blocks.3.moe' on rank 0 of 4 has not finished for 1 s")
+
+
+def test_the_process_ends_even_where_it_cannot_be_told():
+    code = "from lightning_swiftmoe.parallel.watchdog import end_process; end_process('hangs', lambda line: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_CODE, "hangs\n")
