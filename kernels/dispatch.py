@@ -4,6 +4,7 @@ The paths: "hopper" (our warp-specialised GEMMs), "grouped_mm" (torch's grouped 
 (portable Triton GEMMs) and "torch" (plain torch, any device and dtype).
 """
 
+import functools
 import importlib
 import os
 from contextlib import nullcontext
@@ -100,6 +101,7 @@ def choose_path(
     return "torch"
 
 
+@functools.cache
 def gemms(path: str) -> ModuleType:
     """The module with the GEMM launchers of a path; "torch" has them for rows in place only (`RowLayout`).
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels import indirect_triton
 from lightning_swiftmoe.kernels.indirect import MOST_COPIES, MOST_TENSORS
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv
 
 _BLOCK = 1024  # elements copied by one program
 _NOTHING = (None, None, 0)
@@ -25,7 +24,7 @@ def point(cells: Tensor, tensors: Sequence[Tensor], copies: Sequence[tuple[Tenso
     triples += [_NOTHING] * (MOST_COPIES - len(triples))
     most = max(size for _, _, size in triples)
     _point(
-        (max(triton.cdiv(most, _BLOCK), 1), 1, 1),
+        (max(cdiv(most, _BLOCK), 1), 1, 1),
         cells,
         *addresses,
         *missing,

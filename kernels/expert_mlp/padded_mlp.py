@@ -26,6 +26,9 @@ def _sum_products(
     bands = 2 if routing.allocated_rows * columns > _BAND_ELEMENTS and columns % 512 == 0 else 1
     band = columns // bands
     out = rows.new_empty(routing.inverse.shape[0], columns)
+    if bands == 1:
+        combine_rows(gemm.rows_gemm(rows, weight, routing, transposed), routing, weights, out)
+        return out
     for first in range(0, columns, band):
         part = weight.narrow(1 if transposed else 2, first, band)
         combine_rows(gemm.rows_gemm(rows, part, routing, transposed), routing, weights, out.narrow(1, first, band))

@@ -3,12 +3,11 @@
 Shape legend: P padded rows, E experts, K depth, N columns, d model width, h hidden width, H = 2h when gated, else h.
 """
 
-import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.expert_mlp import gemm_triton
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
 from lightning_swiftmoe.kernels.token_permute.rows import act_backward, act_forward, expert_rows
 
@@ -23,7 +22,7 @@ _BLOCK_K = 32  # 64 spills 240 to 616 bytes of registers a thread on sm_90
 
 def _clipped(block: int, size: int) -> int:
     """A block no larger than needed, and no smaller than `tl.dot` takes."""
-    return min(block, max(16, triton.next_power_of_2(size)))
+    return min(block, max(16, next_power_of_2(size)))
 
 
 def rows_gemm(
@@ -35,7 +34,7 @@ def rows_gemm(
     out = rows.new_empty(rows.shape[0], columns) if out is None else out
     block_n, block_k = _clipped(_BLOCK_N, columns), _clipped(_BLOCK_K, depth)
     _rows_gemm(
-        (rows.shape[0] // routing.tile, triton.cdiv(columns, block_n), 1),
+        (rows.shape[0] // routing.tile, cdiv(columns, block_n), 1),
         rows,
         operand,
         out,
@@ -95,7 +94,7 @@ def weight_gemm(
     out = left.new_empty(num_experts, m, n) if out is None else out
     block_m, block_n = _clipped(_BLOCK_N, m), _clipped(_BLOCK_N, n)
     _weight_gemm(
-        (num_experts, triton.cdiv(m, block_m), triton.cdiv(n, block_n)),
+        (num_experts, cdiv(m, block_m), cdiv(n, block_n)),
         left,
         right,
         out,

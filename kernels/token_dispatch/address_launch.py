@@ -4,10 +4,9 @@ Shape legend: T tokens, k choices, R = T * k assignments, N ranks, E experts.
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import address_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import TokenPlan
 
@@ -26,13 +25,13 @@ def address_tokens(topk_idx: Tensor, plan: TokenPlan, max_rows: int) -> tuple[Te
     num_ranks, num_experts = plan.send.shape
     num_assignments, device = topk_idx.numel(), topk_idx.device
     block = _BLOCK if device.type == "cuda" else _INTERPRETER_BLOCK
-    num_blocks = triton.cdiv(num_assignments, block)
-    bins = triton.next_power_of_2(num_experts + 1)
+    num_blocks = cdiv(num_assignments, block)
+    bins = next_power_of_2(num_experts + 1)
     counts, firsts = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     host = torch.empty(topk_idx.shape, dtype=torch.int32, device=device)
     row = torch.empty_like(host)
     _count_blocks((num_blocks, 1, 1), topk_idx, counts, firsts, num_assignments, num_experts, BLOCK=block, BINS=bins)
-    _scan_blocks((triton.cdiv(bins, _PART), 1, 1), counts, firsts, num_blocks, BINS=bins, PART=_PART, CHUNK=_CHUNK)
+    _scan_blocks((cdiv(bins, _PART), 1, 1), counts, firsts, num_blocks, BINS=bins, PART=_PART, CHUNK=_CHUNK)
     _address(
         (num_blocks, 1, 1),
         topk_idx,

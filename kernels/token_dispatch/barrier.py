@@ -9,11 +9,10 @@ Shape legend: N ranks, C channels, E experts.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import on_device
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import barrier_triton
 
 _barrier = Launcher(barrier_triton.barrier_kernel)
@@ -76,7 +75,7 @@ def _launch(kernel: Launcher, signals: Signals, channel: int) -> None:
             channel,
             num_ranks,
             num_warps=_warps(num_ranks),
-            LANES=triton.next_power_of_2(num_ranks),
+            LANES=next_power_of_2(num_ranks),
         )
 
 
@@ -104,11 +103,11 @@ def exchange_counts(counts: Tensor, peer_counts: Tensor, signals: Signals, chann
             num_ranks,
             num_experts,
             num_warps=_warps(num_ranks),
-            LANES=triton.next_power_of_2(num_ranks),
-            BINS=triton.next_power_of_2(num_experts),
+            LANES=next_power_of_2(num_ranks),
+            BINS=next_power_of_2(num_experts),
         )
 
 
 def _warps(num_ranks: int) -> int:
     """Enough for a lane of its own for each rank, as far as a block goes."""
-    return min(max(triton.next_power_of_2(num_ranks) // 32, 4), 32)
+    return min(max(next_power_of_2(num_ranks) // 32, 4), 32)

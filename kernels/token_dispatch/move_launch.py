@@ -7,12 +7,11 @@ this process. Tensors of tokens are given directly, or all of a launch as `Indir
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import move_triton
 from lightning_swiftmoe.kernels.token_dispatch.address import Address
 
@@ -38,10 +37,10 @@ def push_rows(
 ) -> None:
     """`move.push_rows`, or into one buffer."""
     num_tokens, width = source.shape
-    block = min(_PUSHED, triton.next_power_of_2(width))
+    block = min(_PUSHED, next_power_of_2(width))
     tokens = _PUSHED // block
     _push_rows(
-        (triton.cdiv(num_tokens, tokens), 1, 1),
+        (cdiv(num_tokens, tokens), 1, 1),
         _passed(source),
         address.host,
         address.row,
@@ -70,10 +69,10 @@ def pull_rows(
 ) -> None:
     """`move.pull_rows`, or from one buffer."""
     num_tokens, width = out.shape
-    block = min(_PULLED, triton.next_power_of_2(width))
+    block = min(_PULLED, next_power_of_2(width))
     tokens = _PUSHED // block
     _pull_rows(
-        (triton.cdiv(num_tokens, tokens), triton.cdiv(width, block), 1),
+        (cdiv(num_tokens, tokens), cdiv(width, block), 1),
         address.host,
         address.row,
         peers,
@@ -97,7 +96,7 @@ def pull_scalars(address: Address, peers: Tensor, num_parts: int, part_stride: i
     """`move.pull_scalars`, or from one buffer."""
     num_assignments = address.row.numel()
     _pull_scalars(
-        (triton.cdiv(num_assignments, _SCALARS), 1, 1),
+        (cdiv(num_assignments, _SCALARS), 1, 1),
         address.host,
         address.row,
         peers,
@@ -114,7 +113,7 @@ def pull_scalars(address: Address, peers: Tensor, num_parts: int, part_stride: i
 def clear_padding(rows: Tensor, starts: Tensor, ends: Tensor) -> None:
     """`move.clear_padding`."""
     width = rows.shape[1]
-    block = min(_PUSHED, triton.next_power_of_2(width))
+    block = min(_PUSHED, next_power_of_2(width))
     grid = (_CLEARERS * ends.shape[0], 1, 1)
     _clear_padding(grid, rows, starts, ends, width, PARTS=_CLEARERS, BLOCK=block)
 

@@ -4,10 +4,9 @@ Shape legend: N ranks, E experts, R residents at most, P padded rows, A arrivals
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import plan_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 
@@ -33,15 +32,13 @@ def plan_tokens(
     totals, rank_load, send_rows, recv_rows, needed_rows = sums.unbind()
     rows = _row_tensors(size, counts.device)
     residents, starts, ends, tile_expert, order, inverse = rows
-    bins = triton.next_power_of_2(num_experts)
-    slots = triton.next_power_of_2(size.max_residents + 1)
+    bins = next_power_of_2(num_experts)
+    slots = next_power_of_2(size.max_residents + 1)
     packed = size.layout == "packed"
 
     if capacity is not None:
         ranks = max(2048 // bins, 1)
-        _rank_totals(
-            (triton.cdiv(num_ranks, ranks), 1, 1), counts, totals, num_ranks, num_experts, RANKS=ranks, BINS=bins
-        )
+        _rank_totals((cdiv(num_ranks, ranks), 1, 1), counts, totals, num_ranks, num_experts, RANKS=ranks, BINS=bins)
     _scan(counts, multiplicity, replicas, totals, kept, share, source_start, host_start, capacity)
     _plan_hosts(
         (num_ranks, 1, 1),
@@ -126,11 +123,11 @@ def _scan(
     num_ranks, num_experts = counts.shape
     scope = None if capacity is None else capacity.scope
     most = _CHUNK if counts.device.type == "cuda" else _INTERPRETER_CHUNK
-    chunk = min(most, triton.next_power_of_2(num_ranks))
+    chunk = min(most, next_power_of_2(num_ranks))
     # Two experts a program keep most multiprocessors busy where the scan is long.
     experts = max(2, _LANES // chunk)
     _scan_ranks(
-        (triton.cdiv(num_experts, experts), 1, 1),
+        (cdiv(num_experts, experts), 1, 1),
         counts,
         multiplicity,
         replicas,

@@ -7,10 +7,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_permute import routing_triton
 
 TILE = 128  # rows of a tile; also the row tile of every grouped GEMM
@@ -22,6 +21,7 @@ _TILES = 32  # tiles named by one program
 _histogram = Launcher(routing_triton.histogram_kernel)
 _prefix = Launcher(routing_triton.prefix_kernel)
 _scatter = Launcher(routing_triton.scatter_kernel)
+_route_block = Launcher(routing_triton.route_block_kernel)
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,33 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
     """
     num_tokens, top_k = topk_idx.shape
     num_assignments, device = num_tokens * top_k, topk_idx.device
-    bins = max(4, triton.next_power_of_2(num_experts + 1))  # 4 of them keep both halves below on 16 bytes
-    num_blocks = triton.cdiv(num_assignments, _BLOCK)
+    bins = max(4, next_power_of_2(num_experts + 1))  # 4 of them keep both halves below on 16 bytes
+    num_blocks = cdiv(num_assignments, _BLOCK)
     packed = torch.empty(packed_size(num_assignments, num_experts, tile), dtype=torch.int32, device=device)
     routing = unpack(packed, num_tokens, top_k, num_experts, tile)
     num_tiles = routing.allocated_rows // tile
-    histograms, offsets = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     topk_idx = topk_idx.contiguous()
+    if num_blocks == 1:
+        _route_block(
+            (1, 1, 1),
+            topk_idx,
+            routing.starts,
+            routing.ends,
+            routing.inverse,
+            routing.order,
+            routing.tile_expert,
+            num_assignments,
+            num_experts,
+            num_tiles,
+            num_warps=8,
+            TILE=tile,
+            BLOCK=_BLOCK,
+            BINS=bins,
+            TILES=_TILES,
+        )
+        return routing
 
+    histograms, offsets = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=device).unbind()
     _histogram((num_blocks, 1, 1), topk_idx, histograms, num_assignments, num_experts, BLOCK=_BLOCK, BINS=bins)
     _prefix(
         (1, 1, 1),
@@ -123,7 +142,7 @@ def route(topk_idx: Tensor, num_experts: int, tile: int = TILE) -> PaddedRouting
         CHUNK=_chunk(bins),
     )
     _scatter(
-        (num_blocks + triton.cdiv(num_tiles, _TILES), 1, 1),
+        (num_blocks + cdiv(num_tiles, _TILES), 1, 1),
         topk_idx,
         offsets,
         routing.starts,

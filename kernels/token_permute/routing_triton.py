@@ -1,4 +1,4 @@
-"""Routing metadata in three small kernels: block histograms, one prefix, a stable scatter. No host synchronisation.
+"""Routing metadata: block histograms, one prefix and a stable scatter, or one kernel for a single block. No waits.
 
 Shape legend: R assignments in blocks of BLOCK, E experts in a bin vector of BINS > E (bin E takes the dropped ones),
 P rows of the padded layout, in which every expert takes whole tiles of TILE rows.
@@ -113,6 +113,42 @@ def scatter_kernel(
         _place(topk_idx, offsets, starts, inverse, order, block, num_assignments, num_experts, BLOCK, BINS)
     else:
         _name_tiles(starts, ends, order, tile_expert, block - num_blocks, num_experts, num_tiles, TILE, BINS, TILES)
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_tiles"])
+def route_block_kernel(
+    topk_idx, starts, ends, inverse, order, tile_expert, num_assignments, num_experts, num_tiles,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """All that the three kernels above do, by one program: for at most BLOCK assignments three launches take longer."""
+    lane = tl.arange(0, BLOCK)
+    bins = tl.arange(0, BINS)
+    packed = tl.sort(_keys(topk_idx, lane, num_assignments, num_experts) * BLOCK + lane)
+    expert = packed // BLOCK
+    assignment = packed % BLOCK
+    counts = tl.histogram(expert, BINS)
+    real = tl.where(bins < num_experts, counts, 0)
+    padded = (real + TILE - 1) // TILE * TILE
+    start = tl.cumsum(padded, axis=0) - padded
+    end = start + real
+    tl.store(starts + bins, start, mask=bins <= num_experts)
+    tl.store(ends + bins, end, mask=bins < num_experts)
+
+    before = tl.cumsum(counts, axis=0) - counts
+    row = tl.gather(start - before, expert, 0) + lane
+    kept = expert < num_experts
+    tl.store(inverse + assignment, tl.where(kept, row, -1), mask=assignment < num_assignments)
+    tl.store(order + row, assignment, mask=kept)
+
+    first = tl.where(bins < num_experts, start, 2147483647)
+    for group in range(0, tl.cdiv(num_tiles, TILES)):
+        tile = group * TILES + tl.arange(0, TILES)
+        # As in `_owner`, whose loads would have to wait for the stores above.
+        owner = tl.maximum(tl.sum((first[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+        tl.store(tile_expert + tile, owner, mask=tile < num_tiles)
+        padding_row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
+        padding = padding_row >= tl.gather(end, owner, 0)[:, None]
+        tl.store(order + padding_row, tl.full([TILES, TILE], -1, tl.int32), mask=padding & (tile < num_tiles)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tiles"])

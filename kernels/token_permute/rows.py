@@ -4,13 +4,12 @@ Shape legend: T tokens, k choices, P padded rows, d width of a row, h hidden wid
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.expert_mlp import activations_triton
 from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
-from lightning_swiftmoe.kernels.launch import Launcher
+from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_permute import rows_triton
 from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting
 
@@ -30,9 +29,9 @@ def spread_rows(source: Tensor, routing: PaddedRouting) -> Tensor:
     num_tokens, top_k = routing.inverse.shape
     num_experts, width = routing.ends.shape[0], source.shape[1]
     rows = source.new_empty(routing.allocated_rows, width)
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, next_power_of_2(width))
     tokens = max(1, 2048 // block)
-    num_blocks = triton.cdiv(num_tokens, tokens)
+    num_blocks = cdiv(num_tokens, tokens)
     _spread_rows(
         (num_blocks + _CLEARERS * num_experts, 1, 1),
         source,
@@ -63,10 +62,10 @@ def combine_rows(rows: Tensor, routing: PaddedRouting, weights: Tensor | None, o
     """
     num_tokens, top_k = routing.inverse.shape
     width = rows.shape[1]
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     tokens = max(1, 2048 // block)
     _combine_rows(
-        (triton.cdiv(num_tokens, tokens), triton.cdiv(width, block), 1),
+        (cdiv(num_tokens, tokens), cdiv(width, block), 1),
         rows,
         routing.inverse,
         weights,
@@ -86,9 +85,9 @@ def act_forward(pre: Tensor, routing: PaddedRouting | RowLayout, activation: str
     gated = is_gated(activation)
     hidden_width = pre.shape[1] // (2 if gated else 1)
     hidden = pre.new_empty(pre.shape[0], hidden_width)
-    block = min(1024, triton.next_power_of_2(hidden_width))
+    block = min(1024, next_power_of_2(hidden_width))
     _act_forward(
-        (pre.shape[0], triton.cdiv(hidden_width, block), 1),
+        (pre.shape[0], cdiv(hidden_width, block), 1),
         pre,
         hidden,
         routing.num_rows,
@@ -131,7 +130,7 @@ def act_backward(
         width,
         ACT=kernel_code(activation, pre.dtype),
         GATED=is_gated(activation),
-        BLOCK=min(2048, triton.next_power_of_2(width)),
+        BLOCK=min(2048, next_power_of_2(width)),
     )
     return grad_pre, scaled_hidden, grad_scale
 
@@ -141,7 +140,7 @@ def router_grad(partials: Tensor, routing: PaddedRouting, weights: Tensor) -> Te
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     num_assignments = routing.inverse.numel()
     _router_grad(
-        (triton.cdiv(num_assignments, 256), 1, 1),
+        (cdiv(num_assignments, 256), 1, 1),
         partials,
         routing.inverse,
         grad_weights,
@@ -158,7 +157,7 @@ def sum_partials(partials: Tensor, layout: RowLayout) -> Tensor:
     num_parts, num_rows = partials.shape
     total = torch.empty(num_rows, dtype=partials.dtype, device=partials.device)
     _sum_partials(
-        (triton.cdiv(num_rows, 256), 1, 1),
+        (cdiv(num_rows, 256), 1, 1),
         partials,
         layout.num_rows,
         total,

@@ -275,7 +275,8 @@ CHECKS = {
     "partials": check_partials,
     "no_tokens": check_no_tokens,
     "routing": lambda: [
-        check_routing(*case) for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (1100, 1, 3, 16))
+        check_routing(*case)
+        for case in ((1, 1, 1, 16), (5, 2, 3, 4), (90, 3, 7, 16), (512, 2, 200, 16), (205, 5, 6, 16), (1100, 1, 3, 16))
     ],
     "rows": lambda: [check_rows(5, 2, 3, 4, 24), check_rows(30, 3, 7, 16, 9)],
     "activations": lambda: [check_activation(name) for name in activation_names()],

@@ -47,6 +47,12 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         4,
     ),
     (
+        routing_triton.route_block_kernel,
+        {"topk_idx": "*i64", **dict.fromkeys(("starts", "ends", "inverse", "order", "tile_expert"), INTS)},
+        {"TILE": 128, "BLOCK": 1024, "BINS": 32, "TILES": 32},
+        8,
+    ),
+    (
         routing_triton.row_layout_kernel,
         dict.fromkeys(("starts", "ends", "order", "tile_expert"), INTS),
         {"TILE": 128, "BINS": 32, "TILES": 32},
