@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads
 from lightning.pytorch import Trainer
@@ -15,6 +17,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+from lightning.pytorch.trainer.call import _interrupt
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
@@ -24,16 +28,20 @@ __all__ = [
     "EpochLoop",
     "LightningOptimizer",
     "MultiProcessingLauncher",
+    "SIGTERMException",
     "SubprocessScriptLauncher",
     "TrainerFn",
     "TrainerStatus",
+    "asked_to_end",
+    "end_fit",
     "is_weight_averaging",
     "refuse_other_namespace",
     "register_strategy",
+    "requeue",
     "run_closure",
     "set_num_threads",
     "trainer_callbacks",
-    "use_epoch_loop",
+    "use_our_loop",
     "will_log",
 ]
 
@@ -51,19 +59,79 @@ class EpochLoop(_TrainingEpochLoop):
     ``_broadcast_sigterm_tensor``), so that no host can prepare a step while the device works on the one before.
     """
 
+    def advance(self, data_fetcher: Any) -> None:
+        self.trainer.strategy.end_where_asked()  # type: ignore[attr-defined]
+        super().advance(data_fetcher)
+
     def _broadcast_sigterm_tensor(self) -> None:
-        if self.trainer.strategy.any_rank_must_end():  # type: ignore[attr-defined]
-            raise SIGTERMException
+        """Asked already."""
 
 
-def use_epoch_loop(trainer: Trainer) -> None:
-    """Let ``trainer`` train by an ``EpochLoop``, with everything that its own loop knows already."""
+class SignalConnector(_SignalConnector):
+    """Lightning's, but its handlers only note what arrived; whoever reads it may talk to other ranks.
+
+    Its own handlers do so themselves (2.6.6: they broadcast on SIGTERM, save a checkpoint on SLURM's requeue signal),
+    and ranks that no signal reached do not answer. Nor does one rank end where the others go on: ``received_sigterm``
+    stays false.
+    """
+
+    asked: signal.Signals | None = None
+
+    def register_signal_handlers(self) -> None:
+        self.asked = None
+        super().register_signal_handlers()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._register_signal(signal.SIGINT, self._note_interrupt)
+
+    def requeue(self) -> None:
+        """What Lightning does on SLURM's signal: save a checkpoint and ask for the job to be run again. Collective."""
+        super()._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+
+    def _note_interrupt(self, signum: int, frame: Any) -> None:
+        """Ctrl+C: at the end of the step; at once when it comes again."""
+        if self.asked == signal.SIGINT:
+            signal.default_int_handler(signum, frame)
+        self.asked = self.asked or signal.SIGINT
+
+    def _sigterm_notifier_fn(self, signum: Any, frame: Any) -> None:
+        launcher = self.trainer.strategy.launcher
+        if self.trainer.strategy.job_failed():  # type: ignore[attr-defined]
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.asked != signal.SIGTERM and launcher is not None:
+            launcher.kill(signum)
+        if self.asked != signal.SIGUSR1:
+            self.asked = signal.SIGTERM
+
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
+        self.asked = signal.SIGUSR1  # whichever signal SLURM sends for it
+
+
+def asked_to_end(trainer: Trainer) -> signal.Signals | None:
+    """The signal that reached this rank: SIGINT, SIGTERM, or SIGUSR1 for SLURM's wish to run the job again later."""
+    return cast(SignalConnector, trainer._signal_connector).asked
+
+
+def requeue(trainer: Trainer) -> None:
+    """See ``SignalConnector.requeue``."""
+    cast(SignalConnector, trainer._signal_connector).requeue()
+
+
+def end_fit(trainer: Trainer, error: BaseException) -> None:
+    """What Lightning does in a process whose fit was interrupted. It forgets that in ranks which it forks (2.6.6)."""
+    _interrupt(trainer, error)
+    trainer._teardown()
+
+
+def use_our_loop(trainer: Trainer) -> None:
+    """Let ``trainer`` train by an ``EpochLoop``, with all that its own loop knows already, and note signals."""
     theirs = trainer.fit_loop.epoch_loop
-    if isinstance(theirs, EpochLoop):
-        return
-    ours = EpochLoop(trainer, theirs.min_steps, theirs.max_steps)
-    vars(ours).update(vars(theirs))
-    trainer.fit_loop.epoch_loop = ours
+    if not isinstance(theirs, EpochLoop):
+        ours = EpochLoop(trainer, theirs.min_steps, theirs.max_steps)
+        vars(ours).update(vars(theirs))
+        trainer.fit_loop.epoch_loop = ours
+    if not isinstance(trainer._signal_connector, SignalConnector):
+        trainer._signal_connector = SignalConnector(trainer)
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:

@@ -93,6 +93,10 @@ class FailureBoard:
         except OSError:
             pass
 
+    def has_notes(self) -> bool:
+        """Whether some rank wrote down an error."""
+        return any(self.folder.glob("*.json"))
+
     def failures(self, exit_codes: Mapping[int, int]) -> list[Failure]:
         """Of all ranks, the first cause first.
 

@@ -10,17 +10,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
+from torch.multiprocessing import ProcessExitedException
 from typing_extensions import override
 
-from lightning_swiftmoe._compat import MultiProcessingLauncher, SubprocessScriptLauncher, set_num_threads
+from lightning_swiftmoe._compat import (
+    MultiProcessingLauncher,
+    SIGTERMException,
+    SubprocessScriptLauncher,
+    end_fit,
+    set_num_threads,
+)
 from lightning_swiftmoe.failures import FailureBoard, show_instead
 
 _FOLDER = "SWIFTMOE_FAILURES"
 _GRACE_S = 5.0  # as long as Lightning gives the first process to end by itself
 _PERIOD_S = 0.2
+_SIGNAL_EXIT = 128  # ranks that end on a signal, all together, have larger exit codes
 
 
 class ScriptLauncher(SubprocessScriptLauncher):
@@ -37,6 +47,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         self._board = FailureBoard(folder) if folder is not None else None
         self._telling = threading.Lock()
         self._told = False
+        self._together = False
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -59,11 +70,15 @@ class ScriptLauncher(SubprocessScriptLauncher):
             if self._parent is None:
                 self._tell()
 
+    def ends_together(self) -> None:
+        """All ranks are about to end as one, with an exit code above 128, and none is to blame."""
+        self._together = True
+
     def _start_children(self) -> None:
         if self.num_processes == 1:
             self._call_children_scripts()
             return
-        self._board = FailureBoard()
+        self._board = self._board or FailureBoard()
         os.environ[_FOLDER] = str(self._board.folder)
         try:
             self._call_children_scripts()
@@ -74,8 +89,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
     def _observe(self) -> None:
         """End this process where another rank failed and it does not end by itself."""
         codes = [process.poll() for process in self.procs]
-        while not any(codes):
-            if all(code == 0 for code in codes):
+        while not any(map(self._is_failure, codes)):
+            if None not in codes:
                 self._forget()
                 return
             time.sleep(_PERIOD_S)
@@ -83,6 +98,11 @@ class ScriptLauncher(SubprocessScriptLauncher):
         time.sleep(_GRACE_S)
         self._tell()
         os._exit(1)
+
+    def _is_failure(self, code: int | None) -> bool:
+        if code is None or code == 0:
+            return False
+        return not (self._together and code > _SIGNAL_EXIT)
 
     def _leave_to_parent(self) -> bool:
         """Whether the process that tells is still there."""
@@ -120,18 +140,53 @@ class ForkLauncher(MultiProcessingLauncher):
 
     _board: FailureBoard | None = None
     _main: int | None = None
+    _first: int | None = None  # the process that ended before any other
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self._board, self._main = FailureBoard(), os.getpid()
-        result = super().launch(function, *args, trainer=trainer, **kwargs)
+        with self._signals_passed_on():
+            try:
+                result = super().launch(function, *args, trainer=trainer, **kwargs)
+            except ProcessExitedException as error:
+                if error.exit_code <= _SIGNAL_EXIT:
+                    raise
+                self._board.remove()
+                raise SIGTERMException(error.exit_code) from None
         self._board.remove()
         return result
+
+    @contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        """Ranks end by themselves, at the end of a step: a terminal's Ctrl+C reaches them too, a SIGTERM does not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def pass_on(signum: int, _: FrameType | None) -> None:
+            if os.getpid() == self._main:
+                self.kill(signum)
+
+        def wait_for_ranks(signum: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_ranks)
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def failed(self, rank: int, error: BaseException) -> None:
         """The user's own process has heard, by ``error``, that some rank failed."""
         if os.getpid() == self._main:
+            self._first = getattr(error, "error_index", None)
             show_instead(error, self._tell)
+
+    def is_ending(self) -> bool:
+        """Whether some rank has failed: a SIGTERM is torch's then, for ranks that may be stuck."""
+        return self._board is not None and self._board.has_notes()
 
     def ends_now(self, rank: int, error: BaseException) -> None:
         """This rank will not reach the end of its program."""
@@ -139,9 +194,15 @@ class ForkLauncher(MultiProcessingLauncher):
             self._board.note(rank, error)
 
     @override
-    def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:
+    def _wrapping_function(self, process_idx: int, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        # What the first process does on a signal is no rank's business.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            super()._wrapping_function(process_idx, *args, **kwargs)
+            super()._wrapping_function(process_idx, trainer, *args, **kwargs)
+        except SIGTERMException as error:
+            end_fit(trainer, error)
+            raise
         except BaseException as error:
             # Lightning's handler talks to the other ranks, which are about to end.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -155,9 +216,9 @@ class ForkLauncher(MultiProcessingLauncher):
 
     def _tell(self) -> bool:
         assert self._board is not None
-        codes = {self._rank(index): process.exitcode for index, process in enumerate(self.procs)}
-        # Torch ends the other ranks by SIGTERM.
-        ended = {rank: code for rank, code in codes.items() if code is not None and code != -signal.SIGTERM}
+        # Torch ends the others, by SIGTERM and then by SIGKILL.
+        first = {} if self._first is None else {self._rank(self._first): self.procs[self._first].exitcode}
+        ended = {rank: code for rank, code in first.items() if code is not None}
         return _print_and_remove(self._board, ended)
 
 

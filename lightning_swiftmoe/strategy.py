@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,12 +21,15 @@ from typing_extensions import override
 
 from lightning_swiftmoe._compat import (
     LightningOptimizer,
+    SIGTERMException,
     TrainerFn,
     TrainerStatus,
+    asked_to_end,
     is_weight_averaging,
+    requeue,
     run_closure,
     trainer_callbacks,
-    use_epoch_loop,
+    use_our_loop,
 )
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.checkpoint.full import (
@@ -54,6 +58,9 @@ from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
 _STATES = ("decoupled", "bound")
+# Of what reached several ranks the last counts.
+_SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNAL_EXIT = 128  # plus the signal's number: what shells say of a process that a signal ended
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
@@ -126,6 +133,7 @@ class SwiftMoEStrategy(DDPStrategy):
         self._rebalancer = ExpertRebalancer()
         self._masters: dict[str, Tensor] = {}
         self._failed = False
+        self._ends_together = False
 
     # -- connecting and setting up -----------------------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ class SwiftMoEStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        self._failed = False
+        self._failed = self._ends_together = False
         self._experts = {}
         trainer = model.trainer
         if trainer.state.fn != TrainerFn.FITTING:
@@ -160,7 +168,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
-            use_epoch_loop(trainer)
+        use_our_loop(trainer)
         if not any(isinstance(callback, ExpertRebalancer) for callback in callbacks):
             callbacks.append(ExpertRebalancer())
         self._rebalancer = next(callback for callback in callbacks if isinstance(callback, ExpertRebalancer))
@@ -271,11 +279,29 @@ class SwiftMoEStrategy(DDPStrategy):
             self._begin_forward(training=False)
         return super().validation_step(*args, **kwargs)
 
-    def any_rank_must_end(self) -> bool:
-        """Whether a signal reached some rank; asked at the head of every step. The hosts wait for each other."""
+    def end_where_asked(self) -> None:
+        """End the fit on all ranks if a signal reached one. At the head of every step; the hosts wait for each other.
+
+        Callbacks may save checkpoints on the exception: all ranks are there.
+
+        Raises:
+            SIGTERMException: a signal came; the exit code says which.
+        """
         assert self.parallelism is not None
-        assert self.parallelism.control is not None
-        return self.parallelism.control.largest(int(self._trainer.received_sigterm), "signal") > 0
+        asked = asked_to_end(self._trainer)
+        rank = 0 if asked is None else _SIGNALS.index(asked)
+        if self.parallelism.control is not None:
+            rank = self.parallelism.control.largest(rank, "signal")
+        found = _SIGNALS[rank]
+        if found is None:
+            return
+        self._ends_together = True
+        rank_zero_info(f"{found.name} came: all ranks end, {self._trainer.global_step} steps are done")
+        if isinstance(self._launcher, ScriptLauncher):
+            self._launcher.ends_together()
+        if found == signal.SIGUSR1:
+            requeue(self._trainer)
+        raise SIGTERMException(_SIGNAL_EXIT + found)
 
     def _begin_forward(self, *, training: bool) -> None:
         assert self.engine is not None
@@ -375,7 +401,9 @@ class SwiftMoEStrategy(DDPStrategy):
             load_full_optimizer_state(optimizer, owners(self._experts), state)
 
     def _refuse_after_failure(self) -> None:
-        if self._experts and self._trainer.state.status == TrainerStatus.INTERRUPTED:
+        if not self._experts or self._ends_together:
+            return
+        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(
                 "experts are spread over all ranks and cannot be gathered after an exception on one of them; resume "
                 "from the last checkpoint"
@@ -385,12 +413,20 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        if self._ends_together and isinstance(exception, SIGTERMException):
+            super().on_exception(exception)
+            return
         self._failed = True
+        self._ends_together = False
         if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)) and not isinstance(exception, KeyboardInterrupt):
             self._launcher.failed(self.global_rank, exception)
         if self.parallelism is not None and self.parallelism.num_ranks > 1:
             self.parallelism.abort()
         super().on_exception(exception)
+
+    def job_failed(self) -> bool:
+        """Whether another rank is known to have failed, so that there is nothing to end together."""
+        return isinstance(self._launcher, ForkLauncher) and self._launcher.is_ending()
 
     def on_hang(self, line: str) -> None:
         """An exchange on the device does not end, and this process is about to: tell those who started it.
