@@ -42,7 +42,7 @@ from lightning_swiftmoe.checkpoint.full import (
 )
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.snapshot import Snapshot
-from lightning_swiftmoe.checkpoint.sums import KEY
+from lightning_swiftmoe.checkpoint.sums import fingerprint
 from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.launcher import ForkLauncher, ScriptLauncher
@@ -358,7 +358,7 @@ class SwiftMoEStrategy(DDPStrategy):
             return checkpoint
 
         torch.cuda.empty_cache()
-        return on_all_ranks(load, mark=lambda checkpoint: checkpoint.get(KEY))
+        return on_all_ranks(load, mark=fingerprint)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

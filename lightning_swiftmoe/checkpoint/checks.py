@@ -14,7 +14,7 @@ from lightning_swiftmoe.optim.elementwise import is_known_elementwise
 
 T = TypeVar("T")
 
-_OTHER = "build what was saved, or choose another checkpoint"
+_OTHER = "build the module and its optimizers as they were saved, or choose another checkpoint"
 
 
 def on_all_ranks(work: Callable[[], T], mark: Callable[[T], Any] = lambda _: None) -> T:

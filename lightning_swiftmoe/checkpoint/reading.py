@@ -43,14 +43,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(_why_not(path, unchanged, error)) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: choose another file")
-    if changed := changed_tensors(checkpoint):
-        raise CheckpointError(
-            f"in {path} {listed(changed)} not what was saved: choose another checkpoint; if somebody changed "
-            f"it on purpose, remove its key {KEY!r} and save it again"
-        )
+    changed = changed_tensors(checkpoint)
     if unchanged is False:
+        where = f": {first_of(changed)}" if changed else ", outside of its tensors"
+        raise CheckpointError(f"{path} was damaged since it was written{where}; choose another checkpoint")
+    if changed:
         raise CheckpointError(
-            f"{path} was changed since it was written, outside of its tensors: choose another checkpoint"
+            f"in {path} {listed(changed)} not what was saved: choose another checkpoint, or, if somebody changed it on "
+            f"purpose, remove its key {KEY!r} and save it again"
         )
     return checkpoint
 

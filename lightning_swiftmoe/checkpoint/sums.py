@@ -30,6 +30,11 @@ def changed_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
     return [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
 
 
+def fingerprint(checkpoint: Mapping[str, Any]) -> int:
+    """Of the checksums: equal for equal tensors, and for all checkpoints that have none."""
+    return zlib.crc32(repr(checkpoint.get(KEY)).encode())
+
+
 def not_finite(checkpoint: Mapping[str, Any]) -> list[str]:
     """Names of weights that hold NaN or Inf."""
     return [name for name, weight in named_tensors(checkpoint.get("state_dict", {})) if not _is_finite(weight)]
