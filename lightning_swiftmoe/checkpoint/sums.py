@@ -23,11 +23,17 @@ def with_sums(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
     """Names of tensors that differ from their checksum, are gone, or came later; none where nobody made checksums."""
-    if KEY not in checkpoint:
+    saved = what_we_added(checkpoint).get("crc32")
+    if saved is None:
         return []
-    saved = checkpoint[KEY]["crc32"]
     found = {name: _sum(tensor) for name, tensor in named_tensors({k: v for k, v in checkpoint.items() if k != KEY})}
     return [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+
+
+def what_we_added(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """``num_ranks`` that made it, and ``crc32`` of each tensor by name; empty for a checkpoint of others."""
+    ours = checkpoint.get(KEY)
+    return ours if isinstance(ours, dict) and isinstance(ours.get("crc32"), dict) else {}
 
 
 def fingerprint(checkpoint: Mapping[str, Any]) -> int:
