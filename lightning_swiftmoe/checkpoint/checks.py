@@ -96,6 +96,8 @@ def check_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool
 def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, name_of: Mapping[nn.Parameter, str]) -> None:
     """Whether saved states are of such optimizers, over such Parameters.
 
+    An optimizer that changes what it is given, by ``load_state_dict`` or hooks of its own, is left to it.
+
     Args:
         optimizers: the user's.
         states: a list of canonical ``optimizer.state_dict()``.
@@ -109,6 +111,8 @@ def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, name_of
         raise CheckpointError(f"'optimizer_states' has {got} optimizers, the module {len(optimizers)}: {_OTHER}")
     for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         where = f"optimizer_states[{number}]"
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict or _has_hooks(optimizer):
+            continue
         _check_groups(where, optimizer, state)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for index, values in state["state"].items():
@@ -165,6 +169,10 @@ def _check_shape(what: str, got: Any, wanted: Tensor) -> None:
         raise CheckpointError(
             f"{what} is {list(got.shape)} in the checkpoint, {list(wanted.shape)} in the module: {_OTHER}"
         )
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    return bool(optimizer._optimizer_load_state_dict_pre_hooks)
 
 
 def _loads_its_own_way(module: nn.Module) -> bool:

@@ -39,15 +39,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        refused = _os_error(error)
-        if refused is None:
-            raise
+    except OSError as error:
         raise OSError(
-            refused.errno,
-            f"{path} was not saved ({refused.strerror}) and is what it was before: make room there, or save elsewhere",
+            error.errno,
+            f"{path} was not saved ({error.strerror}) and is what it was before: make room there, or save elsewhere",
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -76,11 +74,16 @@ class _Summing:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.checksum = 0
+        self.refusal: OSError | None = None
 
     def write(self, data: Any) -> int:
         """All of ``data``, any bytes-like object."""
         self.checksum = zlib.crc32(data, self.checksum)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
     def flush(self) -> None:
         """As of a file."""
@@ -89,7 +92,13 @@ class _Summing:
 
 def _write_with_checksum(file: IO[bytes], write: Callable[[IO[bytes]], None]) -> None:
     summing = _Summing(file)
-    write(summing)  # type: ignore[arg-type]
+    try:
+        write(summing)  # type: ignore[arg-type]
+    except Exception:
+        # torch's writer, closed after it, complains of something else.
+        if summing.refusal is not None:
+            raise summing.refusal from None
+        raise
     file.seek(-len(_NO_COMMENT), os.SEEK_END)
     file.write(_tail(summing.checksum))
 
@@ -117,14 +126,6 @@ def _remove_leftovers(path: Path) -> None:
         writer = other.name.removesuffix(".part").rpartition(".")[2]
         if writer.isdigit() and other == _part(path, writer):
             other.unlink(missing_ok=True)
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """What the disk said, also where torch's writer, closed after it, complained of something else."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -98,6 +99,19 @@ def test_full_disk_keeps_the_last_one(tmp_path, room_bytes):
     else:
         assert said[0] == errno.EFBIG
         assert f"{path} was not saved (File too large) and is what it was before: make room there" in said[1]
+
+
+def test_what_cannot_be_saved_keeps_the_last_one(tmp_path):
+    """An error of the content's is told as it is, also while another one is handled."""
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint(checkpoint(1), path)
+    try:
+        raise OSError(errno.ENOSPC, "an earlier one")
+    except OSError:
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            WholeCheckpointIO().save_checkpoint({**checkpoint(2), "x": lambda: 0}, path)
+    assert step_of(path) == 1
+    assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_the_disk_has_it_before_the_name_does(tmp_path, monkeypatch):
