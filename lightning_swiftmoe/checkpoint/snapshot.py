@@ -19,19 +19,22 @@ class Snapshot:
             for name, param in owner.named_parameters(recurse=False)
         ]
         self._buffers = [
-            (owner, name, buffer.device, _copy(buffer))
+            (owner, name, _copy(buffer))
             for owner in module.modules()
             for name, buffer in owner.named_buffers(recurse=False)
         ]
 
     def put_back(self) -> None:
-        """The same Parameters, with the values, types and devices they had; gradients are gone."""
+        """The same Parameters, with the values and types they had, on the host; gradients are gone.
+
+        Nothing waits for a device, which may hang after an error.
+        """
         for owner, name, param, value in self._params:
             param.grad = None
-            param.data = value.to(param.device)
+            param.data = value
             owner.register_parameter(name, param)
-        for owner, name, device, value in self._buffers:
-            setattr(owner, name, value.to(device))
+        for owner, name, value in self._buffers:
+            setattr(owner, name, value)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 KEY = "lightning_swiftmoe"
 
@@ -59,13 +59,13 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _sum(tensor: Tensor) -> int:
-    """CRC-32 of the elements, their type and their shape; of a tensor without plain memory, of the latter two.
+    """CRC-32 of the elements, their type and their shape; of a tensor of another kind, of the latter two.
 
     CRC-32 finds any single flipped bit and is the fastest of the standard library: 0.24 s for 1 GB on one core, where
     blake2b takes 1.07 s and sha1 0.52 s. It is no protection against somebody who means harm.
     """
     kind = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if not _is_plain(tensor):
         return kind
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data, kind)
@@ -73,7 +73,13 @@ def _sum(tensor: Tensor) -> int:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Without a copy: the extremes of a tensor with a NaN are NaN."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.layout != torch.strided:
+    if not _is_plain(tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     wide = tensor.float() if tensor.itemsize == 1 else tensor
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(wide.detach()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its elements are in memory, here, as they are; no sparse, quantized or distributed tensor."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return is_dense and type(tensor) in (Tensor, nn.Parameter)

@@ -6,6 +6,7 @@ are a checksum of all others: the comment that the zip format allows at its end,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -129,10 +130,10 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name is on the disk too."""
-    if hasattr(os, "O_DIRECTORY"):
-        opened = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+    """The new name is on the disk too, where folders can be flushed: not all network file systems do."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    opened = os.open(folder, os.O_DIRECTORY)
+    with contextlib.suppress(OSError):
+        os.fsync(opened)
+    os.close(opened)

@@ -58,6 +58,19 @@ def test_sums_are_of_values_types_and_shapes():
     assert sums(grid) == sums(grid.t().contiguous().t())
 
 
+class Special(torch.Tensor):
+    """What only its owner may look into."""
+
+
+def test_tensors_of_other_kinds(tmp_path):
+    path = tmp_path / "a.ckpt"
+    others = {"sparse": torch.eye(3).to_sparse(), "meta": torch.zeros(2, device="meta")}
+    with_sums({"state_dict": {"special": torch.zeros(2).as_subclass(Special)}})
+    WholeCheckpointIO().save_checkpoint({"state_dict": others}, path)
+    loaded = WholeCheckpointIO().load_checkpoint(path)["state_dict"]
+    assert torch.equal(loaded["sparse"].to_dense(), torch.eye(3))
+
+
 def test_names_say_where_a_tensor_is():
     zero = torch.zeros(1)
     nested = {"optimizer_states": [{"state": {4: {"exp_avg": zero}, "4": zero}}], "a.b": (zero,), "c": {"n": 1}}

@@ -188,17 +188,17 @@ def test_other_file_systems_are_lightnings():
         io.load_checkpoint("memory://folder/a.ckpt")
 
 
-def test_any_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_of_any_byte_is_noticed(tmp_path):
     path = tmp_path / "a.ckpt"
     write_whole(path, lambda file: torch.save({"a": torch.arange(3)}, file))
     whole = path.read_bytes()
     assert is_unchanged(path)
-    for position in range(8 * len(whole)):
+    for position in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[position // 8] ^= 1 << position % 8
+        damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         if is_unchanged(path) is not False:
             # Only the mark by which every reader finds the end of a zip file: nobody reads it without.
-            assert len(whole) - 38 <= position // 8 < len(whole) - 34
+            assert len(whole) - 38 <= position < len(whole) - 34
             with pytest.raises(Exception, match="central directory"):
                 torch.load(path)
