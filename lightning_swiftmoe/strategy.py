@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -24,6 +27,7 @@ from lightning_swiftmoe._compat import (
     SIGTERMException,
     TrainerFn,
     TrainerStatus,
+    WrappingCheckpointIO,
     asked_to_end,
     is_weight_averaging,
     requeue,
@@ -32,6 +36,7 @@ from lightning_swiftmoe._compat import (
     use_our_loop,
 )
 from lightning_swiftmoe.callback import ExpertRebalancer
+from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
 from lightning_swiftmoe.checkpoint.full import (
     full_optimizer_state,
     full_weights,
@@ -39,6 +44,9 @@ from lightning_swiftmoe.checkpoint.full import (
     load_full_weights,
     owners,
 )
+from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
+from lightning_swiftmoe.checkpoint.snapshot import Snapshot
+from lightning_swiftmoe.checkpoint.sums import fingerprint
 from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.launcher import ForkLauncher, ScriptLauncher
@@ -132,6 +140,7 @@ class SwiftMoEStrategy(DDPStrategy):
         self._experts: dict[str, HostedExperts] = {}
         self._rebalancer = ExpertRebalancer()
         self._masters: dict[str, Tensor] = {}
+        self._before_loading: Snapshot | None = None
         self._failed = False
         self._ends_together = False
 
@@ -149,6 +158,7 @@ class SwiftMoEStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._failed = self._ends_together = False
+        self._before_loading = None
         self._experts = {}
         trainer = model.trainer
         if trainer.state.fn != TrainerFn.FITTING:
@@ -350,6 +360,32 @@ class SwiftMoEStrategy(DDPStrategy):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """Ours, where the user gave none; also inside a wrapper that has nothing inside."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """The content of a checkpoint, the same on all ranks; or every rank raises. Collective."""
+
+        def load() -> dict[str, Any]:
+            checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+            check_keys(checkpoint, ["state_dict", "pytorch-lightning_version"])
+            return checkpoint
+
+        torch.cuda.empty_cache()
+        return on_all_ranks(load, mark=fingerprint)
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Canonical weights. While fitting this is collective, and only rank 0 receives the experts."""
@@ -359,10 +395,14 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))
         if self.engine is not None:
             load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
             self.engine.weights_changed()
             return
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            # There are no optimizers yet to compare their states with.
+            self._before_loading = Snapshot(self._module)
         # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
         self.precision_plugin.convert_module(self._module)
         # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
@@ -374,6 +414,11 @@ class SwiftMoEStrategy(DDPStrategy):
             if (k := f"{name}.experts.{key}") in state
         }
         super().load_model_state_dict(checkpoint, strict)
+
+    def _check_checkpoint(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        if self._trainer.state.fn == TrainerFn.FITTING and self.engine is None:
+            check_keys(checkpoint, ["optimizer_states", "lr_schedulers", "loops"])
+        check_weights(self._module, checkpoint["state_dict"], strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -397,8 +442,22 @@ class SwiftMoEStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        names = {param: name for name, param in self._module.named_parameters()}
+        on_all_ranks(lambda: check_optimizer_states(self.optimizers, checkpoint["optimizer_states"], names))
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_full_optimizer_state(optimizer, owners(self._experts), state)
+
+    @override
+    def on_train_start(self) -> None:
+        self._before_loading = None
+
+    def _put_back(self) -> None:
+        """``fit`` failed before training: the module is what it was before weights were loaded, without other ranks."""
+        assert self._before_loading is not None
+        self._before_loading.put_back()
+        for optimizer in self.optimizers:
+            use_original_parameters(optimizer, self._experts.values())
+        self._detach_layers()
 
     def _refuse_after_failure(self) -> None:
         if not self._experts or self._ends_together:
@@ -446,13 +505,18 @@ class SwiftMoEStrategy(DDPStrategy):
                 hosted.restore()
             for optimizer in self.optimizers:
                 use_original_parameters(optimizer, self._experts.values())
-            for moe in moe_layers(self._module).values():
-                moe.detach()
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
+            self._detach_layers()
             parallelism.close()
+        if self._failed and self._before_loading is not None:
+            self._put_back()
         self.engine = None
         self.parallelism = None
         super().teardown()
+
+    def _detach_layers(self) -> None:
+        for moe in moe_layers(self._module).values():
+            moe.detach()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts
 def load_full_weights(
     module: nn.Module, state_dict: Mapping[str, Any], experts: Mapping[str, HostedExperts], strict: bool
 ) -> None:
-    """Overwrite the weights of ``module``, whose experts are sharded, with canonical ones.
+    """Overwrite the weights of ``module``, whose experts are sharded, with canonical ones. Check them before.
 
     Raises:
         RuntimeError: weights are missing or unknown, and ``strict``.

@@ -19,6 +19,8 @@ COMMANDS = {
     ),
     "plan": ("lightning_swiftmoe.cli.plan", "memory per rank, the smallest cluster that fits, the modelled step"),
     "report": ("lightning_swiftmoe.cli.report", "one HTML page from the folders of one or more runs"),
+    "checkpoint info": ("lightning_swiftmoe.cli.checkpoint_info", "what a checkpoint holds: sizes, steps, experts"),
+    "checkpoint verify": ("lightning_swiftmoe.cli.checkpoint_verify", "is a checkpoint whole, and all of it numbers?"),
     "bench kernels": ("lightning_swiftmoe.cli.bench_kernels", "time the expert layer against its peers"),
     "bench step": ("lightning_swiftmoe.cli.bench_step", "time training steps against other systems"),
     "bench network": ("lightning_swiftmoe.cli.bench_network", "measured against modelled steps on links of a rate"),
@@ -52,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def unknown(args: list[str]) -> str:
     """What to say of a command that does not exist."""
-    given = " ".join(args[:2]) if args[0] == "bench" else args[0]
+    has_parts = {name.split()[0] for name in COMMANDS if " " in name}
+    given = " ".join(args[:2]) if args[0] in has_parts else args[0]
     close = difflib.get_close_matches(given, COMMANDS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
     return f"unknown command {given!r}; {hint}"
@@ -62,7 +65,7 @@ def print_help() -> None:
     """All commands, a line each."""
     print("usage: swiftmoe COMMAND [OVERRIDE ...]\n")
     for name, (_, about) in COMMANDS.items():
-        print(f"  {name:14} {about}")
+        print(f"  {name:17} {about}")
     print("\n  swiftmoe COMMAND --help shows what can be overridden; --version prints the version.")
     print("  SWIFTMOE_TRACEBACK=1 swiftmoe COMMAND shows where an error came from.")
 

@@ -49,7 +49,7 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     expert = count.experts // max(1, layers * model.num_experts)
     weight_bytes = _WEIGHT_BYTES.get(config.trainer.precision, 4)
     master_bytes = max(4, weight_bytes)
-    table = _table("what will run")
+    table = facts_table("what will run")
     table.add_row("parameters", f"{count.total:,} ({count.experts:,} in experts; {count.active:,} active per token)")
     capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
@@ -70,7 +70,7 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
 def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:
     """Loss, survival, imbalance, speed and bytes of a finished run, from its metrics file."""
     columns = read_metrics(run_dir / "metrics.csv")
-    table = _table("what happened")
+    table = facts_table("what happened")
     loss = columns.get("train/loss", [])
     if loss:
         table.add_row("loss", f"{loss[0]:.3f} first, {loss[-1]:.3f} last (unigram entropy {unigram_entropy:.3f} nats)")
@@ -116,7 +116,8 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def _table(title: str) -> Table:
+def facts_table(title: str) -> Table:
+    """Names and what is known of them, a line each."""
     table: Any = Table(title=title, show_header=False, title_justify="left", title_style="bold", box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -35,12 +35,17 @@ def check_elementwise(optimizer: Optimizer) -> None:
         for key, reason in _REASONS.items():
             if key in cls.__name__.lower():
                 raise ValueError(_refusal(optimizer, reason))
-    if type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _KNOWN:
+    if is_known_elementwise(optimizer):
         return
     if _differs_on_halves(optimizer):
         raise ValueError(
             _refusal(optimizer, "two steps on a matrix and on its flattened halves gave different weights")
         )
+
+
+def is_known_elementwise(optimizer: Optimizer) -> bool:
+    """Whether it is one of torch's, whose state is scalars and one number for each element."""
+    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _KNOWN
 
 
 def _refusal(optimizer: Optimizer, reason: str) -> str:
