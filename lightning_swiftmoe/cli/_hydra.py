@@ -41,6 +41,12 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
         hydra.main(version_base="1.3", config_path="pkg://lightning_swiftmoe.conf", config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         mistakes.append(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        mistakes.append(
+            ValueError(f"{error.filename} cannot be written to ({error.strerror}): set hydra.run.dir to another folder")
+        )
     finally:
         sys.argv = before
     if mistakes and os.environ.get("SWIFTMOE_TRACEBACK"):

@@ -15,9 +15,14 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf, read_write
 from torch import nn
 
+from lightning_swiftmoe._compat import SIGTERMException
+from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
+from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
+from lightning_swiftmoe.cli import resume
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli.progress import ShortProgressBar
 from lightning_swiftmoe.cli.report import write_report_of
@@ -39,8 +44,15 @@ _NOISE = (
 
 
 def main(argv: list[str]) -> int:
-    """Run with Hydra overrides; a user's mistake is one line and status 2."""
-    return run_task("train", train, argv)
+    """Run with Hydra overrides; a user's mistake is one line and status 2, a signal 128 and its number."""
+    try:
+        folder = resume.folder_of(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Hydra's own files belong there too.
+    place = [] if folder is None else [f"hydra.run.dir={folder}"]
+    return run_task("train", train, [*argv, *place])
 
 
 def train(config: DictConfig) -> None:
@@ -61,6 +73,10 @@ def train(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Build everything, train, and print what happened."""
+    checkpoint = None
+    if config.resume is not None:
+        checkpoint = resume.newest_checkpoint(Path(config.resume))
+        config = resume.resumed_config(config, Path(config.resume).absolute(), HydraConfig.get().overrides.task)
     run_dir = Path(config.run_dir)
     model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     data: TextData = instantiate(config.data)
@@ -72,15 +88,37 @@ def run(config: DictConfig) -> None:
     console.print(plan)
     module: GPTModule = instantiate(config.module, model=model, optimizer=optimizer)
     if trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_manifest(data, run_dir / "manifest.json")
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    trainer.fit(module, data)
+        with resume.only_run_in(run_dir, resumes=checkpoint is not None):
+            write_manifest(data, run_dir / "manifest.json")
+            OmegaConf.save(config, run_dir / resume.CONFIG, resolve=True)
+            if checkpoint is not None:
+                continue_loggers(trainer, checkpoint)
+            fit(trainer, module, data, checkpoint, run_dir)
+    else:
+        fit(trainer, module, data, checkpoint, run_dir)
     if trainer.is_global_zero:
         lacking = write_report_of(run_dir) if config.report else None
         console.print(outcome_table(run_dir, data.unigram_entropy()))
         if lacking:
             console.print(lacking)
+
+
+def fit(trainer: pl.Trainer, module: GPTModule, data: TextData, checkpoint: Path | None, run_dir: Path) -> None:
+    """Train; where a signal ends it, say how to go on."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except SIGTERMException:
+        saved = checkpoints_in(run_dir / resume.CHECKPOINTS)
+        if trainer.is_global_zero and saved:
+            print(f"stopped by a signal, saved as {saved[-1].name}: swiftmoe train resume={run_dir} goes on")
+        raise
+
+
+def continue_loggers(trainer: pl.Trainer, checkpoint: Path) -> None:
+    """Files of metrics keep what they have of the steps before the checkpoint."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            resume.continue_metrics(logger, step_of(checkpoint))
 
 
 def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: Any, trainer: pl.Trainer) -> None:
@@ -128,7 +166,14 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         strategy = "auto"
     if config.trainer.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in callbacks.values()):
         callbacks["progress"] = ShortProgressBar()
-    return instantiate(config.trainer, strategy=strategy, callbacks=list(callbacks.values()), logger=loggers or False)
+    plugins = config.trainer.get("plugins") or [WholeCheckpointIO()]  # also where the strategy is not ours
+    return instantiate(
+        config.trainer,
+        strategy=strategy,
+        callbacks=list(callbacks.values()),
+        logger=loggers or False,
+        plugins=plugins,
+    )
 
 
 def name_this_job_to_children() -> None:

@@ -37,7 +37,16 @@ def swiftmoe(cwd, *args):
 
 
 def check_run_folder(folder, steps, policy):
-    complete = {"config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints", "hydra", "report.html"}
+    complete = {
+        "config.yaml",
+        "metrics.csv",
+        "manifest.json",
+        "trace.npz",
+        "checkpoints",
+        "hydra",
+        "report.html",
+        ".run.lock",
+    }
     assert {path.name for path in folder.iterdir()} == complete
     assert "Load of every rank" in (folder / "report.html").read_text()
     config = yaml.safe_load((folder / "config.yaml").read_text())
