@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -32,10 +33,11 @@ class ExpertRebalancer(Callback):
         policy: a name from ``policy_names()``, or a function ``(loads, cluster, previous) -> Placement``. ``"auto"``
             takes ``"proportional"`` for layers with a capacity, ``"balanced"`` for dropless ones.
         every_n_steps: decide on every n-th optimizer step, from the loads added up since the last decision.
-        trace: file for the full counts of every step (``.npz``); None writes none.
+        trace: file ``*.npy.gz`` for the full counts of every step, as ``TraceWriter`` says; None writes none.
 
     Raises:
-        ValueError: unknown policy, or a cadence below one.
+        ValueError: unknown policy, a cadence below one, or a trace of another name; on ``fit``, a trace that cannot be
+            written, or layers with different numbers of experts in one.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ExpertRebalancer(Callback):
         self._engine: ExpertEngine | None = None
         self._state = EngineState()
         self._finished: list[Step] = []
+        self._untraced: list[Step] = []
         self._last_time: float | None = None
 
     # -- called by whoever makes the engine --------------------------------------------------------------------------
@@ -68,7 +71,7 @@ class ExpertRebalancer(Callback):
     def follow(self, engine: ExpertEngine) -> None:
         """Hear of every step of ``engine``, and keep its state in checkpoints."""
         self._engine = engine
-        engine.observers.append(self._finished.append)
+        engine.observers += [self._finished.append, self._untraced.append]
 
     def leave(self) -> None:
         """The engine ends; its last state stays."""
@@ -77,6 +80,17 @@ class ExpertRebalancer(Callback):
         self._engine = None
 
     # -- Lightning hooks ---------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._on_trace(trainer, TraceWriter.check)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._trace is not None and self._engine is not None:
+            _check_traceable(self._engine)
+        self._on_trace(trainer, lambda trace: trace.begin(trainer.global_step))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,21 +103,25 @@ class ExpertRebalancer(Callback):
     ) -> None:
         if self._engine is not None:
             self._engine.end_step()
+        self._trace_steps(trainer)
         finished, self._finished[:] = list(self._finished), []
         for step in finished:
-            if not step.layers:
-                continue
-            if self._trace is not None and trainer.is_global_zero:
-                self._trace.add(trainer.global_step, step)
-            self._log(trainer, pl_module, step)
+            if step.layers:
+                self._log(trainer, pl_module, step)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Who resumes from it writes the steps behind it only, and it may be saved before this batch ends for us.
+        self._trace_steps(trainer)
+        self._flush_trace(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_trace(trainer)
+        self._flush_trace(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write_trace(trainer)
+        self._flush_trace(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -113,9 +131,52 @@ class ExpertRebalancer(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = EngineState(**state_dict)
 
-    def _write_trace(self, trainer: Trainer) -> None:
+    # -- the trace, which rank 0 writes ------------------------------------------------------------------------------
+
+    def check_trace(self) -> None:
+        """For whoever can say so before ranks start; ``fit`` makes sure by itself.
+
+        Raises:
+            ValueError: the trace cannot be written.
+        """
+        problem = self._problem(TraceWriter.check)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _on_trace(self, trainer: Trainer, do: Callable[[TraceWriter], None]) -> None:
+        """Rank 0 does it, and where it cannot all ranks raise.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        problem = self._problem(do) if trainer.is_global_zero else None
+        # Without a trace too: whoever gives one to a single rank must not leave the others behind.
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _problem(self, do: Callable[[TraceWriter], None]) -> str | None:
+        if self._trace is None:
+            return None
+        try:
+            do(self._trace)
+        except (OSError, ValueError) as error:
+            return f"trace={self._trace.path} cannot be written ({error}); name a file that you may write"
+        return None
+
+    def _trace_steps(self, trainer: Trainer) -> None:
+        steps, self._untraced[:] = list(self._untraced), []
+        if self._trace is None or not trainer.is_global_zero:
+            return
+        for step in steps:
+            if step.layers:
+                self._trace.add(trainer.global_step, step)
+
+    def _flush_trace(self, trainer: Trainer) -> None:
         if self._trace is not None and trainer.is_global_zero:
-            self._trace.write()
+            self._trace.flush()
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         values = self._values(step)
@@ -147,3 +208,14 @@ class ExpertRebalancer(Callback):
             values["moe/tokens_per_s"] = step.layers[0].num_tokens / (now - self._last_time)
         self._last_time = now
         return values
+
+
+def _check_traceable(engine: ExpertEngine) -> None:
+    """On every rank alike.
+
+    Raises:
+        ValueError: layers of different shapes.
+    """
+    experts = {layer.name: layer.cluster.num_experts for layer in engine.layers}
+    if len(set(experts.values())) > 1:
+        raise ValueError(f"a trace needs layers with the same number of experts, got {experts}; train without trace=")

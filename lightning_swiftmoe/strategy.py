@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -57,6 +58,7 @@ from lightning_swiftmoe.optim import (
     use_installed_parameters,
     use_original_parameters,
 )
+from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
@@ -211,6 +213,13 @@ class SwiftMoEStrategy(DDPStrategy):
         trains_dense = any(param.requires_grad and param not in experts for param in self._module.parameters())
         if trains_dense and self.num_nodes * self.num_processes > 1:
             super().configure_ddp()
+
+    @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        # Before the user's communication hooks, which need not hear of it.
+        ddp = super()._setup_model(model)
+        fix_bucket_order(ddp)
+        return ddp
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -183,6 +183,7 @@ class _Watch(ExpertRebalancer):
         self.wire_bytes = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         assert isinstance(trainer.strategy, SwiftMoEStrategy)
         assert trainer.strategy.parallelism is not None
         assert self.engine is not None
@@ -304,7 +305,7 @@ def _train(rank: int, setting: Setting, policy: str, data: TextData, trace: Path
 
 def measure(setting: Setting, policy: str, rate_mbit: float | None, data: TextData, folder: Path) -> Measured:
     """Train on links of this rate; None: not limited."""
-    trace = folder / f"{policy}-{rate_mbit}.npz"
+    trace = folder / f"{policy}-{rate_mbit}.npy.gz"
     ranks = run_on_links(setting.num_ranks, rate_mbit, _train, setting, policy, data, trace)
     used = slice(setting.warmup, None)
     steps = np.array([rank["step_s"] for rank in ranks])[:, used].mean(axis=0)

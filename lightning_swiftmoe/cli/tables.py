@@ -88,7 +88,7 @@ def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:
     table.add_row("run folder", str(run_dir.relative_to(Path.cwd()) if inside else run_dir))
     kept = [
         name
-        for name in ("config.yaml", "metrics.csv", "manifest.json", "trace.npz", "checkpoints", "report.html")
+        for name in ("config.yaml", "metrics.csv", "manifest.json", "trace.npy.gz", "checkpoints", "report.html")
         if (run_dir / name).exists()
     ]
     table.add_row("", ", ".join(kept))

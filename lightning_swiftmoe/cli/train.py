@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf, read_write
 from torch import nn
 
-from lightning_swiftmoe._compat import SIGTERMException
+from lightning_swiftmoe._compat import SIGTERMException, trainer_callbacks
+from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
 from lightning_swiftmoe.cli import resume
@@ -126,7 +127,7 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
 
     Raises:
         ValueError: a batch the ranks cannot share, sequences too long for the model or the text, an optimizer with
-            wrong arguments or one that cannot be sharded.
+            wrong arguments or one that cannot be sharded, a trace that cannot be written.
     """
     check_batch_size(data.batch_size, config.cluster.virtual_ranks or trainer.world_size)
     if data.seq_len > model.max_seq_len:
@@ -138,6 +139,10 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
         raise ValueError(f"optimizer {config.optimizer._target_}: {error}") from error
     if config.cluster.virtual_ranks is None:
         check_elementwise(trial)
+    if trainer.is_global_zero:
+        for callback in trainer_callbacks(trainer):
+            if isinstance(callback, ExpertRebalancer):
+                callback.check_trace()
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lightning_swiftmoe.simulate.cost import PHASES
 from lightning_swiftmoe.simulate.paper import Comparison, read_tables
 from lightning_swiftmoe.simulate.results import read_simulation, thinned
+from lightning_swiftmoe.trace_file import SUFFIX, is_trace, read_trace
 
 _CURVES = {
     "loss": ("train/loss", "train/loss_step", "train_loss", "loss"),
@@ -192,9 +193,9 @@ def _simulation_facts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _load_training(folder: Path) -> Run:
     table = _newest(folder, "metrics.csv")
-    trace = next((path for path in sorted(folder.rglob("*.npz")) if _is_trace(path)), None)
+    trace = _find_trace(folder)
     if table is None and trace is None:
-        raise ValueError(f"{folder} holds neither metrics.csv nor simulation.json nor a trace .npz; is it a run?")
+        raise ValueError(f"{folder} holds neither metrics.csv nor simulation.json nor a trace; is it a run?")
     columns = _read_columns(table) if table else {}
     curves = {
         name: columns[column]
@@ -221,9 +222,11 @@ def _newest(folder: Path, name: str) -> Path | None:
     return max(folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _is_trace(path: Path) -> bool:
-    with np.load(path, allow_pickle=False) as file:
-        return "counts" in file.files and file["counts"].ndim == 4
+def _find_trace(folder: Path) -> Path | None:
+    """The newest: a run that went on with other ranks left its older steps beside it."""
+    files = [*folder.rglob(f"*{SUFFIX}"), *folder.rglob("*.npz")]
+    newest_first = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in newest_first if is_trace(path)), None)
 
 
 def _read_columns(path: Path) -> dict[str, Series]:
@@ -248,14 +251,14 @@ def _number(text: Any) -> float | None:
 
 
 def _read_trace(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        counts, steps = file["counts"], file["steps"]
-        keep = thinned(len(steps), _MOST_STEPS)
-        found: dict[str, Any] = {"steps": steps[keep], "loads": counts[keep].sum(axis=2, dtype=np.int64)}
-        if "replicas" in file.files:
-            found["replicas"] = file["replicas"][keep].astype(np.int64)
-        if "rank_load" in file.files:
-            found["rank_load"] = file["rank_load"][-1].astype(np.float64)
+    arrays = read_trace(path)
+    counts, steps = arrays["counts"], arrays["steps"]
+    keep = thinned(len(steps), _MOST_STEPS)
+    found: dict[str, Any] = {"steps": steps[keep], "loads": counts[keep].sum(axis=2, dtype=np.int64)}
+    if "replicas" in arrays:
+        found["replicas"] = arrays["replicas"][keep].astype(np.int64)
+    if "rank_load" in arrays:
+        found["rank_load"] = arrays["rank_load"][-1].astype(np.float64)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement.placement import IntArray
+from lightning_swiftmoe.trace_file import read_trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class LoadTrace:
         return LoadTrace(loads * num_ranks // self.num_ranks, self.steps, self.top_k, self.name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as ``.npz`` in the same format as a training run's."""
+        """Write as ``.npz`` with the arrays that ``load_trace`` needs."""
         meta = {"top_k": self.top_k, "source": self.name, "tokens_per_rank": self._tokens_per_rank()}
         np.savez_compressed(path, counts=self.counts, steps=self.steps, meta=np.array(json.dumps(meta)))
 
@@ -113,22 +113,13 @@ class LoadTrace:
 
 
 def load_trace(path: str | os.PathLike[str]) -> LoadTrace:
-    """Read a ``.npz`` trace with ``counts``, ``steps`` and a JSON ``meta`` that names ``top_k``; more is not looked at.
+    """Read ``counts``, ``steps`` and ``top_k`` of a trace, also of a run that goes on; more is not looked at.
 
     Raises:
-        ValueError: no such file, no ``.npz``, or what ``LoadTrace`` refuses.
+        ValueError: what ``read_trace`` or ``LoadTrace`` refuses, or a ``meta`` that is no JSON object.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no trace at {path}; train with trace=FILE, or name a generator such as synthetic=zipf")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz trace ({error}); write it with numpy.savez") from error
-    lacking = [key for key in ("counts", "steps", "meta") if key not in arrays]
-    if lacking:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}; a trace holds counts, steps and meta")
+    arrays = read_trace(path)
     return LoadTrace(arrays["counts"], arrays["steps"], _meta(arrays["meta"], path).get("top_k", 1), path.name)
 
 

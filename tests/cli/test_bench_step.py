@@ -6,10 +6,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 
 from lightning_swiftmoe.cli.bench_step import category
+from lightning_swiftmoe.trace_file import read_trace
 
 SMALL = ["data.seq_len=32", "data.batch_size=8", "data.limit_bytes=50000", "warmup=2", "steps=3"]
 
@@ -37,7 +37,7 @@ def test_what_rank_0_measured_arrives(tmp_path, start_method):
     assert status == 0, text
     result = json.loads((tmp_path / "run/step.json").read_text())
     assert result["tokens_per_s"] * result["step_ms"] / 1e3 == pytest.approx(32 * 8)
-    trace = np.load(tmp_path / "run/trace.npz")
+    trace = read_trace(tmp_path / "run/trace.npy.gz")
     routed, processed = trace["counts"].sum(axis=(1, 2, 3)), trace["rank_load"].sum(axis=(1, 2))
     assert len(routed) == 2 + 3 + 5
     assert result["survival"] == pytest.approx((processed / routed)[2:5].mean(), rel=1e-6)

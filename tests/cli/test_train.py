@@ -14,6 +14,7 @@ import yaml
 from lightning_swiftmoe.models import GPTModule
 from lightning_swiftmoe.report.runs import system_of
 from lightning_swiftmoe.simulate import load_trace
+from lightning_swiftmoe.trace_file import read_trace
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=100000", "trainer.enable_progress_bar=false"]
 
@@ -37,17 +38,8 @@ def swiftmoe(cwd, *args):
 
 
 def check_run_folder(folder, steps, policy):
-    complete = {
-        "config.yaml",
-        "metrics.csv",
-        "manifest.json",
-        "trace.npz",
-        "checkpoints",
-        "hydra",
-        "report.html",
-        ".run.lock",
-    }
-    assert {path.name for path in folder.iterdir()} == complete
+    complete = {"config.yaml", "metrics.csv", "manifest.json", "trace.npy.gz", "checkpoints", "hydra", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {*complete, ".run.lock"}
     assert "Load of every rank" in (folder / "report.html").read_text()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert system_of(config) == policy
@@ -59,7 +51,7 @@ def check_run_folder(folder, steps, policy):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert any(file["name"] == "os.py" for file in files)
 
-    trace = np.load(folder / "trace.npz")
+    trace = read_trace(folder / "trace.npy.gz")
     assert trace["counts"].shape == (steps, 2, 2, 8)  # steps, layers, ranks, experts
     assert (
         trace["counts"].sum(axis=3) == config["data"]["batch_size"] // 2 * config["data"]["seq_len"]
@@ -67,7 +59,7 @@ def check_run_folder(folder, steps, policy):
     processed = trace["rank_load"].sum(axis=(1, 2)) / trace["counts"].sum(axis=(1, 2, 3))
     logged = [float(row["moe/token_survival"]) for row in rows if row["moe/token_survival"]]
     assert processed == pytest.approx(logged)
-    assert load_trace(folder / "trace.npz").num_steps == steps
+    assert load_trace(folder / "trace.npy.gz").num_steps == steps
     assert trace["steps"].tolist() == list(range(1, steps + 1))
     assert json.loads(str(trace["meta"]))["slots_per_rank"] == 8
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from lightning_swiftmoe.cli.main import main
+from lightning_swiftmoe.trace_file import read_trace
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=60000", "trainer.enable_progress_bar=false", "report=false"]
 ROOT = str(Path(__file__).parents[2])
@@ -60,6 +62,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, start_method):
     code, text = train(tmp_path, "resume=moved")
     assert code == 0, text
     assert losses(moved) == losses(whole)
+    steps, expected_steps = read_trace(moved / "trace.npy.gz"), read_trace(whole / "trace.npy.gz")
+    assert steps["steps"].tolist() == list(range(1, 7))
+    assert np.array_equal(steps["counts"], expected_steps["counts"])
     resumed, expected = weights(moved, 6), weights(whole, 6)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "moved", "log.txt"}

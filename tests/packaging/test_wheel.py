@@ -78,4 +78,4 @@ def test_it_trains_outside_the_checkout(site, tmp_path):
     script.write_text(RUN)
     overrides = ["recipes=quickstart", "trainer.max_steps=2", "data.limit_bytes=100000", "run_dir=here"]
     call(script, site, "train", *overrides, "hydra.run.dir=here", cwd=tmp_path, PYTHONPATH=str(site))
-    assert (tmp_path / "here" / "trace.npz").is_file()
+    assert (tmp_path / "here" / "trace.npy.gz").is_file()

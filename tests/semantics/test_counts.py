@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement import kept_counts, uniform
+from lightning_swiftmoe.trace_file import read_trace
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.jobs import Job, Net, data, make_trainer, sgd
 from tests.ranks import run_ranks
@@ -110,9 +111,9 @@ CAPPED = Job(
 def test_capacity_scope_rank(system, tmp_path):
     # More slots than experts: the cluster's rule would keep other tokens.
     system = dataclasses.replace(system, slots=8)
-    job = dataclasses.replace(CAPPED, rebalancer={"trace": tmp_path / "trace.npz"})
+    job = dataclasses.replace(CAPPED, rebalancer={"trace": tmp_path / "trace.npy.gz"})
     results = run_ranks(system.num_ranks, fit, system, job)
-    trace = np.load(tmp_path / "trace.npz")
+    trace = read_trace(tmp_path / "trace.npy.gz")
     placement = uniform(ClusterShape(system.num_ranks, 8, 5, True))
     dropped = 0
     for counts, rank_load in zip(trace["counts"], trace["rank_load"], strict=True):

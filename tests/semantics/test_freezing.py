@@ -2,11 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 
+from lightning_swiftmoe.trace_file import read_trace
 from tests.jobs import Job, Net, full, sgd
 from tests.semantics.systems import OURS, check, on
 
@@ -168,7 +168,7 @@ BIASED = {"bias_update_rate": 0.01, "score": "sigmoid"}
 
 @on(OURS)
 def test_steps_end_where_all_experts_are_frozen(system, tmp_path):
-    path = tmp_path / "trace.npz"
+    path = tmp_path / "trace.npy.gz"
     job = Job(
         steps=5,
         optimizer=trainable,
@@ -179,7 +179,7 @@ def test_steps_end_where_all_experts_are_frozen(system, tmp_path):
     )
     biases = check(system, job)["seen"]
     assert biases[-1][0].abs().max() > 0.015
-    trace = np.load(path)
+    trace = read_trace(path)
     assert trace["counts"].shape == (5, 2, system.num_ranks, 5)
     assert (trace["counts"].sum(axis=(2, 3)) == 24 * 2).all()
     assert json.loads(str(trace["meta"]))["layers"] == ["moes.0", "moes.1"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_swiftmoe.trace_file import read_trace
 from tests.jobs import Job, Net, adamw, full, sgd
 from tests.ranks import run_ranks
 from tests.semantics.systems import OURS, SHARDED, TIMEOUT_S, alone, check, fit, on, same
@@ -203,13 +204,13 @@ class EveryOther(Two):
 def test_two_optimizers_that_hold_experts(system, module, tmp_path):
     # Lightning counts every optimizer's step.
     job = Job(steps=4, module=module, trainer={"max_steps": 8 if module is not EveryOther else 6})
-    job.rebalancer = {"trace": tmp_path / "trace.npz"}
+    job.rebalancer = {"trace": tmp_path / "trace.npy.gz"}
     expected = alone(system, job)
     results = run_ranks(system.num_ranks, fit, system, job, timeout_s=TIMEOUT_S)
     for result in results:
         same(result["weights"], expected["weights"], 1e-9, str(system))
     seen = np.array([result["seen"] for result in results])  # [ranks, forwards, layers, experts]
     np.testing.assert_array_equal(seen.sum(axis=0), np.array(expected["seen"]))
-    counts = np.load(tmp_path / "trace.npz")["counts"]  # [steps, layers, ranks, experts]
+    counts = read_trace(tmp_path / "trace.npy.gz")["counts"]  # [steps, layers, ranks, experts]
     np.testing.assert_array_equal(counts.sum(axis=0), seen.sum(axis=1).swapaxes(0, 1))
     assert counts.sum(axis=(1, 2, 3)).all(), "a record of a step without tokens"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.jobs import Job, Net, largest_error, train, train_alone
+from tests.jobs import Job, Net, data, largest_error, our_trainer, train, train_alone
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -42,6 +42,27 @@ def test_same_ranks_bit_for_bit(half_way, tmp_path):
     first, second = moments(tmp_path / "whole.ckpt"), moments(tmp_path / "resumed.ckpt")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def losses_and_weights(job, path=None):
+    module, trainer = Net(job), our_trainer(job)
+    trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=path)
+    return module.losses, module.state_dict()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_losses_and_weights_of_every_later_step_bit_for_bit(tmp_path, num_ranks, wide):
+    """Also where sums over ranks depend on where in a bucket an element lies, and with several buckets."""
+    strategy = {"bucket_cap_mb": 0.004} if wide else {}
+    job = dataclasses.replace(FULL, slots=5, width=48 if wide else 6, strategy=strategy)
+    path = str(tmp_path / "3.ckpt")
+    whole = run_ranks(num_ranks, losses_and_weights, dataclasses.replace(job, callbacks=lambda: [SaveAt3(path)]))
+    resumed = run_ranks(num_ranks, losses_and_weights, job, path)
+    for (losses, weights), (resumed_losses, resumed_weights) in zip(whole, resumed, strict=True):
+        assert resumed_losses == losses[3:]
+        for key, value in weights.items():
+            assert torch.equal(resumed_weights[key], value), key
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4])

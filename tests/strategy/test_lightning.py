@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.strategy import SwiftMoEStrategy
+from lightning_swiftmoe.trace_file import read_trace
 from tests.jobs import Job, Net, adamw, data, largest_error, make_trainer, our_trainer, sgd, train_alone
 from tests.ranks import run_ranks
 
@@ -202,9 +203,9 @@ def fit_with_trace(path):
 
 
 def test_trace_and_metrics(tmp_path):
-    path = tmp_path / "folder" / "trace.npz"
+    path = tmp_path / "folder" / "trace.npy.gz"
     metrics = run_ranks(2, fit_with_trace, str(path))[0]
-    trace = np.load(path)
+    trace = read_trace(path)
     assert trace["counts"].shape == (4, 2, 2, 5)
     assert (trace["counts"].sum(axis=(2, 3)) == 24 * 2).all()
     assert trace["steps"].tolist() == [1, 2, 3, 4]
