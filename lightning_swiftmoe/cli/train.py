@@ -30,6 +30,9 @@ from lightning_swiftmoe.virtual import VirtualCluster
 
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+# Whichever of Lightning's two packages was imported last, in this process, speaks for both.
+_TALKATIVE = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
 # Said on every run, and nothing a user could do about it.
 _NOISE = (
     ".*does not have many workers.*",
@@ -47,7 +50,7 @@ def train(config: DictConfig) -> None:
     """One training run of a composed configuration."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips
     environment = {key: os.environ.get(key) for key in _RANK_VARIABLES}
     name_this_job_to_children()

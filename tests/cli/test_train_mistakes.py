@@ -59,6 +59,16 @@ def test_one_line_and_status_2(capfd, override, message):
     assert "LOCAL_RANK" not in os.environ
 
 
+def test_nothing_else_is_said_where_somebody_imported_the_other_lightning(capfd):
+    import pytorch_lightning
+
+    assert pytorch_lightning.__version__
+    assert train.main(["recipes=quickstart", "+optimizer.speed=3"]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+
+
 def test_a_missing_package(capfd, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert train.main(["recipes=quickstart", "data=hf"]) == 2
