@@ -82,6 +82,8 @@ class SwiftMoEStrategy(DDPStrategy):
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
             ``"gloo"``; ``"auto"`` takes the first of them that works.
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
+        trust_optimizer: leave out the trial that every optimizer unknown to torch must pass: the user vouches that it
+            updates each weight of an expert from that weight's own gradient and state alone.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:
@@ -98,6 +100,7 @@ class SwiftMoEStrategy(DDPStrategy):
         transport: str = "auto",
         timeout: timedelta | float = timedelta(minutes=10),
         expert_parallel_size: int | None = None,
+        trust_optimizer: bool = False,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
@@ -111,6 +114,9 @@ class SwiftMoEStrategy(DDPStrategy):
                 f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to "
                 "hosts is kept for one group of all ranks only"
             )
+        for name, value in {"offload_optimizer": offload_optimizer, "trust_optimizer": trust_optimizer}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         _check_names(kwargs)
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         super().__init__(timeout=timeout, **kwargs)
@@ -120,6 +126,7 @@ class SwiftMoEStrategy(DDPStrategy):
         self.state_place = optimizer_state
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
+        self.trust_optimizer = trust_optimizer
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
@@ -199,7 +206,7 @@ class SwiftMoEStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             use_installed_parameters(optimizer, self._experts.values())
-        check_optimizers(self.optimizers, self._experts)
+        check_optimizers(self.optimizers, self._experts, trusted=self.trust_optimizer)
         if self.state_place == "bound":
             self._check_one_optimizer()
 

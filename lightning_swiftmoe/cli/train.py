@@ -101,7 +101,7 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
         trial = optimizer([nn.Parameter(torch.zeros(2, 2))])
     except TypeError as error:
         raise ValueError(f"optimizer {config.optimizer._target_}: {error}") from error
-    if config.cluster.virtual_ranks is None:
+    if config.cluster.virtual_ranks is None and not config.strategy.get("trust_optimizer"):
         check_elementwise(trial)
 
 

@@ -69,6 +69,11 @@ def test_nothing_else_is_said_where_somebody_imported_the_other_lightning(capfd)
     assert len(captured.err.splitlines()) == 1
 
 
+def test_a_user_may_vouch_for_an_optimizer():
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        train.main(["optimizer._target_=torch.optim.Adafactor", "~optimizer.betas", "strategy.trust_optimizer=true"])
+
+
 def test_a_missing_package(capfd, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert train.main(["recipes=quickstart", "data=hf"]) == 2

@@ -1,17 +1,14 @@
 """A mistake gives one clear error, and no rank is left waiting."""
 
-import dataclasses
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from torch import nn
 
 from lightning_swiftmoe import ExpertRebalancer, MoE, SwiftMoEStrategy
 from lightning_swiftmoe._compat import refuse_other_namespace
-from lightning_swiftmoe.optim.elementwise import check_elementwise
 from tests.jobs import Job, Net, data, largest_error, make_trainer, our_trainer, sgd
 from tests.ranks import run_ranks
 
@@ -82,68 +79,6 @@ def test_stock_weight_averaging(callback):
     with pytest.raises(ValueError, match="averages parameters by position"):
         fit_alone(Job(slots=5), callbacks=[callback()])
     assert_no_process_group()
-
-
-class Lion(torch.optim.Optimizer):
-    """Element-wise, but unknown to torch."""
-
-    def __init__(self, params, lr=1e-3, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["beta"])
-                p.sub_(momentum.sign() * group["lr"])
-        return loss
-
-
-class RowNormed(Lion):
-    """Not element-wise, and with a name that says nothing."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(group["lr"] * p.grad / p.grad.norm())
-
-
-class Muon(Lion):
-    """Refused by name."""
-
-
-def weight():
-    return [nn.Parameter(torch.ones(2, 2))]
-
-
-@pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.AdamW(p), lambda p: torch.optim.Adagrad(p), lambda p: Lion(p, lr=0.1)]
-)
-def test_elementwise_optimizers_pass(make):
-    check_elementwise(make(weight()))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Muon, "Muon cannot be sharded: it orthogonalises whole matrices"),
-        (lambda p: torch.optim.Adafactor(p), "Adafactor cannot be sharded: it factors second moments"),
-        (lambda p: torch.optim.LBFGS(p), "LBFGS cannot be sharded"),
-        (RowNormed, "RowNormed cannot be sharded: two steps on a matrix and on its flattened halves gave different"),
-    ],
-)
-def test_optimizers_that_need_whole_matrices(make, reason):
-    with pytest.raises(ValueError, match=reason):
-        check_elementwise(make(weight()))
-
-
-def test_optimizer_is_checked_in_fit():
-    job = Job(slots=5, optimizer=lambda module: Muon(module.parameters()))
-    with pytest.raises(RuntimeError, match="Muon cannot be sharded"):
-        run_ranks(2, fit_on_ranks, dataclasses.replace(job, slots=3))
 
 
 def fit_on_ranks(job):
