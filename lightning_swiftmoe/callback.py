@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback, will_log
+from lightning_swiftmoe.arguments import check, check_count
 from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.metrics import load_metrics
 from lightning_swiftmoe.placement import PlacementPolicy, get_policy
+from lightning_swiftmoe.placement.policies import name_of
 from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 
@@ -30,12 +34,14 @@ class ExpertRebalancer(Callback):
 
     Args:
         policy: a name from ``policy_names()``, or a function ``(loads, cluster, previous) -> Placement``. ``"auto"``
-            takes ``"proportional"`` for layers with a capacity, ``"balanced"`` for dropless ones.
+            takes ``"proportional"`` for layers with a capacity, ``"balanced"`` for dropless ones. A copy of it is asked
+            once before training, for loads that are made up.
         every_n_steps: decide on every n-th optimizer step, from the loads added up since the last decision.
         trace: file for the full counts of every step (``.npz``); None writes none.
 
     Raises:
-        ValueError: unknown policy, or a cadence below one.
+        ValueError: unknown policy, or a cadence or file of another kind.
+        TypeError: a policy that is neither a name nor a function of three arguments.
     """
 
     def __init__(
@@ -44,14 +50,16 @@ class ExpertRebalancer(Callback):
         every_n_steps: int = 1,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check_count("every_n_steps", every_n_steps)
+        if trace is not None:
+            check(isinstance(trace, (str, os.PathLike)), "trace", trace, "None or a file to write")
         self.rebalancing = Rebalancing(get_policy(policy), every_n_steps)
         self._trace = TraceWriter(trace) if trace is not None else None
         self._engine: ExpertEngine | None = None
         self._state = EngineState()
         self._finished: list[Step] = []
         self._last_time: float | None = None
+        self._is_set_up = False
 
     # -- called by whoever makes the engine --------------------------------------------------------------------------
 
@@ -77,6 +85,25 @@ class ExpertRebalancer(Callback):
         self._engine = None
 
     # -- Lightning hooks ---------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for all, in checkpoints. A Trainer that is being made refuses a key that comes twice, and speaks of
+        keys; ``only_rebalancer`` tells it better."""
+        return super().state_key if self._is_set_up else f"{super().state_key}, number {id(self)}"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_set_up = True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._engine is None:
+            rank_zero_warn(
+                f"{type(self).__name__} does nothing in a Trainer with {type(trainer.strategy).__name__}: "
+                'experts are placed by Trainer(strategy="swiftmoe")'
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,3 +174,16 @@ class ExpertRebalancer(Callback):
             values["moe/tokens_per_s"] = step.layers[0].num_tokens / (now - self._last_time)
         self._last_time = now
         return values
+
+
+def only_rebalancer(callbacks: Iterable[Callback]) -> ExpertRebalancer | None:
+    """The ``ExpertRebalancer`` among ``callbacks``; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, ExpertRebalancer)]
+    if len(found) > 1:
+        policies = ", ".join(f"{type(x).__name__}(policy={name_of(x.rebalancing.policy)!r})" for x in found)
+        raise ValueError(f"experts are placed by one ExpertRebalancer, but the Trainer has {policies}: keep one")
+    return found[0] if found else None

@@ -37,7 +37,8 @@ def check_optimizers(
 
 
 def _in_no_optimizer(name: str, optimizers: Sequence[Optimizer]) -> str:
-    where = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    where = ", ".join(name for name in names if not name.startswith("_"))  # Lightning stands in for none
     message = (
         f"{name} is trainable but in no optimizer ({where or 'there is none'}): pass it to one in "
         "configure_optimizers, or freeze it with requires_grad_(False)"

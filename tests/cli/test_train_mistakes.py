@@ -23,7 +23,7 @@ def _no_rank_is_started(monkeypatch, tmp_path):
         ("trainer.max_step=3", "trainer.max_step: Key 'max_step' is not in struct"),
         ("model.num_experts=many", "model.num_experts: Value 'many' of type 'str' could not be converted to Integer"),
         ("policy.every_n_steps=1.5", "policy.every_n_steps: Value '1.5' of type 'float' could not be converted"),
-        ("policy.every_n_steps=0", "every_n_steps must be at least 1, got 0"),
+        ("policy.every_n_steps=0", "every_n_steps must be a positive integer, got 0"),
         ("trainer.max_steps", "missing EQUAL"),
         ("recipes=fastest", "Could not find 'recipes/fastest'; there are gpt_large_a100_16x1, "),
         ("policy=hottest", "Could not find 'policy/hottest'; there are auto, balanced, "),

@@ -128,7 +128,7 @@ def test_which_blocks_are_moe():
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads = 3 must divide num_heads = 4"),
         ({"activation": "tanh"}, "activation must be one of swiglu, .*, got 'tanh'"),
         ({"top_k": 5}, "top_k must be 1 .. num_experts = 4, got 5"),
-        ({"norm": "batch"}, "norm must be layer or rms, got 'batch'"),
+        ({"norm": "batch"}, "norm must be one of layer, rms, got 'batch'"),
         ({"rotary": True, "head_size": 3}, "even head size, got 3"),
     ],
 )
