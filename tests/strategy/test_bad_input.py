@@ -1,5 +1,6 @@
 """A mistake gives one clear error, and no rank is left waiting."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -299,6 +300,18 @@ def test_other_lightning_namespace_is_named():
     refuse_other_namespace(["swiftmoe"])
     with pytest.raises(ImportError, match=r"supports lightning\.pytorch only"):
         pytorch_lightning.Trainer(strategy="swiftmoe", accelerator="cpu", logger=False)
+
+
+IMPORTED_LATER = """
+import lightning_swiftmoe
+import pytorch_lightning
+pytorch_lightning.Trainer(strategy="swiftmoe", accelerator="cpu", logger=False)
+"""
+
+
+def test_other_lightning_namespace_that_comes_later():
+    done = subprocess.run([sys.executable, "-c", IMPORTED_LATER], capture_output=True, text=True)
+    assert "ImportError: lightning_swiftmoe supports lightning.pytorch only" in done.stderr.splitlines()[-1]
 
 
 def fit_with_empty_batch():
