@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 _LONGEST = 100
+_ALIKE = 0.7  # at 0.6, which is usual, "speed" is nearly "fused"
 
 
 def check(ok: bool, name: str, got: object, expected: str) -> None:
@@ -60,7 +61,7 @@ def nearest(given: object, names: Iterable[str]) -> str | None:
     if not isinstance(given, str) or not given:
         return None
     lower = {name.lower(): name for name in names}
-    close = get_close_matches(given.lower(), lower, n=1)
+    close = get_close_matches(given.lower(), lower, n=1, cutoff=_ALIKE)
     holding = [name for name in lower if given.lower() in name]
     found = close or (holding if len(holding) == 1 else [])
     return lower[found[0]] if found else None

@@ -54,6 +54,7 @@ class TrainConf:
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     run_dir: str = MISSING
+    ckpt_path: str | None = None
     seed: int = 0
     paper: str | None = None
     report: bool = True
