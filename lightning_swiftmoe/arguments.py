@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 _LONGEST = 100
 _ALIKE = 0.7  # at 0.6, which is usual, "speed" is nearly "fused"
@@ -48,6 +52,21 @@ def is_integer(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether it is a finite one; a truth value is none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def knows_its_names(init: Callable[P, None]) -> Callable[P, None]:
+    """For an ``__init__``: a keyword that it does not have is answered with the one that was meant."""
+    names = [name for name in signature(init).parameters if name != "self"]
+
+    @wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs:
+            if name not in names:
+                hint = did_you_mean(name, names) or f"; there are {', '.join(names)}"
+                raise TypeError(f"{type(args[0]).__name__} got an unexpected keyword argument {name!r}{hint}")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def did_you_mean(given: object, names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback, will_log
-from lightning_swiftmoe.arguments import check, check_count
+from lightning_swiftmoe.arguments import check, check_count, knows_its_names
 from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.metrics import load_metrics
@@ -44,6 +44,7 @@ class ExpertRebalancer(Callback):
         TypeError: a policy that is neither a name nor a function of three arguments.
     """
 
+    @knows_its_names
     def __init__(
         self,
         policy: str | PlacementPolicy = "auto",

@@ -15,11 +15,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import is_protocol
 
 from lightning_swiftmoe.arguments import did_you_mean
 from lightning_swiftmoe.cli._mistakes import unknown_key
 
 _SAID = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_ANNOTATED = ("lightning_swiftmoe", "lightning", "torch")
 _LISTS = (list, tuple, Sequence, Collection)
 
 
@@ -37,12 +39,10 @@ def check_options(config: DictConfig) -> None:
 
 def _nodes(config: DictConfig, place: str = "") -> Iterator[tuple[str, DictConfig]]:
     yield place, config
-    for key in map(str, config):
-        if OmegaConf.is_missing(config, key):
-            continue
-        value = config[key]
+    for key in config:
+        value = None if OmegaConf.is_missing(config, key) else config[key]
         if isinstance(value, DictConfig):
-            yield from _nodes(value, f"{place}{key}.")
+            yield from _nodes(value, place + str(key) + ".")
 
 
 def _check_schema(place: str, node: DictConfig) -> None:
@@ -62,14 +62,14 @@ def _check_arguments(place: str, node: DictConfig) -> None:
         target = resolve_name(node["_target_"])
         parameters = signature(target).parameters
     except Exception:
-        return  # whoever builds it will say what is wrong
+        return  # who builds it will say what is wrong
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     hints = _hints(target)
     for key in (str(key) for key in node if not str(key).startswith("_")):
         if key not in parameters:
             if takes_any:
                 continue
-            said = f"{place}{key}: {target.__name__} has no argument {key!r}"
+            said = f"{place}{key}: {node['_target_'].rpartition('.')[2]} has no argument {key!r}"
             raise ValueError(said + (did_you_mean(key, parameters) or f": leave it out by ~{place}{key}"))
         value = node[key]
         is_default = value is None and parameters[key].default is None
@@ -79,8 +79,13 @@ def _check_arguments(place: str, node: DictConfig) -> None:
 
 
 def _hints(target: Any) -> dict[str, Any]:
+    """Types of arguments; none of packages whose annotations nobody here has tried."""
+    if str(target.__module__).partition(".")[0] not in _ANNOTATED:
+        return {}
+    if isinstance(target, type):
+        target = next(vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls))
     try:
-        return get_type_hints(vars(target).get("__init__", target) if isinstance(target, type) else target)
+        return get_type_hints(target)
     except Exception:
         return {}
 
@@ -101,7 +106,7 @@ def _may_be(value: Any, member: Any) -> bool:
     """For what is no scalar type itself."""
     if member in _SAID or get_origin(member) in _LISTS or member in _LISTS:
         return False
-    if isinstance(member, type) and get_origin(member) is None:
+    if isinstance(member, type) and member is not Any and not is_protocol(member):
         return isinstance(value, member) or (isinstance(value, str) and issubclass(member, (Path, os.PathLike)))
     return True
 

@@ -43,6 +43,7 @@ _TALKATIVE = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lig
 _NOISE = (
     ".*does not have many workers.*",
     ".*treespec, LeafSpec.*",
+    ".*The dirpath has changed from .*",  # every run has a folder of its own
     ".*Experiment logs directory .* exists and is not empty.*",  # config.yaml is written there first
 )
 

@@ -13,6 +13,7 @@ from lightning_swiftmoe.arguments import (
     check_number,
     is_integer,
     is_number,
+    knows_its_names,
 )
 from lightning_swiftmoe.functional import activation_names, auxiliary_losses
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
@@ -52,6 +53,7 @@ class MoE(nn.Module):
         ValueError: an argument out of range or of a wrong type; says what was expected.
     """
 
+    @knows_its_names
     def __init__(
         self,
         hidden_size: int,

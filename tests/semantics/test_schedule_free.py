@@ -142,6 +142,11 @@ def test_validation_sees_averages(system):
     assert all(abs(a - b) > 1e-4 for a, b in zip(averages[1:], others[1:], strict=True))
 
 
+@on(SHARDED)
+def test_state_moves_with_the_experts(system):
+    check(system, dataclasses.replace(job_of(free_adamw), strategy={"optimizer_state": "bound"}), EXACT)
+
+
 def resume(job, path):
     return train(job, ckpt_path=path)
 

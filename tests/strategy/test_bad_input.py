@@ -1,5 +1,6 @@
 """A mistake gives one clear error, and no rank is left waiting."""
 
+import inspect
 import subprocess
 import sys
 
@@ -95,7 +96,16 @@ def test_strategy_arguments(kwargs, message):
         SwiftMoEStrategy(**kwargs)
 
 
+@pytest.mark.parametrize(("given", "meant"), [("num_expert", "num_experts"), ("capacity", "capacity_factor")])
+def test_names_of_layer_arguments(given, meant):
+    with pytest.raises(TypeError, match=f"MoE got an unexpected keyword argument '{given}'; did you mean '{meant}'"):
+        MoE(8, 16, **{given: 4})
+    assert list(inspect.signature(MoE).parameters)[:3] == ["hidden_size", "ffn_size", "num_experts"]
+
+
 def test_callback_arguments():
+    with pytest.raises(TypeError, match=r"ExpertRebalancer got .* 'every_n_step'; did you mean 'every_n_steps'"):
+        ExpertRebalancer(every_n_step=2)
     with pytest.raises(ValueError, match="unknown placement policy 'hottest'; there are auto"):
         ExpertRebalancer(policy="hottest")
     with pytest.raises(ValueError, match=r"'proportinal'; there are .*; did you mean 'proportional'"):
