@@ -167,6 +167,42 @@ def test_learning_rate_by_hand():
     assert warmup_cosine(0, 0, 10, 0.1) == 1.0
 
 
+class WithModes(torch.optim.SGD):
+    """Notes in which mode it is asked to be, and when it steps."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.notes = []
+
+    def train(self):
+        self.notes.append("train")
+
+    def eval(self):
+        self.notes.append("eval")
+
+    def step(self, closure=None):
+        self.notes.append("step")
+        return super().step(closure)
+
+
+def test_an_optimizer_with_modes_is_told_of_them():
+    module = GPTModule(SMALL, optimizer=WithModes)
+    loader = DataLoader(tokens(2), batch_size=1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader, loader)
+    (optimizer,) = trainer.optimizers
+    assert optimizer.notes == ["train", *2 * ["step", "eval", "train"], "eval"]
+
+
 def test_predictions_are_the_likeliest_tokens():
     module, batch = GPTModule(SMALL), tokens()
     assert torch.equal(module.predict_step(batch, 0), F.softmax(module(batch), dim=-1).argmax(dim=-1))
