@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import Any, cast
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads
@@ -23,6 +26,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
+
+_OTHER_STRATEGIES = "pytorch_lightning.strategies"
 
 __all__ = [
     "Callback",
@@ -157,9 +162,13 @@ def is_weight_averaging(callback: Callback) -> bool:
 
 
 def refuse_other_namespace(names: list[str]) -> None:
-    """``pytorch_lightning`` is another class tree: there our names answer with what to import instead."""
-    other = sys.modules.get("pytorch_lightning.strategies")
+    """``pytorch_lightning`` is another class tree: there our names answer with what to import instead.
+
+    Where nobody has imported it yet, they will from the moment somebody does.
+    """
+    other = sys.modules.get(_OTHER_STRATEGIES)
     if other is None:
+        _WaitsForOther(names).install()
         return
 
     class _WrongNamespace(other.DDPStrategy):  # type: ignore[name-defined, misc]
@@ -172,3 +181,31 @@ def refuse_other_namespace(names: list[str]) -> None:
     for name in names:
         if name not in other.StrategyRegistry:
             other.StrategyRegistry.register(name, _WrongNamespace, description="see lightning.pytorch")
+
+
+class _WaitsForOther(MetaPathFinder):
+    """Finds nothing by itself: it notices that the other package is imported, once, and acts behind that."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def install(self) -> None:
+        """Be asked first."""
+        if not any(isinstance(finder, _WaitsForOther) for finder in sys.meta_path):
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The spec that the usual finders have, with an afterthought."""
+        if fullname != _OTHER_STRATEGIES:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_refuse(module: Any) -> None:
+                execute(module)
+                refuse_other_namespace(self.names)
+
+            spec.loader.exec_module = execute_and_refuse  # type: ignore[method-assign]
+        return spec

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_swiftmoe._compat import Callback, will_log
+from lightning_swiftmoe.arguments import check, check_count, knows_its_names
 from lightning_swiftmoe.engine import EngineState, ExpertEngine, Rebalancing
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.metrics import load_metrics
 from lightning_swiftmoe.placement import PlacementPolicy, get_policy
+from lightning_swiftmoe.placement.policies import name_of
 from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 
@@ -31,23 +34,27 @@ class ExpertRebalancer(Callback):
 
     Args:
         policy: a name from ``policy_names()``, or a function ``(loads, cluster, previous) -> Placement``. ``"auto"``
-            takes ``"proportional"`` for layers with a capacity, ``"balanced"`` for dropless ones.
+            takes ``"proportional"`` for layers with a capacity, ``"balanced"`` for dropless ones. A copy of it is asked
+            once before training, for loads that are made up.
         every_n_steps: decide on every n-th optimizer step, from the loads added up since the last decision.
         trace: file ``*.npy.gz`` for the full counts of every step, as ``TraceWriter`` says; None writes none.
 
     Raises:
-        ValueError: unknown policy, a cadence below one, or a trace of another name; on ``fit``, a trace that cannot be
-            written, or layers with different numbers of experts in one.
+        ValueError: unknown policy, a cadence below one or of another kind, or a trace of another name; on ``fit``, a
+            trace that cannot be written, or layers with different numbers of experts in one.
+        TypeError: a policy that is neither a name nor a function of three arguments.
     """
 
+    @knows_its_names
     def __init__(
         self,
         policy: str | PlacementPolicy = "auto",
         every_n_steps: int = 1,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check_count("every_n_steps", every_n_steps)
+        if trace is not None:
+            check(isinstance(trace, (str, os.PathLike)), "trace", trace, "None or a file to write")
         self.rebalancing = Rebalancing(get_policy(policy), every_n_steps)
         self._trace = TraceWriter(trace) if trace is not None else None
         self._engine: ExpertEngine | None = None
@@ -55,6 +62,7 @@ class ExpertRebalancer(Callback):
         self._finished: list[Step] = []
         self._untraced: list[Step] = []
         self._last_time: float | None = None
+        self._is_set_up = False
 
     # -- called by whoever makes the engine --------------------------------------------------------------------------
 
@@ -81,14 +89,27 @@ class ExpertRebalancer(Callback):
 
     # -- Lightning hooks ---------------------------------------------------------------------------------------------
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for all, in checkpoints. A Trainer that is being made refuses a key that comes twice, and speaks of
+        keys; ``only_rebalancer`` tells it better."""
+        return super().state_key if self._is_set_up else f"{super().state_key}, number {id(self)}"
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_set_up = True
         if stage == "fit":
             self._on_trace(trainer, TraceWriter.check)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._trace is not None and self._engine is not None:
+        if self._engine is None:
+            rank_zero_warn(
+                f"{type(self).__name__} does nothing in a Trainer with {type(trainer.strategy).__name__}: "
+                'experts are placed by Trainer(strategy="swiftmoe")'
+            )
+        elif self._trace is not None:
             _check_traceable(self._engine)
         self._on_trace(trainer, lambda trace: trace.begin(trainer.global_step))
 
@@ -219,3 +240,16 @@ def _check_traceable(engine: ExpertEngine) -> None:
     experts = {layer.name: layer.cluster.num_experts for layer in engine.layers}
     if len(set(experts.values())) > 1:
         raise ValueError(f"a trace needs layers with the same number of experts, got {experts}; train without trace=")
+
+
+def only_rebalancer(callbacks: Iterable[Callback]) -> ExpertRebalancer | None:
+    """The ``ExpertRebalancer`` among ``callbacks``; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, ExpertRebalancer)]
+    if len(found) > 1:
+        policies = ", ".join(f"{type(x).__name__}(policy={name_of(x.rebalancing.policy)!r})" for x in found)
+        raise ValueError(f"experts are placed by one ExpertRebalancer, but the Trainer has {policies}: keep one")
+    return found[0] if found else None

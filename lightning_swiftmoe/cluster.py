@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.arguments import check_count
+
 
 @dataclass(frozen=True)
 class ClusterShape:
@@ -30,9 +32,7 @@ class ClusterShape:
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "slots_per_rank", "num_experts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_count(name, getattr(self, name))
         if self.num_slots < self.num_experts:
             raise ValueError(
                 f"{self.num_ranks} ranks x {self.slots_per_rank} slots hold {self.num_slots} experts, but the layer "
@@ -79,9 +79,8 @@ def resolve_slots(slots_per_rank: int | str, num_experts: int, num_ranks: int) -
     """
     if slots_per_rank == "auto":
         return min(num_experts, 2 * min_slots(num_experts, num_ranks))
-    if isinstance(slots_per_rank, bool) or not isinstance(slots_per_rank, int) or slots_per_rank < 1:
-        raise ValueError(f'slots_per_rank must be "auto" or a positive integer, got {slots_per_rank!r}')
-    return slots_per_rank
+    check_count("slots_per_rank", slots_per_rank, '"auto" or a positive integer')
+    return int(slots_per_rank)
 
 
 def resolve_group_size(expert_parallel_size: int | None, num_ranks: int) -> int:
@@ -104,6 +103,5 @@ def resolve_group_size(expert_parallel_size: int | None, num_ranks: int) -> int:
 
 def check_group_size(expert_parallel_size: int | None) -> None:
     """Raise a ValueError for what is neither None nor a positive integer."""
-    size = expert_parallel_size
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"expert_parallel_size must be None (all ranks) or a positive integer, got {size!r}")
+    if expert_parallel_size is not None:
+        check_count("expert_parallel_size", expert_parallel_size, "None (all ranks) or a positive integer")

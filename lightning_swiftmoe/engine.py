@@ -35,6 +35,7 @@ from lightning_swiftmoe.parallel.hosted_experts import Locals
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.placement import Placement, PlacementPolicy, next_placement, uniform
 from lightning_swiftmoe.placement.placement import IntArray
+from lightning_swiftmoe.placement.policies import name_of
 from lightning_swiftmoe.step import LayerStep, Step
 
 Observer = Callable[[Step], None]
@@ -314,8 +315,7 @@ class ExpertEngine:
             if not odd.size:
                 continue
             first = index * group.size
-            policy = self.rebalancing.policy
-            name = getattr(policy, "__name__", type(policy).__name__)
+            name = name_of(self.rebalancing.policy)
             raise RuntimeError(
                 f"placement policy {name!r} chose other experts on rank(s) {(first + odd).tolist()} than on rank "
                 f"{first} after step {self._steps}, from the same loads. A policy must be deterministic: no clock, no "

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +35,8 @@ from lightning_swiftmoe._compat import (
     trainer_callbacks,
     use_our_loop,
 )
-from lightning_swiftmoe.callback import ExpertRebalancer
+from lightning_swiftmoe.arguments import check, check_choice, check_flag, check_number, described, did_you_mean
+from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
 from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
 from lightning_swiftmoe.checkpoint.full import (
     full_optimizer_state,
@@ -65,12 +65,14 @@ from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
+from lightning_swiftmoe.placement import try_policy
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
 _STATES = ("decoupled", "bound")
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SIGNAL_EXIT = 128  # plus the signal's number: what shells say of a process that a signal ended
+_START_METHODS = ("popen", "spawn", "fork", "forkserver")
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
@@ -99,11 +101,14 @@ class SwiftMoEStrategy(DDPStrategy):
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
             ``"gloo"``; ``"auto"`` takes the first of them that works.
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
+        trust_optimizer: leave out the trial that every optimizer unknown to torch must pass: the user vouches that it
+            updates each weight of an expert from that weight's own gradient and state alone.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:
         ValueError: a bad argument; on ``fit``, too few slots, an optimizer that cannot be sharded, a trainable expert
-            parameter that no optimizer holds, a callback that averages weights by position.
+            parameter that no optimizer holds, a callback that averages weights by position, several rebalancers, or a
+            policy that returns no placement.
     """
 
     def __init__(
@@ -115,28 +120,31 @@ class SwiftMoEStrategy(DDPStrategy):
         transport: str = "auto",
         timeout: timedelta | float = timedelta(minutes=10),
         expert_parallel_size: int | None = None,
+        trust_optimizer: bool = False,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
         check_scope(capacity_scope)
         check_transport(transport)
-        if optimizer_state not in _STATES:
-            raise ValueError(f"optimizer_state must be one of {', '.join(_STATES)}, got {optimizer_state!r}")
+        check_choice("optimizer_state", optimizer_state, _STATES)
         check_group_size(expert_parallel_size)
         if optimizer_state == "bound" and expert_parallel_size is not None:
             raise ValueError(
                 f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to "
                 "hosts is kept for one group of all ranks only"
             )
+        check_flag("offload_optimizer", offload_optimizer)
+        check_flag("trust_optimizer", trust_optimizer)
         _check_names(kwargs)
-        timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-        super().__init__(timeout=timeout, **kwargs)
+        check_choice("start_method", kwargs.get("start_method", "popen"), _START_METHODS)
+        super().__init__(timeout=_as_timedelta(timeout), **kwargs)
         self.slots_per_rank = slots_per_rank
         self.offload_optimizer = offload_optimizer
         self.capacity_scope = capacity_scope
         self.state_place = optimizer_state
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
+        self.trust_optimizer = trust_optimizer
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
@@ -165,12 +173,8 @@ class SwiftMoEStrategy(DDPStrategy):
         trainer = model.trainer
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.precision not in _PRECISIONS:
-            raise ValueError(
-                f"precision {trainer.precision!r} is not supported; choose one of {', '.join(_PRECISIONS)}"
-            )
-        callbacks = trainer_callbacks(trainer)
-        for callback in callbacks:
+        check_precision(trainer.precision)
+        for callback in trainer_callbacks(trainer):
             if is_weight_averaging(callback):
                 raise ValueError(
                     f"{type(callback).__name__} averages parameters by position, but slots hold other experts after "
@@ -181,9 +185,23 @@ class SwiftMoEStrategy(DDPStrategy):
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
         use_our_loop(trainer)
-        if not any(isinstance(callback, ExpertRebalancer) for callback in callbacks):
-            callbacks.append(ExpertRebalancer())
-        self._rebalancer = next(callback for callback in callbacks if isinstance(callback, ExpertRebalancer))
+
+    @override
+    def setup_environment(self) -> None:
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._choose_rebalancer()
+        super().setup_environment()
+
+    def _choose_rebalancer(self) -> None:
+        """Not before the module's own callbacks have come, and not after a process group."""
+        callbacks = trainer_callbacks(self._trainer)
+        found = only_rebalancer(callbacks)
+        if found is None:
+            found = ExpertRebalancer()
+            callbacks.append(found)
+        self._rebalancer = found
+        for cluster in {self._cluster_of(name, moe) for name, moe in moe_layers(self._module).items()}:
+            try_policy(found.rebalancing.policy, cluster)
 
     @override
     def model_to_device(self) -> None:
@@ -226,7 +244,7 @@ class SwiftMoEStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             use_installed_parameters(optimizer, self._experts.values())
-        check_optimizers(self.optimizers, self._experts)
+        check_optimizers(self.optimizers, self._experts, trusted=self.trust_optimizer)
         if self.state_place == "bound":
             self._check_one_optimizer()
 
@@ -261,6 +279,11 @@ class SwiftMoEStrategy(DDPStrategy):
             self.parallelism.expert_group,
         )
         self._rebalancer.follow(self.engine)
+        if not layers:
+            rank_zero_warn(
+                f"{type(module).__name__} has no MoE layer, and is trained as by DDP: make layers of "
+                "lightning_swiftmoe.MoE in its __init__ or configure_model"
+            )
 
     def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
         num_ranks = resolve_group_size(self.expert_parallel_size, self.num_nodes * self.num_processes)
@@ -288,7 +311,8 @@ class SwiftMoEStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is not None:
             self._begin_forward(training=True)
-            for moe in moe_layers(self._module).values():
+            for name, moe in moe_layers(self._module).items():
+                self._refuse_stranger(name, moe)
                 moe.aux_loss_scale = 1 / self._micro_batches
         return super().training_step(*args, **kwargs)
 
@@ -297,6 +321,15 @@ class SwiftMoEStrategy(DDPStrategy):
         if self.engine is not None:
             self._begin_forward(training=False)
         return super().validation_step(*args, **kwargs)
+
+    @staticmethod
+    def _refuse_stranger(name: str, moe: MoE) -> None:
+        """Its experts would train on every rank alone, or not at all."""
+        if not moe.is_attached:
+            raise RuntimeError(
+                f"layer {name!r} came into the module after the strategy was set up: put MoE layers there in __init__ "
+                "or configure_model"
+            )
 
     def end_where_asked(self) -> None:
         """End the fit on all ranks if a signal reached one. At the head of every step; the hosts wait for each other.
@@ -550,6 +583,20 @@ class SwiftMoEStrategy(DDPStrategy):
         return self._micro_batches > 1 or schedules
 
 
+def check_precision(precision: str) -> None:
+    """Raise a ValueError for a precision in which experts cannot be trained."""
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not supported; choose one of {', '.join(_PRECISIONS)}")
+
+
+def _as_timedelta(timeout: timedelta | float) -> timedelta:
+    if not isinstance(timeout, timedelta):
+        check_number("timeout", timeout, "a timedelta, or seconds above zero", above=0)
+        timeout = timedelta(seconds=timeout)
+    check(timeout > timedelta(0), "timeout", timeout, "a timedelta, or seconds above zero")
+    return timeout
+
+
 def _check_names(kwargs: Mapping[str, Any]) -> None:
     """``DDPStrategy`` hands what it does not know on to DDP, which is not made on one rank.
 
@@ -561,6 +608,9 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
         for cls in (SwiftMoEStrategy, DDPStrategy, DistributedDataParallel)
     )
     for name in kwargs.keys() - lightnings - torchs:
-        close = get_close_matches(name, sorted(ours | lightnings), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(ours))} and DDPStrategy's"
+        if name in signature(ExpertRebalancer).parameters:
+            hint = f": it belongs to a callback, ExpertRebalancer({name}={described(kwargs[name])})"
+        else:
+            hint = did_you_mean(name, sorted(ours | lightnings | torchs))
+        hint = hint or f"; there are {', '.join(sorted(ours))} and DDPStrategy's"
         raise TypeError(f"SwiftMoEStrategy got an unexpected keyword argument {name!r}{hint}")

@@ -9,12 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_swiftmoe.callback import ExpertRebalancer
+from lightning_swiftmoe._compat import trainer_callbacks
+from lightning_swiftmoe.arguments import check_count
+from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
-from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.placement import Placement, try_policy
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
 
@@ -30,7 +32,8 @@ class VirtualCluster(ExpertRebalancer):
         **kwargs: as for ``ExpertRebalancer``.
 
     Raises:
-        ValueError: a bad argument; on ``fit``, too few slots, or a Trainer with several processes.
+        ValueError: a bad argument; on ``fit``, too few slots, a policy that returns no placement, another rebalancer,
+            or a Trainer with several processes.
     """
 
     def __init__(
@@ -42,8 +45,7 @@ class VirtualCluster(ExpertRebalancer):
     ) -> None:
         super().__init__(**kwargs)
         resolve_slots(slots_per_rank, 1, 1)
-        if num_ranks < 1:
-            raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+        check_count("num_ranks", num_ranks)
         check_scope(capacity_scope)
         self.num_ranks, self.slots_per_rank, self.capacity_scope = num_ranks, slots_per_rank, capacity_scope
         self._virtual: ExpertEngine | None = None
@@ -53,10 +55,12 @@ class VirtualCluster(ExpertRebalancer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"a virtual cluster runs in one process, but the Trainer has {trainer.world_size}")
+        only_rebalancer(trainer_callbacks(trainer))
         layers = []
         for name, moe in moe_layers(pl_module).items():
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
             cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
+            try_policy(self.rebalancing.policy, cluster)
             layers.append(
                 VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.capacity_scope)
             )

@@ -12,6 +12,7 @@ FOLDERS = {PACKAGE: ROOT / PACKAGE, f"{PACKAGE}.kernels": ROOT / "kernels"}
 
 # Lowest first. Names on one line may import each other.
 FLOORS = [
+    ["arguments"],
     ["cluster", "placement", "trace_file"],
     ["kernels"],
     ["functional"],
@@ -30,7 +31,7 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # The simulator shares the placement code with training, knows nothing else, and only what shows results knows it.
 USERS_OF_SIMULATE = ("simulate", "report", "cli")
-PLANNERS = ("cluster", "placement", "simulate", "trace_file")
+PLANNERS = ("arguments", "cluster", "placement", "simulate", "trace_file")
 NOT_FOR_PLANNERS = ("torch.distributed", "lightning", "pytorch_lightning", "triton")
 
 

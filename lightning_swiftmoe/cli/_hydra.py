@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_swiftmoe.cli._mistakes import one_line, unknown_option
 from lightning_swiftmoe.cli.compose import prepare_hydra
 
 
@@ -25,6 +26,9 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
     if {"-h", "--help"} & set(argv):
         print(help_text(config_name))
         return 0
+    if option := unknown_option(argv):
+        print(f"error: {option}", file=sys.stderr)
+        return 2
     prepare_hydra()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # the one line is ours to write
     mistakes: list[Exception] = []
@@ -61,17 +65,3 @@ def help_text(config_name: str) -> str:
     """The config file with its comments: what can be overridden, and what it is when it is not."""
     text = (files("lightning_swiftmoe.conf") / f"{config_name}.yaml").read_text()
     return f"usage: swiftmoe {config_name} [GROUP=FILE | KEY=VALUE] ...\n\n{text.split(chr(10) + 'hydra:')[0].rstrip()}"
-
-
-def one_line(error: BaseException) -> str:
-    """What a user needs of an error: the first cause, its first paragraph, on one line."""
-    while error.__cause__ is not None and isinstance(error, (HydraException, OmegaConfBaseException)):
-        error = error.__cause__
-    text = " ".join(
-        str(error).split("\n    full_key")[0].split("\nAvailable")[0].split("\nConfig search path")[0].split()
-    )
-    if isinstance(error, MissingConfigException) and error.options:
-        options = [name for name in sorted(error.options) if not name.startswith("_") and "schema" not in name]
-        return f"{text}; there are {', '.join(options)}"
-    key = getattr(error, "full_key", None)
-    return f"{key}: {text}" if key and key not in text else text

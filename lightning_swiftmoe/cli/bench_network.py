@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_swiftmoe.callback import ExpertRebalancer
-from lightning_swiftmoe.cli._hydra import one_line
+from lightning_swiftmoe.cli._mistakes import one_line
 from lightning_swiftmoe.cli._namespaces import address, run_on_links, sent_bytes, why_not
 from lightning_swiftmoe.cli._scenario import shape_of
 from lightning_swiftmoe.data import StdlibSource, TextData

@@ -20,11 +20,13 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from torch import nn
 
 from lightning_swiftmoe._compat import SIGTERMException, trainer_callbacks
+from lightning_swiftmoe.arguments import check_count
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
 from lightning_swiftmoe.cli import resume
 from lightning_swiftmoe.cli._hydra import run_task
+from lightning_swiftmoe.cli._options import check_options
 from lightning_swiftmoe.cli.progress import ShortProgressBar
 from lightning_swiftmoe.cli.report import write_report_of
 from lightning_swiftmoe.cli.tables import make_console, outcome_table, plan_table
@@ -32,14 +34,22 @@ from lightning_swiftmoe.data.loader import Windows
 from lightning_swiftmoe.data.text import TextData, check_batch_size, write_manifest
 from lightning_swiftmoe.models import GPTConfig, GPTModule
 from lightning_swiftmoe.optim.elementwise import check_elementwise
+from lightning_swiftmoe.strategy import check_precision
 from lightning_swiftmoe.virtual import VirtualCluster
 
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Some of these is set on every rank of a job on several nodes, whoever started it.
+_STARTED = ("SLURM_NTASKS", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+# Whichever of Lightning's two packages was imported last, in this process, speaks for both.
+_TALKATIVE = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 # Said on every run, and nothing a user could do about it.
 _NOISE = (
     ".*does not have many workers.*",
     ".*treespec, LeafSpec.*",
+    ".*The dirpath has changed from .*",  # every run has a folder of its own
     ".*Experiment logs directory .* exists and is not empty.*",  # config.yaml is written there first
 )
 
@@ -60,7 +70,7 @@ def train(config: DictConfig) -> None:
     """One training run of a composed configuration."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips
     environment = {key: os.environ.get(key) for key in _RANK_VARIABLES}
     name_this_job_to_children()
@@ -74,10 +84,13 @@ def train(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Build everything, train, and print what happened."""
-    checkpoint = None
+    checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
     if config.resume is not None:
+        if checkpoint is not None:
+            raise ValueError(f"resume={config.resume} goes on from that run's newest checkpoint: leave ckpt_path out")
         checkpoint = resume.newest_checkpoint(Path(config.resume))
         config = resume.resumed_config(config, Path(config.resume).absolute(), HydraConfig.get().overrides.task)
+    check_options(config)
     run_dir = Path(config.run_dir)
     model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     data: TextData = instantiate(config.data)
@@ -89,10 +102,10 @@ def run(config: DictConfig) -> None:
     console.print(plan)
     module: GPTModule = instantiate(config.module, model=model, optimizer=optimizer)
     if trainer.is_global_zero:
-        with resume.only_run_in(run_dir, resumes=checkpoint is not None):
+        with resume.only_run_in(run_dir, resumes=config.resume is not None):
             write_manifest(data, run_dir / "manifest.json")
             OmegaConf.save(config, run_dir / resume.CONFIG, resolve=True)
-            if checkpoint is not None:
+            if config.resume is not None and checkpoint is not None:
                 continue_loggers(trainer, checkpoint)
             fit(trainer, module, data, checkpoint, run_dir)
     else:
@@ -127,18 +140,24 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
 
     Raises:
         ValueError: a batch the ranks cannot share, sequences too long for the model or the text, an optimizer with
-            wrong arguments or one that cannot be sharded, a trace that cannot be written.
+            wrong arguments or one that cannot be sharded, a precision that experts do not have, no checkpoint, a trace
+            that cannot be written.
     """
+    check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
+    if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
+        raise ValueError(f"ckpt_path = {config.ckpt_path} is not there: give a file in a run's checkpoints folder")
     check_batch_size(data.batch_size, config.cluster.virtual_ranks or trainer.world_size)
     if data.seq_len > model.max_seq_len:
         raise ValueError(f"data.seq_len = {data.seq_len} is more than model.max_seq_len = {model.max_seq_len} can read")
     Windows(data.tokens("train"), data.seq_len)
     try:
         trial = optimizer([nn.Parameter(torch.zeros(2, 2))])
-    except TypeError as error:
-        raise ValueError(f"optimizer {config.optimizer._target_}: {error}") from error
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f"optimizer {config.optimizer._target_}: {str(error).splitlines()[0]}") from error
     if config.cluster.virtual_ranks is None:
-        check_elementwise(trial)
+        check_precision(trainer.precision)
+        if not config.strategy.get("trust_optimizer"):
+            check_elementwise(trial)
     if trainer.is_global_zero:
         for callback in trainer_callbacks(trainer):
             if isinstance(callback, ExpertRebalancer):
@@ -149,8 +168,9 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """The Trainer, with our strategy, or alone as a virtual cluster.
 
     Raises:
-        ValueError: expert groups of a virtual cluster.
+        ValueError: expert groups of a virtual cluster, GPUs or nodes that are not there.
     """
+    check_machine(config)
     callbacks: dict[str, Any] = {name: instantiate(c) for name, c in config.callbacks.items() if c is not None}
     loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
     strategy = instantiate(config.strategy)
@@ -179,6 +199,28 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         logger=loggers or False,
         plugins=plugins,
     )
+
+
+def check_machine(config: DictConfig) -> None:
+    """Whether there is what the Trainer is told to run on.
+
+    Raises:
+        ValueError: several nodes that nobody has started, or more GPUs than there are.
+    """
+    accelerator, devices, num_nodes = config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes
+    if num_nodes > 1 and not any(name in os.environ for name in _STARTED):
+        raise ValueError(
+            f"num_nodes = {num_nodes}, but nobody has started ranks on other nodes. Under SLURM: run `srun swiftmoe "
+            "train ...` in a job with one task for each GPU, or add -m hydra/launcher=submitit_slurm (pip install "
+            "'lightning-swiftmoe[slurm]'); elsewhere use torchrun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
+    if accelerator not in ("gpu", "cuda") or torch.backends.mps.is_available():
+        return
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"accelerator = {accelerator}, but torch finds no GPU here: choose cluster=local_cpu")
+    if isinstance(devices, int) and devices > count:
+        raise ValueError(f"devices = {devices}, but this machine has {count} GPU(s): set cluster.devices={count}")
 
 
 def name_this_job_to_children() -> None:

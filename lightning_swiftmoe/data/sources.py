@@ -39,21 +39,21 @@ class FileSource:
     """The user's files, and all files below the user's folders.
 
     Args:
-        paths: files or folders.
+        paths: files or folders, or a single one.
         pattern: which files of a folder, as for ``Path.rglob``.
 
     Raises:
         ValueError: no paths, a path that does not exist, or a folder without such files.
     """
 
-    paths: Sequence[str]
+    paths: str | Sequence[str]
     pattern: str = "*.txt"
 
     def documents(self) -> Iterator[tuple[str, bytes]]:
         """Every file by its path as given."""
         if not self.paths:
             raise ValueError("data=text needs data.source.paths=[FILE or FOLDER, ...], got none")
-        for given in map(Path, self.paths):
+        for given in map(Path, [self.paths] if isinstance(self.paths, str) else self.paths):
             files = sorted(p for p in given.rglob(self.pattern) if p.is_file()) if given.is_dir() else [given]
             if not files or not files[0].is_file():
                 raise ValueError(f"{given} is no file, and no folder with files like {self.pattern!r}")

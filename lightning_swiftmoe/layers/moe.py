@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_swiftmoe.arguments import (
+    check,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    is_integer,
+    is_number,
+    knows_its_names,
+)
 from lightning_swiftmoe.functional import activation_names, auxiliary_losses
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
@@ -40,9 +50,10 @@ class MoE(nn.Module):
             ``n`` to accumulate gradients; where Lightning divides the loss, it is set for you (``AuxLossScale``).
 
     Raises:
-        ValueError: an argument out of range; says what was expected.
+        ValueError: an argument out of range or of a wrong type; says what was expected.
     """
 
+    @knows_its_names
     def __init__(
         self,
         hidden_size: int,
@@ -60,21 +71,19 @@ class MoE(nn.Module):
         shared_ffn_size: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"hidden_size": hidden_size, "ffn_size": ffn_size, "num_experts": num_experts}.items():
-            _check(isinstance(value, int) and value > 0, name, value, "a positive integer")
-        _check(
-            isinstance(top_k, int) and 1 <= top_k <= num_experts, "top_k", top_k, f"1 .. num_experts = {num_experts}"
-        )
-        _check(activation in activation_names(), "activation", activation, "one of " + ", ".join(activation_names()))
-        _check(capacity_factor is None or capacity_factor > 0, "capacity_factor", capacity_factor, "None or above zero")
-        _check(score in SCORES, "score", score, " or ".join(SCORES))
-        for name, number in {
-            "aux_loss_coef": aux_loss_coef,
-            "z_loss_coef": z_loss_coef,
-            "bias_update_rate": bias_update_rate,
-            "shared_ffn_size": shared_ffn_size,
-        }.items():
-            _check(number >= 0, name, number, "zero or more")
+        for name, size in {"hidden_size": hidden_size, "ffn_size": ffn_size, "num_experts": num_experts}.items():
+            check_count(name, size)
+        check_count("shared_ffn_size", shared_ffn_size, "an integer, zero or more", least=0)
+        check(is_integer(top_k) and 1 <= top_k <= num_experts, "top_k", top_k, f"1 .. num_experts = {num_experts}")
+        check_choice("activation", activation, activation_names())
+        check_choice("score", score, SCORES)
+        if capacity_factor is not None:
+            check_number("capacity_factor", capacity_factor, "None (dropless) or a number above zero", above=0)
+        if normalize_topk is not None:
+            check_flag("normalize_topk", normalize_topk)
+        factors = {"aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef, "bias_update_rate": bias_update_rate}
+        for name, factor in factors.items():
+            check(is_number(factor) and factor >= 0, name, factor, "a number, zero or more")
         self.hidden_size, self.ffn_size, self.num_experts, self.top_k = hidden_size, ffn_size, num_experts, top_k
         self.capacity_factor, self.aux_loss_coef, self.z_loss_coef = capacity_factor, aux_loss_coef, z_loss_coef
         self.router = Router(
@@ -97,7 +106,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d] -> [..., d]``, same dtype."""
-        _check(x.shape[-1] == self.hidden_size, "the last dim of x", x.shape[-1], f"hidden_size = {self.hidden_size}")
+        check(x.shape[-1] == self.hidden_size, "the last dim of x", x.shape[-1], f"hidden_size = {self.hidden_size}")
         x_TD = x.reshape(-1, self.hidden_size)
         if self.training and not in_backward():
             self._update_bias_alone()
@@ -171,8 +180,3 @@ class MoE(nn.Module):
 def moe_layers(module: nn.Module) -> dict[str, MoE]:
     """All ``MoE`` layers of ``module`` by name, in registration order, which is the same on every rank."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
-
-
-def _check(ok: bool, name: str, got: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")

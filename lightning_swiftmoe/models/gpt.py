@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_swiftmoe.arguments import check_choice, check_count
 from lightning_swiftmoe.functional import activation_names, is_gated
 from lightning_swiftmoe.layers import MoE
 
@@ -61,7 +62,7 @@ class GPTConfig:
         checkpoint_activations: recompute blocks in the backward pass instead of keeping their activations.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: a size that is none, or sizes that do not fit together.
     """
 
     vocab_size: int = 256
@@ -90,18 +91,23 @@ class GPTConfig:
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_seq_len", "num_layers", "hidden_size", "num_heads", "ffn_size", "num_experts"):
+            check_count(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_size", "expert_ffn_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), "None or a positive integer")
+        for name in ("moe_every", "first_dense"):
+            check_count(name, getattr(self, name), "an integer, zero or more", least=0)
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size}, or set head_size"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads = {self.kv_heads} must divide num_heads = {self.num_heads}")
-        if self.activation not in activation_names():
-            raise ValueError(f"activation must be one of {', '.join(activation_names())}, got {self.activation!r}")
+        check_choice("activation", self.activation, activation_names())
+        check_choice("norm", self.norm, ("layer", "rms"))
         if self.top_k > self.num_experts or self.top_k < 1:
             raise ValueError(f"top_k must be 1 .. num_experts = {self.num_experts}, got {self.top_k}")
-        if self.norm not in ("layer", "rms"):
-            raise ValueError(f"norm must be layer or rms, got {self.norm!r}")
         if self.rotary and self.channels % 2:
             raise ValueError(f"rotary embedding needs an even head size, got {self.channels}")
 

@@ -22,7 +22,8 @@ class GPTModule(pl.LightningModule):
 
     Args:
         model: sizes, a ``GPTConfig`` or its fields.
-        optimizer: takes parameter groups; default AdamW with a learning rate of 3e-4.
+        optimizer: takes parameter groups; default AdamW with a learning rate of 3e-4. One with modes, ``train()`` and
+            ``eval()``, is told of them; checkpoints in the middle of training hold the weights of its training mode.
         warmup_steps: steps of linear warm-up.
         min_lr_ratio: the cosine ends at this share of the learning rate, at ``trainer.max_steps``.
         seed: draws the first weights; the same on every rank.
@@ -68,6 +69,28 @@ class GPTModule(pl.LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The likeliest next token at every position, ``[B, T + 1]``."""
         return self(batch).argmax(dim=-1)
+
+    def on_train_start(self) -> None:
+        """Schedule-free optimizers have modes, as modules do: they step in this one."""
+        self._set_mode_of_optimizers("train")
+
+    def on_validation_start(self) -> None:
+        """Validate the average that a schedule-free optimizer keeps."""
+        self._set_mode_of_optimizers("eval")
+
+    def on_validation_end(self) -> None:
+        """Go on training the weights themselves."""
+        self._set_mode_of_optimizers("train")
+
+    def on_train_end(self) -> None:
+        """Leave the average."""
+        self._set_mode_of_optimizers("eval")
+
+    def _set_mode_of_optimizers(self, mode: str) -> None:
+        for optimizer in self.trainer.optimizers:
+            set_mode = getattr(optimizer, mode, None)
+            if callable(set_mode):
+                set_mode()
 
     def configure_optimizers(self) -> Any:
         """Two groups, with and without weight decay, under a warm-up and a cosine."""

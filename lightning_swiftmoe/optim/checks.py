@@ -8,16 +8,19 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_swiftmoe.optim.elementwise import check_elementwise
+from lightning_swiftmoe.optim.elementwise import check_elementwise, needs_whole_matrices, way_out
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], experts: Mapping[str, HostedExperts]) -> None:
+def check_optimizers(
+    optimizers: Sequence[Optimizer], experts: Mapping[str, HostedExperts], *, trusted: bool = False
+) -> None:
     """Every trainable expert Parameter is in some optimizer, and that optimizer can be sharded.
 
     Args:
         optimizers: the user's.
         experts: by name in the user's module.
+        trusted: take the user's word for the second.
 
     Raises:
         ValueError: a Parameter is missing (its experts would stay frozen while the loss still falls), or the optimizer
@@ -27,13 +30,21 @@ def check_optimizers(optimizers: Sequence[Optimizer], experts: Mapping[str, Host
     held = [{param for group in opt.param_groups for param in group["params"]} for opt in optimizers]
     for param, name in params.items():
         if param.requires_grad and not any(param in others for others in held):
-            raise ValueError(
-                f"{name} is trainable but in no optimizer: pass it to one in configure_optimizers, or freeze it with "
-                "requires_grad_(False)"
-            )
+            raise ValueError(_in_no_optimizer(name, optimizers))
     for optimizer, others in zip(optimizers, held, strict=True):
-        if not others.isdisjoint(params):
-            check_elementwise(optimizer)
+        if not trusted and not others.isdisjoint(params):
+            check_elementwise(optimizer, params.keys())
+
+
+def _in_no_optimizer(name: str, optimizers: Sequence[Optimizer]) -> str:
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    where = ", ".join(name for name in names if not name.startswith("_"))  # Lightning stands in for none
+    message = (
+        f"{name} is trainable but in no optimizer ({where or 'there is none'}): pass it to one in "
+        "configure_optimizers, or freeze it with requires_grad_(False)"
+    )
+    unfit = next(filter(needs_whole_matrices, optimizers), None)
+    return message if unfit is None else f"{message}. {type(unfit).__name__} cannot train experts: {way_out(unfit)}"
 
 
 def use_installed_parameters(optimizer: Optimizer, experts: Iterable[HostedExperts]) -> None:

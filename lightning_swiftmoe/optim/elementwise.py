@@ -1,46 +1,76 @@
-"""Which optimizers may step on a flat interval of a parameter as if it were the whole."""
+"""Which optimizers may step on parts of a parameter as if each were the whole.
+
+Whoever is not known is tried: a copy of the optimizer, with its own options and hyper-parameters but small parameters,
+must change parts of a parameter as it changes the whole.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _KNOWN = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
 
+_HOLDS = "but a rank holds parts of each expert"
 _REASONS = {
-    "muon": "it orthogonalises whole matrices",
-    "shampoo": "it preconditions with statistics of whole matrices",
-    "soap": "it preconditions with statistics of whole matrices",
-    "adafactor": "it factors second moments over rows and columns",
-    "lamb": "it scales each layer by the norm of all its weights",
-    "lars": "it scales each layer by the norm of all its weights",
-    "lbfgs": "it needs inner products over all parameters",
-    "sparseadam": "it needs sparse gradients",
+    "muon": f"it orthogonalises whole matrices, {_HOLDS}",
+    "shampoo": f"it preconditions with statistics of whole matrices, {_HOLDS}",
+    "soap": f"it preconditions with statistics of whole matrices, {_HOLDS}",
+    "adafactor": f"it factors second moments over rows and columns, {_HOLDS}",
+    "lamb": f"it scales each layer by the norm of all its weights, {_HOLDS}",
+    "lars": f"it scales each layer by the norm of all its weights, {_HOLDS}",
+    "lbfgs": f"it needs inner products over all parameters, {_HOLDS}",
+    "sparseadam": "it needs sparse gradients, but those of experts are dense",
 }
+# The first steps of these may be element-wise, so that a trial shows nothing.
+_NOT_AT_FIRST = ("shampoo", "soap")
+
+_SHAPE = (2, 4, 6)  # experts, rows, columns
+_STEPS = 8  # rectified ones move nothing in the first few
+_SOME_RATE = 1e-3
+_TOLERANCE = 1e-6  # of the largest change of a weight; in fp64 a tiny learning rate leaves that many digits
+
+Cut = Callable[[Tensor], Sequence[Tensor]]
 
 
-def check_elementwise(optimizer: Optimizer) -> None:
+def check_elementwise(optimizer: Optimizer, experts: Collection[Tensor] | None = None) -> None:
     """Refuse an optimizer that would give other results on shards than on whole parameters.
 
-    torch's element-wise optimizers pass by name; known others are refused by name; anything else is tried: two steps
-    on a small matrix must equal the same steps on its flattened halves.
+    torch's element-wise optimizers pass by name; any other is tried: steps on a small parameter must equal the same
+    steps on parts of it. The optimizer itself, its parameters and its hooks are left alone.
+
+    Args:
+        optimizer: the user's.
+        experts: only groups that hold some of these are looked at; None: all groups.
 
     Raises:
-        ValueError: the optimizer cannot be sharded; says why and what to use.
+        ValueError: it cannot be sharded, or cannot be tried; says why and what to do.
     """
-    for cls in type(optimizer).__mro__:
-        for key, reason in _REASONS.items():
-            if key in cls.__name__.lower():
-                raise ValueError(_refusal(optimizer, reason))
     if is_known_elementwise(optimizer):
         return
-    if _differs_on_halves(optimizer):
-        raise ValueError(
-            _refusal(optimizer, "two steps on a matrix and on its flattened halves gave different weights")
-        )
+    known = _known_reason(optimizer)
+    if known in _NOT_AT_FIRST:
+        raise ValueError(_refusal(optimizer, _REASONS[known]))
+    for group in optimizer.param_groups:
+        params = [param for param in group["params"] if experts is None or param in experts]
+        if not params:
+            continue
+        try:
+            found = _why_not(optimizer, group, params[0].device)
+        except _Unusable as error:
+            found = str(error)
+        except Exception as error:
+            if known is None:
+                raise ValueError(_not_tried(optimizer, error)) from error
+            found = _REASONS[known]
+        if found is not None:
+            raise ValueError(_refusal(optimizer, found if known is None else _REASONS[known]))
 
 
 def is_known_elementwise(optimizer: Optimizer) -> bool:
@@ -48,32 +78,150 @@ def is_known_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _KNOWN
 
 
-def _refusal(optimizer: Optimizer, reason: str) -> str:
+def needs_whole_matrices(optimizer: Optimizer) -> bool:
+    """Whether the optimizer is known by name as one that cannot train experts."""
+    return _known_reason(optimizer) is not None
+
+
+def way_out(optimizer: Optimizer) -> str:
+    """What to do with an optimizer that cannot train experts."""
+    name = type(optimizer).__name__
     return (
-        f"{type(optimizer).__name__} cannot be sharded: {reason}, but every rank holds only a flat interval of each "
-        f"expert. Use an element-wise optimizer ({', '.join(_KNOWN[:7])}, Lion, ...) for the experts"
+        f"give the experts to an element-wise optimizer ({', '.join(_KNOWN[:7])}, Lion, ...); to keep {name} for dense "
+        f"weights, return [{name}(dense), AdamW(experts)] from configure_optimizers and set "
+        "self.automatic_optimization = False"
     )
 
 
-def _differs_on_halves(optimizer: Optimizer) -> bool:
+def _known_reason(optimizer: Optimizer) -> str | None:
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    return next((key for key in _REASONS if any(key in name for name in names)), None)
+
+
+def _refusal(optimizer: Optimizer, reason: str) -> str:
+    return f"{type(optimizer).__name__} cannot be sharded: {reason}; {way_out(optimizer)}"
+
+
+def _not_tried(optimizer: Optimizer, error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
+    return (
+        f"{type(optimizer).__name__} is not known, and a trial of it on a small parameter failed "
+        f"({type(error).__name__}: {first_line}). If a weight's update needs its own gradient and state alone, say so: "
+        f"SwiftMoEStrategy(trust_optimizer=True), in a config strategy.trust_optimizer=true; else {way_out(optimizer)}"
+    )
+
+
+# -- the trial ---------------------------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """What the trial itself finds wrong with a step."""
+
+
+def _why_not(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> str | None:
+    """What makes steps on parts differ from steps on the whole; None where nothing does."""
     generator = torch.Generator().manual_seed(0)
-    start, *grads = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    whole = _steps(optimizer, group, [start], [[g] for g in grads])
-    halves = _steps(optimizer, group, list(start.flatten().chunk(2)), [list(g.flatten().chunk(2)) for g in grads])
-    return not torch.allclose(whole, halves, rtol=1e-12, atol=1e-12)
+    start, *grads = torch.randn(1 + _STEPS, *_SHAPE, generator=generator, dtype=torch.float64).to(device)
+
+    def changes(cut: Cut, *, replaced: bool = False) -> list[Tensor]:
+        return _changes(_copy(optimizer, group, cut(start)), [cut(grad) for grad in grads], replaced)
+
+    (whole,) = changes(lambda tensor: [tensor])
+    if not whole.any():
+        raise RuntimeError(f"{_STEPS} steps changed nothing")
+    if not all(_close(changes(cut), cut(whole)) for cut in (_rows, _pieces)):
+        return f"steps on a small expert and on its parts gave different weights, {_HOLDS}"
+    if not _close(changes(_rows, replaced=True), _rows(whole)):
+        return "it remembers Parameters elsewhere than in param_groups and state, but a step's shards are new tensors"
+    return None
 
 
-def _steps(optimizer: Optimizer, group: dict[str, Any], start: list[torch.Tensor], grads: list[Any]) -> torch.Tensor:
-    params = [nn.Parameter(part.clone()) for part in start]
+def _rows(tensor: Tensor) -> Sequence[Tensor]:
+    """As decoupled state is cut."""
+    return tensor.split((3, 1), dim=1)
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """As state is cut that is bound to hosts."""
+    return [piece.view(1, -1, 1) for piece in tensor.flatten().split(20)]
+
+
+def _close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    largest = max(change.abs().max() for change in expected)
+    return all(bool(((a - b).abs() <= _TOLERANCE * largest).all()) for a, b in zip(found, expected, strict=True))
+
+
+def _copy(optimizer: Optimizer, group: dict[str, Any], start: Sequence[Tensor]) -> Optimizer:
+    """An optimizer with all attributes of another, and one group with the options of ``group`` that holds ``start``.
+
+    Not by ``copy``: torch's optimizers leave attributes of their own behind. Not by the constructor: its arguments are
+    not known.
+    """
+    ours = {**{key: deepcopy(value) for key, value in group.items() if key != "params"}, "params": _parameters(start)}
+    if "lr" in ours and not ours["lr"]:
+        ours["lr"] = ours.get("initial_lr") or _SOME_RATE  # a schedule may start at zero, where nothing would be seen
+    copied = object.__new__(type(optimizer))
+    everybody = [param for other in optimizer.param_groups for param in other["params"]]
+    memo: dict[int, Any] = {
+        id(param): nn.Parameter(torch.empty(0)) for param in everybody
+    }  # copying those takes memory
+    memo |= {id(optimizer): copied, id(optimizer.state): defaultdict(dict)}
+    memo |= {id(optimizer.param_groups): [ours], id(group["params"]): ours["params"]}
+    for name, value in vars(optimizer).items():
+        if name.endswith("_hooks"):
+            copied.__dict__[name] = OrderedDict()
+        elif name != "step":  # a scheduler's, which would step the user's own
+            copied.__dict__[name] = _copied(value, memo)
+    return copied
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; what allows none (locks, loggers, process groups) is shared."""
     try:
-        trial = type(optimizer)([{**group, "params": params}], **optimizer.defaults)
-        for grad in grads:
-            for param, part in zip(params, grad, strict=True):
-                param.grad = part.clone()
-            trial.step()
-    except Exception as error:
-        raise ValueError(
-            _refusal(optimizer, f"trying it on a small parameter failed ({type(error).__name__}: {error})")
-        ) from error
-    return torch.cat([param.detach().flatten() for param in params])
+        return deepcopy(value, memo)
+    except Exception:
+        return value
+
+
+def _parameters(values: Sequence[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(value.clone()) for value in values]
+
+
+def _changes(optimizer: Optimizer, grads: Sequence[Sequence[Tensor]], replaced: bool) -> list[Tensor]:
+    """How steps change the parameters; with ``replaced``, every step finds new ones in the same places."""
+    (group,) = optimizer.param_groups
+    before = [param.detach().clone() for param in group["params"]]
+    train = getattr(optimizer, "train", None)
+    if callable(train):
+        train()  # schedule-free optimizers step in this mode only
+    for grad in grads:
+        for param, part in zip(group["params"], grad, strict=True):
+            param.grad = part.clone()
+        optimizer.step(closure=_closure(group["params"]))
+        if replaced:
+            _replace(optimizer, group)
+    return [param.detach() - old for param, old in zip(group["params"], before, strict=True)]
+
+
+def _closure(params: Sequence[nn.Parameter]) -> Callable[[], Any]:
+    """Of a training step, which has run once and for all when the optimizer comes."""
+    before = [param.detach().clone() for param in params]
+    asked = []
+
+    def closure() -> Tensor:
+        asked.append(True)
+        if len(asked) > 1:
+            raise _Unusable("it evaluates the loss several times a step, but forward and backward run once")
+        if not all(map(torch.equal, params, before)):
+            raise _Unusable("it moves weights before it evaluates the loss, but forward and backward run first")
+        return torch.zeros((), dtype=torch.float64)
+
+    return closure
+
+
+def _replace(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """As in training, where shards come and go with every step."""
+    for index, param in enumerate(group["params"]):
+        group["params"][index] = nn.Parameter(param.detach())
+        if param in optimizer.state:
+            optimizer.state[group["params"][index]] = optimizer.state.pop(param)

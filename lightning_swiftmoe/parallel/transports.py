@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lightning_swiftmoe.arguments import check_choice
 from lightning_swiftmoe.parallel.communicator import Communicator
 
 TRANSPORTS = ("auto", "gloo", "nccl", "symmetric")
@@ -16,8 +17,7 @@ TRANSPORTS = ("auto", "gloo", "nccl", "symmetric")
 
 def check_transport(transport: str) -> None:
     """Raise a ValueError for a transport that does not exist."""
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    check_choice("transport", transport, TRANSPORTS)
 
 
 def choose_transport(transport: str, device: torch.device, group: Communicator, everybody: Communicator) -> str:

@@ -10,6 +10,7 @@ from lightning_swiftmoe.placement.policies import (
     next_placement,
     policy_names,
     register_policy,
+    try_policy,
     uniform,
 )
 from lightning_swiftmoe.placement.shards import EvenShards
@@ -30,5 +31,6 @@ __all__ = [
     "policy_names",
     "register_policy",
     "slot_capacity",
+    "try_policy",
     "uniform",
 ]

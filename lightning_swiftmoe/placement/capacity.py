@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from lightning_swiftmoe.arguments import check_choice
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
 CapacityScope = Literal["cluster", "rank"]
@@ -15,8 +16,7 @@ CapacityScope = Literal["cluster", "rank"]
 
 def check_scope(scope: str) -> None:
     """Raise a ValueError for a scope that does not exist."""
-    if scope not in get_args(CapacityScope):
-        raise ValueError(f"capacity_scope must be one of {', '.join(get_args(CapacityScope))}, got {scope!r}")
+    check_choice("capacity_scope", scope, get_args(CapacityScope))
 
 
 def slot_capacity(capacity_factor: float, num_assignments: int, num_slots: int) -> int:

@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_swiftmoe.arguments import described
+
 IntArray = NDArray[np.int64]
 
 
@@ -31,11 +33,9 @@ class Placement:
     replicas: IntArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        given = np.asarray(self.table)
-        table = np.array(self.table, dtype=np.int64 if given.size else None)
-        is_exact = given.dtype == np.int64 or np.array_equal(table, given)
-        if table.ndim != 2 or table.size == 0 or not is_exact:
-            raise ValueError(f"a placement is an [N, s] table of expert numbers, got {self.table!r}")
+        table = _as_integers(self.table)
+        if table is None or table.ndim != 2 or table.size == 0:
+            raise ValueError(f"a placement is an [N, s] table of expert numbers, got {described(self.table)}")
         is_outside = (table < 0) | (table >= self.num_experts)
         if np.count_nonzero(is_outside):
             outside = sorted(set(table[is_outside].tolist()))
@@ -119,6 +119,21 @@ class Placement:
 
     def __hash__(self) -> int:
         return hash((self.num_experts, self.table.shape, self.table.tobytes()))
+
+
+def _as_integers(given: ArrayLike) -> IntArray | None:
+    """A copy of ``given``; None where it holds anything but whole numbers."""
+    try:
+        array = np.asarray(given)
+    except ValueError:  # rows of different lengths
+        return None
+    if array.dtype == np.int64:
+        return array.copy()
+    if array.dtype.kind not in "iuf":
+        return None
+    with np.errstate(invalid="ignore"):  # a NaN is no number, which the comparison finds
+        table = array.astype(np.int64)
+    return table if np.array_equal(table, array) else None
 
 
 def _frozen(array: NDArray) -> NDArray:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import heapq
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from inspect import signature
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.arguments import did_you_mean
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement.greedy import FloatArray, greedy_replicas, pack_heaviest_first
 from lightning_swiftmoe.placement.placement import IntArray, Placement
@@ -160,15 +163,52 @@ def get_policy(policy: str | PlacementPolicy) -> PlacementPolicy:
 
     Raises:
         ValueError: no policy of that name.
-        TypeError: neither a name nor a function.
+        TypeError: neither a name nor a function of three arguments.
     """
     if isinstance(policy, str):
         if policy not in _POLICIES:
-            raise ValueError(f"unknown placement policy {policy!r}; there are {', '.join(policy_names())}")
+            there_are = f"there are {', '.join(policy_names())}{did_you_mean(policy, policy_names())}"
+            raise ValueError(f"unknown placement policy {policy!r}; {there_are}")
         return _POLICIES[policy]
     if not callable(policy):
-        raise TypeError(f"policy must be a name or a function (loads, cluster, previous) -> Placement, got {policy!r}")
+        raise TypeError(
+            f"policy must be a name ({', '.join(policy_names())}) or a function (loads, cluster, previous) -> "
+            f"Placement, got {policy!r}"
+        )
+    _check_takes_three(policy)
     return policy
+
+
+def try_policy(policy: PlacementPolicy, cluster: ClusterShape) -> None:
+    """Ask a copy of ``policy`` once, for some loads, so that what it cannot answer is known before training.
+
+    Raises:
+        ValueError: what it returns is no placement for ``cluster``.
+    """
+    try:
+        copied = deepcopy(policy)
+    except Exception:
+        return
+    next_placement(copied, np.arange(1, cluster.num_experts + 1), cluster, uniform(cluster))
+
+
+def _check_takes_three(policy: PlacementPolicy) -> None:
+    try:
+        takes = signature(policy)
+    except ValueError:  # a function in C may have none
+        return
+    try:
+        takes.bind(None, None, None)
+    except TypeError as error:
+        hint = " (an object of the class, not the class itself)" if isinstance(policy, type) else ""
+        raise TypeError(
+            f"policy {name_of(policy)!r} must be called with (loads, cluster, previous){hint}, but it takes {takes}"
+        ) from error
+
+
+def name_of(policy: Callable[..., Any]) -> str:
+    """What errors call it."""
+    return getattr(policy, "__name__", type(policy).__name__)
 
 
 def next_placement(
@@ -186,12 +226,14 @@ def next_placement(
     if loads.shape != (cluster.num_experts,) or np.count_nonzero(loads < 0):
         raise ValueError(f"loads must be {cluster.num_experts} counts, got {loads!r}")
     result = policy(loads, cluster, previous)
-    name = getattr(policy, "__name__", type(policy).__name__)
+    name, expected = name_of(policy), (cluster.num_ranks, cluster.slots_per_rank)
     try:
-        placement = result if isinstance(result, Placement) else Placement(np.asarray(result), cluster.num_experts)
+        placement = result if isinstance(result, Placement) else Placement(result, cluster.num_experts)
     except ValueError as error:
-        raise ValueError(f"placement policy {name!r} returned an invalid placement: {error}") from error
-    expected = (cluster.num_ranks, cluster.slots_per_rank)
+        raise ValueError(
+            f"placement policy {name!r} returned an invalid placement: {error}; return a Placement, or experts by "
+            f"rank and slot, {expected} integers"
+        ) from error
     if placement.table.shape != expected or placement.num_experts != cluster.num_experts:
         raise ValueError(
             f"placement policy {name!r} returned a table of shape {placement.table.shape} for {placement.num_experts} "

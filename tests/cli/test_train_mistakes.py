@@ -10,27 +10,69 @@ from lightning_swiftmoe.cli import train
 
 @pytest.fixture(autouse=True)
 def _no_rank_is_started(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("modle.top_k=1", "Key 'modle' not in 'TrainConf'"),
-        ("model.topk=1", "Key 'topk' not in 'GPTConf'"),
-        ("optimizer.speed=3", "optimizer.speed: Key 'speed' is not in struct"),
-        ("trainer.max_step=3", "trainer.max_step: Key 'max_step' is not in struct"),
+        ("models.top_k=1", "there is no 'models'; did you mean 'model'?"),
+        ("recipe=quickstart", "there is no 'recipe'; did you mean 'recipes'?"),
+        ("nothing=1", "there is no 'nothing'; at the top has model, cluster, policy, "),
+        ("+nothing=1", "there is no 'nothing'; at the top has model, cluster, policy, "),
+        ("model.topk=1", "there is no 'model.topk'; did you mean 'model.top_k'?"),
+        ("model.num_expert=8", "there is no 'model.num_expert'; did you mean 'model.num_experts'?"),
+        ("+model.num_expert=8", "there is no 'model.num_expert'; did you mean 'model.num_experts'?"),
+        ("optimizer.speed=3", "there is no 'optimizer.speed'; optimizer has lr, betas, weight_decay"),
+        ("optimizer.ep=1e-6", "there is no 'optimizer.ep'; did you mean '+optimizer.eps'?"),
+        ("strategy.slot_per_rank=2", "there is no 'strategy.slot_per_rank'; did you mean 'strategy.slots_per_rank'?"),
+        ("trainer.max_step=3", "there is no 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        ("trainer.limit_train_batches=3", "so far: add it by +trainer.limit_train_batches=VALUE"),
+        ("trainer.max_steps=abc", "trainer.max_steps must be an integer, got 'abc'"),
+        ("trainer.max_steps=10.5", "trainer.max_steps must be an integer, got 10.5"),
+        ("trainer.max_steps=null", "trainer.max_steps must be an integer, got null"),
+        ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val must be a number or null, got 'abc'"),
+        ("trainer.enable_progress_bar=maybe", "trainer.enable_progress_bar must be true or false or null, got 'maybe'"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be a positive integer, got 0"),
+        ("trainer.precision=16-true", "precision '16-true' is not supported; choose one of 32-true, "),
+        ("data.batch_size=abc", "data.batch_size must be an integer, got 'abc'"),
+        ("module.warmup_steps=x", "module.warmup_steps must be an integer, got 'x'"),
+        ("optimizer.lr=abc", "optimizer.lr must be a number, got 'abc'"),
+        ("optimizer.lr=-1", "optimizer torch.optim.AdamW: Invalid learning rate: -1"),
+        ("optimizer.betas=0.9", "optimizer.betas must be a list, got 0.9"),
+        ("optimizer.betas=[0.9]", "optimizer torch.optim.AdamW: "),
+        ("optimizer=adam", "Could not find 'optimizer/adam'; there are adamw, sgd; did you mean 'adamw'?"),
+        ("optimizer._target_=torch.optim.Muon", "Muon has no argument 'betas': leave it out by ~optimizer.betas"),
+        ("optimizer._target_=torch.optim.Muon ~optimizer.betas", "return [Muon(dense), AdamW(experts)] from"),
+        ("strategy.timeout=abc", "strategy.timeout must be a number, got 'abc'"),
+        ("strategy.transport=ncl", "transport must be one of auto, gloo, nccl, symmetric, got 'ncl'; did you mean"),
+        ("strategy.trust_optimizer=maybe", "strategy.trust_optimizer must be true or false, got 'maybe'"),
+        ("strategy=swiftmo", "Could not find 'strategy/swiftmo'; there are flexmoe, "),
+        ("callbacks.rebalancer.every_n_steps=2.5", "callbacks.rebalancer.every_n_steps must be an integer, got 2.5"),
+        ("cluster=slurm", "-m hydra/launcher=submitit_slurm (pip install 'lightning-swiftmoe[slurm]')"),
+        ("cluster=slurm hydra/launcher=submitit_slurm", "submitit_slurm': pip install 'lightning-swiftmoe[slurm]'"),
+        ("cluster=local_gpu", "accelerator = gpu, but torch finds no GPU here: choose cluster=local_cpu"),
+        ("cluster.start_method=threads", "start_method must be one of popen, spawn, fork, forkserver, got 'threads'"),
+        ("run_dir=/dev/null/run", "run_dir = /dev/null/run cannot be made: Not a directory"),
+        ("ckpt_path=/nowhere/last.ckpt", "ckpt_path = /nowhere/last.ckpt is not there: give a file in a run's"),
+        ("--recipes=quickstart", "unknown option '--recipes=quickstart': overrides have no dashes, as in recipes="),
+        ("trainer.max_steps:3", "cannot read 'trainer.max_steps:3': an override is KEY=VALUE without spaces"),
+        ("recipes=quickstrat", "; did you mean 'quickstart'?"),
+        ("model.aux_loss_coef=null", "model.aux_loss_coef cannot be null"),
+        ("model.num_layers=0", "num_layers must be a positive integer, got 0"),
+        ("model.score=sofmax", "score must be one of softmax, sigmoid, got 'sofmax'; did you mean 'softmax'?"),
+        ("data=text data.source.paths=/nowhere", "/nowhere is no file, and no folder with files like '*.txt'"),
         ("model.num_experts=many", "model.num_experts: Value 'many' of type 'str' could not be converted to Integer"),
         ("policy.every_n_steps=1.5", "policy.every_n_steps: Value '1.5' of type 'float' could not be converted"),
-        ("policy.every_n_steps=0", "every_n_steps must be at least 1, got 0"),
-        ("trainer.max_steps", "missing EQUAL"),
+        ("policy.every_n_steps=0", "every_n_steps must be a positive integer, got 0"),
+        ("trainer.max_steps", "cannot read 'trainer.max_steps': an override is KEY=VALUE without spaces, as in "),
         ("recipes=fastest", "Could not find 'recipes/fastest'; there are gpt_large_a100_16x1, "),
         ("policy=hottest", "Could not find 'policy/hottest'; there are auto, balanced, "),
         ("policy.name=hottest", "unknown placement policy 'hottest'; there are auto, balanced, "),
         ("model=gpt5", "Could not find 'model/gpt5'; there are deepseek_v3, "),
         ("optimizer._target_=torch.optim.Fastest", "Error loading 'torch.optim.Fastest'"),
-        ("+optimizer.speed=3", "AdamW.__init__() got an unexpected keyword argument 'speed'"),
+        ("+optimizer.speed=3", "optimizer.speed: AdamW has no argument 'speed'"),
         ("optimizer._target_=torch.optim.Adafactor ~optimizer.betas", "Adafactor cannot be sharded: it factors"),
         ("model.top_k=9", "top_k must be 1 .. num_experts = 8, got 9"),
         ("model.activation=tanh", "activation must be one of swiglu, "),
@@ -56,9 +98,40 @@ def test_one_line_and_status_2(capfd, override, message):
     (line,) = captured.err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
-    assert captured.out == ""
+    if "run_dir" not in override:  # the last thing before training
+        assert captured.out == ""
     assert not dist.is_initialized()
     assert "LOCAL_RANK" not in os.environ
+
+
+def test_nothing_else_is_said_where_somebody_imported_the_other_lightning(capfd):
+    import pytorch_lightning
+
+    assert pytorch_lightning.__version__
+    assert train.main(["recipes=quickstart", "+optimizer.speed=3"]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_user_may_vouch_for_an_optimizer():
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        train.main(["optimizer._target_=torch.optim.Adafactor", "~optimizer.betas", "strategy.trust_optimizer=true"])
+
+
+def test_a_checkpoint_to_go_on_from(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, ckpt_path: given.append(ckpt_path))
+    path = tmp_path / "last.ckpt"
+    path.touch()
+    assert train.main(["recipes=quickstart", f"ckpt_path={path}", "report=false"]) == 0
+    assert given == [str(path)]
+
+
+def test_a_rank_that_somebody_started_is_left_alone(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        train.main(["cluster.num_nodes=2"])
 
 
 def test_a_missing_package(capfd, monkeypatch):

@@ -128,7 +128,7 @@ def test_which_blocks_are_moe():
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads = 3 must divide num_heads = 4"),
         ({"activation": "tanh"}, "activation must be one of swiglu, .*, got 'tanh'"),
         ({"top_k": 5}, "top_k must be 1 .. num_experts = 4, got 5"),
-        ({"norm": "batch"}, "norm must be layer or rms, got 'batch'"),
+        ({"norm": "batch"}, "norm must be one of layer, rms, got 'batch'"),
         ({"rotary": True, "head_size": 3}, "even head size, got 3"),
     ],
 )
@@ -165,6 +165,42 @@ def test_learning_rate_by_hand():
     factors = [warmup_cosine(step, 4, 12, 0.1) for step in (0, 1, 3, 4, 8, 12, 50)]
     assert factors == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
     assert warmup_cosine(0, 0, 10, 0.1) == 1.0
+
+
+class WithModes(torch.optim.SGD):
+    """Notes in which mode it is asked to be, and when it steps."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.notes = []
+
+    def train(self):
+        self.notes.append("train")
+
+    def eval(self):
+        self.notes.append("eval")
+
+    def step(self, closure=None):
+        self.notes.append("step")
+        return super().step(closure)
+
+
+def test_an_optimizer_with_modes_is_told_of_them():
+    module = GPTModule(SMALL, optimizer=WithModes)
+    loader = DataLoader(tokens(2), batch_size=1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader, loader)
+    (optimizer,) = trainer.optimizers
+    assert optimizer.notes == ["train", *2 * ["step", "eval", "train"], "eval"]
 
 
 def test_predictions_are_the_likeliest_tokens():

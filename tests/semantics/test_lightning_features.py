@@ -12,7 +12,7 @@ from lightning_swiftmoe import MoE
 from tests.jobs import WIDTH, Job, Net, adamw, data, sgd
 from tests.ranks import run_ranks
 from tests.semantics.systems import ALONE, OURS, TIMEOUT_S, check, difference, trainer_of
-from tests.strategy.test_bad_input import Lion
+from tests.strategy.test_elementwise import Lion
 
 pytestmark = pytest.mark.distributed
 

@@ -1,8 +1,10 @@
 """A mistake gives one clear error, and no rank is left waiting."""
 
-import dataclasses
+import inspect
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ from torch import nn
 
 from lightning_swiftmoe import ExpertRebalancer, MoE, SwiftMoEStrategy
 from lightning_swiftmoe._compat import refuse_other_namespace
-from lightning_swiftmoe.optim.elementwise import check_elementwise
+from lightning_swiftmoe.placement import RandomPolicy
+from lightning_swiftmoe.virtual import VirtualCluster
 from tests.jobs import Job, Net, data, largest_error, make_trainer, our_trainer, sgd
 from tests.ranks import run_ranks
 
@@ -22,14 +25,35 @@ from tests.ranks import run_ranks
         ({"top_k": 5}, "top_k must be 1 .. num_experts = 4, got 5"),
         ({"top_k": 0}, "top_k must be"),
         ({"activation": "tanh"}, "activation must be one of .*gelu.*, got 'tanh'"),
-        ({"capacity_factor": 0.0}, "capacity_factor must be None or above zero, got 0.0"),
-        ({"score": "max"}, "score must be softmax or sigmoid, got 'max'"),
-        ({"aux_loss_coef": -1}, "aux_loss_coef must be zero or more, got -1"),
+        ({"capacity_factor": 0.0}, "capacity_factor must be None .* above zero, got 0.0"),
+        ({"score": "max"}, "score must be one of softmax, sigmoid, got 'max'; did you mean 'softmax'"),
+        ({"aux_loss_coef": -1}, "aux_loss_coef must be a number, zero or more, got -1"),
+        ({"capacity_factor": "1.0"}, "capacity_factor must be None .* above zero, got '1.0': write 1.0 without quotes"),
+        ({"capacity_factor": float("inf")}, "capacity_factor must be None .dropless. or a number above zero, got inf"),
+        ({"aux_loss_coef": None}, "aux_loss_coef must be a number, zero or more, got None"),
+        ({"z_loss_coef": "0"}, "z_loss_coef must be a number, zero or more, got '0'"),
+        ({"bias_update_rate": True}, "bias_update_rate must be a number, zero or more, got True"),
+        ({"shared_ffn_size": 1.5}, "shared_ffn_size must be an integer, zero or more, got 1.5"),
+        ({"top_k": "2"}, "top_k must be 1 .. num_experts = 4, got '2': write 2 without quotes"),
+        ({"top_k": True}, "top_k must be 1 .. num_experts = 4, got True"),
+        ({"activation": "Gelu"}, "activation must be .*, got 'Gelu'; did you mean 'gelu'"),
+        ({"activation": nn.GELU()}, "activation must be one of .*, got GELU"),
+        ({"normalize_topk": "yes"}, "normalize_topk must be True or False, got 'yes'"),
     ],
 )
 def test_layer_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MoE(8, 16, 4, **kwargs)
+
+
+@pytest.mark.parametrize("sizes", [(8.0, 16, 4), (8, "16", 4), (8, 16, None), (8, 16, True), (8, 0, 4)])
+def test_layer_sizes(sizes):
+    with pytest.raises(ValueError, match="must be a positive integer, got"):
+        MoE(*sizes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    MoE(8, np.int64(16), 4, capacity_factor=np.float32(1.5), top_k=np.int64(2))
 
 
 def test_layer_input_of_another_width():
@@ -46,14 +70,63 @@ def test_slots_argument(slots):
 def test_names_of_arguments_also_where_ddp_would_not_look_at_them():
     with pytest.raises(TypeError, match="unexpected keyword argument 'slot_per_rank'; did you mean 'slots_per_rank'"):
         SwiftMoEStrategy(slot_per_rank=4)
+    with pytest.raises(TypeError, match=r"'policy': it belongs to a callback, ExpertRebalancer\(policy='static'\)"):
+        SwiftMoEStrategy(policy="static")
+    with pytest.raises(TypeError, match="'slots'; did you mean 'slots_per_rank'"):
+        SwiftMoEStrategy(slots=4)
     SwiftMoEStrategy(find_unused_parameters=True, start_method="fork")
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"offload_optimizer": "yes"}, "offload_optimizer must be True or False, got 'yes'"),
+        ({"timeout": "10"}, "timeout must be a timedelta, or seconds above zero, got '10': write 10 without quotes"),
+        ({"timeout": 0}, "timeout must be a timedelta, or seconds above zero, got 0"),
+        ({"timeout": None}, "timeout must be a timedelta, or seconds above zero, got None"),
+        ({"start_method": "threads"}, "start_method must be one of popen, spawn, fork, forkserver, got 'threads'"),
+        ({"optimizer_state": "decopled"}, "got 'decopled'; did you mean 'decoupled'"),
+        ({"transport": "ncl"}, "got 'ncl'; did you mean 'nccl'"),
+        ({"capacity_scope": None}, "capacity_scope must be one of cluster, rank, got None"),
+        ({"expert_parallel_size": 2.0}, "expert_parallel_size must be None .* or a positive integer, got 2.0"),
+    ],
+)
+def test_strategy_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SwiftMoEStrategy(**kwargs)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("num_expert", "num_experts"), ("capacity", "capacity_factor")])
+def test_names_of_layer_arguments(given, meant):
+    with pytest.raises(TypeError, match=f"MoE got an unexpected keyword argument '{given}'; did you mean '{meant}'"):
+        MoE(8, 16, **{given: 4})
+    assert list(inspect.signature(MoE).parameters)[:3] == ["hidden_size", "ffn_size", "num_experts"]
+
+
 def test_callback_arguments():
+    with pytest.raises(TypeError, match=r"ExpertRebalancer got .* 'every_n_step'; did you mean 'every_n_steps'"):
+        ExpertRebalancer(every_n_step=2)
     with pytest.raises(ValueError, match="unknown placement policy 'hottest'; there are auto"):
         ExpertRebalancer(policy="hottest")
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
-        ExpertRebalancer(every_n_steps=0)
+    with pytest.raises(ValueError, match=r"'proportinal'; there are .*; did you mean 'proportional'"):
+        ExpertRebalancer(policy="proportinal")
+    with pytest.raises(TypeError, match=r"policy must be a name .auto, .* or a function .*, got None"):
+        ExpertRebalancer(policy=None)
+    with pytest.raises(ValueError, match="trace must be None or a file to write, got 3"):
+        ExpertRebalancer(trace=3)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, True])
+def test_cadence(value):
+    with pytest.raises(ValueError, match=f"every_n_steps must be a positive integer, got {value!r}"):
+        ExpertRebalancer(every_n_steps=value)
+
+
+def test_policies_take_three_arguments():
+    with pytest.raises(TypeError, match=r"policy '<lambda>' must be called with .* but it takes \(loads\)"):
+        ExpertRebalancer(policy=lambda loads: loads)
+    with pytest.raises(TypeError, match=r"'RandomPolicy' must be called with .* \(an object of the class"):
+        ExpertRebalancer(policy=RandomPolicy)
 
 
 def fit_alone(job, *, callbacks=(), module=None, **kwargs):
@@ -71,6 +144,125 @@ def test_too_few_slots_before_any_process_group():
     assert_no_process_group()
 
 
+POLICIES = {
+    "None": lambda loads, cluster, previous: None,
+    "'static'": lambda loads, cluster, previous: "static",
+    "ndarray of shape .5,. and int64": lambda loads, cluster, previous: loads,
+    "ndarray of shape .1, 5. and float64": lambda loads, cluster, previous: previous.table + 0.5,
+    r"\[\[0, 1\], \[2\]\]": lambda loads, cluster, previous: [[0, 1], [2]],
+    r"\(Placement": lambda loads, cluster, previous: (previous,),
+}
+
+
+@pytest.mark.parametrize("got", POLICIES)
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_policy_that_returns_no_placement(monkeypatch, got, virtual):
+    monkeypatch.setattr(Net, "training_step", lambda *_: pytest.fail("training began"))
+    message = rf"policy '<lambda>' returned an invalid placement: .*, got {got}.*; return a Placement, or .*\(1, 5\)"
+    callback = VirtualCluster(1, 5, policy=POLICIES[got]) if virtual else ExpertRebalancer(POLICIES[got])
+    strategy = "auto" if virtual else SwiftMoEStrategy(slots_per_rank=5)
+    job = Job()
+    with pytest.raises(ValueError, match=message) as caught:
+        make_trainer(job, strategy, callbacks=[callback]).fit(Net(job), data(job))
+    assert "\n" not in str(caught.value)
+    assert_no_process_group()
+
+
+class Counts:
+    """A policy that remembers how often it was asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, loads, cluster, previous):
+        self.asked += 1
+        return previous
+
+
+def test_a_policy_does_not_notice_that_it_was_tried():
+    policy = Counts()
+    fit_alone(Job(slots=5, steps=3), callbacks=[ExpertRebalancer(policy)])
+    assert policy.asked == 3 * 2  # steps and layers
+
+
+class BringsStatic(Net):
+    def configure_callbacks(self):
+        return [ExpertRebalancer("static")]
+
+
+TWO = r"one ExpertRebalancer, but the Trainer has .*policy='random_policy'\), .*policy='static'\): keep one"
+
+
+def random_policy(loads, cluster, previous):
+    return RandomPolicy()(loads, cluster, previous)
+
+
+def test_two_rebalancers():
+    with pytest.raises(ValueError, match=TWO):
+        fit_alone(Job(slots=5), callbacks=[ExpertRebalancer(random_policy), ExpertRebalancer("static")])
+    with pytest.raises(ValueError, match=r"one ExpertRebalancer, but the Trainer has .* keep one"):
+        make_trainer(Job(), callbacks=[VirtualCluster(2), ExpertRebalancer()]).fit(Net(Job()), data(Job()))
+    assert_no_process_group()
+
+
+def test_a_rebalancer_of_the_module_counts():
+    job = Job(slots=5, steps=2)
+    trainer = make_trainer(job, SwiftMoEStrategy(slots_per_rank=5))
+    trainer.fit(BringsStatic(job), data(job))
+    (rebalancer,) = [c for c in trainer.callbacks if isinstance(c, ExpertRebalancer)]
+    assert rebalancer.state.steps == 2
+    assert "moe/token_survival" in trainer.callback_metrics
+
+
+def test_a_rebalancer_without_the_strategy_says_that_it_does_nothing():
+    job = Job(steps=1)
+    with pytest.warns(UserWarning, match="ExpertRebalancer does nothing in a Trainer with SingleDeviceStrategy"):
+        make_trainer(job, callbacks=[ExpertRebalancer()]).fit(Net(job), data(job))
+
+
+class Dense(Net):
+    def __init__(self, job):
+        super().__init__(job)
+        layers = [*self.moes]
+        del self.moes
+        self.moes = layers  # a list hides modules from torch
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_without_layers_is_told():
+    with pytest.warns(UserWarning, match="Dense has no MoE layer, and is trained as by DDP: make layers"):
+        fit_alone(Job(slots=5, steps=1, precision="32-true"), module=Dense(Job()))
+
+
+class ReplacesLayer(Net):
+    def on_train_start(self):
+        self.moes[1] = MoE(self.job.width, 5, 5).double()
+
+
+def test_a_layer_that_comes_too_late():
+    with pytest.raises(RuntimeError, match=r"layer 'moes\.1' came into the module after the strategy was set up"):
+        fit_alone(Job(slots=5), module=ReplacesLayer(Job()))
+
+
+class NoOptimizer(Net):
+    def configure_optimizers(self):
+        return None
+
+
+def test_no_optimizer():
+    with pytest.raises(ValueError, match=r"up_proj is trainable but in no optimizer \(there is none\): pass it"):
+        fit_alone(Job(slots=5), module=NoOptimizer(Job()))
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    job = Job(slots=5)
+    trainer = make_trainer(job, SwiftMoEStrategy(slots_per_rank=5))
+    with pytest.raises(FileNotFoundError, match=r"Checkpoint file not found: .*nothing\.ckpt"):
+        trainer.fit(Net(job), data(job), ckpt_path=str(tmp_path / "nothing.ckpt"))
+
+
 def test_unsupported_precision():
     with pytest.raises(ValueError, match="precision '16-true' is not supported; choose one of 32-true"):
         fit_alone(Job(slots=5, precision="16-true"))
@@ -82,68 +274,6 @@ def test_stock_weight_averaging(callback):
     with pytest.raises(ValueError, match="averages parameters by position"):
         fit_alone(Job(slots=5), callbacks=[callback()])
     assert_no_process_group()
-
-
-class Lion(torch.optim.Optimizer):
-    """Element-wise, but unknown to torch."""
-
-    def __init__(self, params, lr=1e-3, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["beta"])
-                p.sub_(momentum.sign() * group["lr"])
-        return loss
-
-
-class RowNormed(Lion):
-    """Not element-wise, and with a name that says nothing."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(group["lr"] * p.grad / p.grad.norm())
-
-
-class Muon(Lion):
-    """Refused by name."""
-
-
-def weight():
-    return [nn.Parameter(torch.ones(2, 2))]
-
-
-@pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.AdamW(p), lambda p: torch.optim.Adagrad(p), lambda p: Lion(p, lr=0.1)]
-)
-def test_elementwise_optimizers_pass(make):
-    check_elementwise(make(weight()))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Muon, "Muon cannot be sharded: it orthogonalises whole matrices"),
-        (lambda p: torch.optim.Adafactor(p), "Adafactor cannot be sharded: it factors second moments"),
-        (lambda p: torch.optim.LBFGS(p), "LBFGS cannot be sharded"),
-        (RowNormed, "RowNormed cannot be sharded: two steps on a matrix and on its flattened halves gave different"),
-    ],
-)
-def test_optimizers_that_need_whole_matrices(make, reason):
-    with pytest.raises(ValueError, match=reason):
-        check_elementwise(make(weight()))
-
-
-def test_optimizer_is_checked_in_fit():
-    job = Job(slots=5, optimizer=lambda module: Muon(module.parameters()))
-    with pytest.raises(RuntimeError, match="Muon cannot be sharded"):
-        run_ranks(2, fit_on_ranks, dataclasses.replace(job, slots=3))
 
 
 def fit_on_ranks(job):
@@ -180,6 +310,18 @@ def test_other_lightning_namespace_is_named():
     refuse_other_namespace(["swiftmoe"])
     with pytest.raises(ImportError, match=r"supports lightning\.pytorch only"):
         pytorch_lightning.Trainer(strategy="swiftmoe", accelerator="cpu", logger=False)
+
+
+IMPORTED_LATER = """
+import lightning_swiftmoe
+import pytorch_lightning
+pytorch_lightning.Trainer(strategy="swiftmoe", accelerator="cpu", logger=False)
+"""
+
+
+def test_other_lightning_namespace_that_comes_later():
+    done = subprocess.run([sys.executable, "-c", IMPORTED_LATER], capture_output=True, text=True)
+    assert "ImportError: lightning_swiftmoe supports lightning.pytorch only" in done.stderr.splitlines()[-1]
 
 
 def fit_with_empty_batch():
