@@ -54,6 +54,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._start_children()
+        if self._parent is not None:
+            threading.Thread(target=self._end_with_parent, name="swiftmoe-orphan", daemon=True).start()
         set_num_threads(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
@@ -103,6 +105,15 @@ class ScriptLauncher(SubprocessScriptLauncher):
         if code is None or code == 0:
             return False
         return not (self._together and code > _SIGNAL_EXIT)
+
+    def _end_with_parent(self) -> None:
+        """End this rank where the first one is gone and it does not end by itself: it may wait for it on a device."""
+        while os.getppid() == self._parent:
+            time.sleep(_PERIOD_S)
+        time.sleep(_GRACE_S)
+        sys.stderr.write("the process that started this rank is gone: this one ends too\n")
+        sys.stderr.flush()
+        os._exit(1)
 
     def _leave_to_parent(self) -> bool:
         """Whether the process that tells is still there."""

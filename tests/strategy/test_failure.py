@@ -100,6 +100,31 @@ def test_a_watchdog_that_ends_a_process_leaves_the_first_cause(tmp_path, start, 
     assert sum(line.startswith("combine exchange of layer 'moes.0' on rank 0") for line in lines) == 1
 
 
+ORPHAN = """
+import threading
+
+class Fails(Fails):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == 1:
+            open("fifo", "w").close()
+            threading.Event().wait()
+        if batch_idx == 2 and self.global_rank == 0:
+            open("fifo").read()  # rank 1 is there
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+if __name__"""
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone(tmp_path):
+    script = SCRIPT.format(rank=1, action="pass", start="popen").replace("if __name__", ORPHAN)
+    os.mkfifo(tmp_path / "fifo")
+    # Both write to one pipe, which the last of them closes.
+    output, code = run(tmp_path, script)
+    assert code == -signal.SIGKILL
+    assert output.splitlines()[-1] == "the process that started this rank is gone: this one ends too"
+
+
 def run(tmp_path, text):
     """What a job says, and its exit code."""
     script = tmp_path / "job.py"
@@ -112,6 +137,7 @@ def run(tmp_path, text):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
     )
     try:
