@@ -102,6 +102,18 @@ def continue_metrics(logger: CSVLogger, step: int) -> None:
     writer.save()
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir = {folder} cannot be made: {error.strerror}") from error
+
+
 @contextmanager
 def only_run_in(folder: Path, *, resumes: bool) -> Iterator[None]:
     """While this process trains in ``folder``, no other does.
@@ -110,9 +122,7 @@ def only_run_in(folder: Path, *, resumes: bool) -> Iterator[None]:
         ValueError: another run is or was there.
         OSError: the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / _LOCK).open("a+")
-    with lock:
+    with (folder / _LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -98,6 +98,8 @@ def run(config: DictConfig) -> None:
     trainer = build_trainer(config)
     console = make_console(quiet=not trainer.is_global_zero)
     plan = plan_table(config, model, trainer.world_size)
+    if trainer.is_global_zero:
+        resume.make_folder(run_dir)
     check_fit(config, model, data, optimizer, trainer)
     console.print(plan)
     module: GPTModule = instantiate(config.module, model=model, optimizer=optimizer)

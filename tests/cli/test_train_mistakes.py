@@ -125,7 +125,7 @@ def test_a_checkpoint_to_go_on_from(monkeypatch, tmp_path):
     path = tmp_path / "last.ckpt"
     path.touch()
     assert train.main(["recipes=quickstart", f"ckpt_path={path}", "report=false"]) == 0
-    assert given == [str(path)]
+    assert given == [path]
 
 
 def test_a_rank_that_somebody_started_is_left_alone(monkeypatch):

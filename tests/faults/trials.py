@@ -1,0 +1,169 @@
+"""Ranks are killed anywhere, and nothing is lost: what a trial does and what it finds wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
+from lightning_swiftmoe.checkpoint.reading import read_checkpoint
+from tests.faults.job import PHASES, Plan
+from tests.jobs import largest_error, train_alone
+
+LAUNCHERS = ("popen", "fork", "spawn", "torchrun")
+TOLERANCE = 1e-12
+PATIENCE_S = 90  # of one job: imports, training, and the timeout of an exchange
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One killed job and one that goes on.
+
+    Args:
+        plan: of the first.
+        launcher: of both.
+        num_ranks_after: ranks of the second.
+    """
+
+    plan: Plan
+    launcher: str
+    num_ranks_after: int
+
+    @classmethod
+    def of(cls, seed: int, folder: Path, launchers: tuple[str, ...] = LAUNCHERS) -> Trial:
+        """The trial of a seed."""
+        rng = random.Random(seed)
+        launcher = rng.choice(launchers)
+        num_ranks = rng.randint(2, 4)
+        phase = rng.choice(PHASES)
+        # Rank 0 saves; the counter of steps has moved on when it does.
+        rank = 0 if phase == "saving" else rng.randrange(num_ranks)
+        step = rng.choice([2, 4, 6]) if phase == "saving" else rng.randint(1, 7)
+        plan = Plan(
+            str(folder / "checkpoints"),
+            num_ranks,
+            "popen" if launcher == "torchrun" else launcher,
+            killed=(rank, step, phase),
+            delay_ms=rng.uniform(0, 30),
+        )
+        after = num_ranks if rng.random() < 0.5 else rng.randint(1, 4)
+        return cls(plan, launcher, after)
+
+
+def expected_weights() -> dict[str, torch.Tensor]:
+    """Of one process without the strategy."""
+    return train_alone(Plan("", 1, "popen").job)
+
+
+def faults_of(trial: Trial, expected: dict[str, torch.Tensor], folder: Path) -> list[str]:
+    """What was wrong; empty where nothing was lost."""
+    faults = []
+    code, seconds, output = _run(trial.plan, trial.launcher, folder / "killed")
+    if code is None:
+        return [f"still running after {seconds:.0f} s: {output[-2000:]}"]
+    if code == 0:
+        faults.append("the killed job ended as if nothing had happened")
+    saved = checkpoints_in(Path(trial.plan.folder))
+    for path in Path(trial.plan.folder).glob("*.ckpt"):
+        try:
+            read_checkpoint(path)
+        except Exception as error:
+            faults.append(f"{path.name} has its final name, and {error}")
+    goes_on = replace(
+        trial.plan, killed=None, num_ranks=trial.num_ranks_after, resume=str(saved[-1]) if saved else None
+    )
+    code, seconds, output = _run(goes_on, trial.launcher, folder / "resumed")
+    if code != 0:
+        return [*faults, f"going on ended with {code} after {seconds:.0f} s: {output[-2000:]}"]
+    final = read_checkpoint(Path(trial.plan.folder) / f"step-{trial.plan.steps}.ckpt")["state_dict"]
+    if (error := largest_error(final, expected)) > TOLERANCE:
+        faults.append(f"weights are off by {error:.1e}")
+    return faults
+
+
+def _run(plan: Plan, launcher: str, folder: Path) -> tuple[int | None, float, str]:
+    """Exit code (None: it did not end), seconds and output of a job, all of whose processes have ended."""
+    folder.mkdir(parents=True)
+    file = folder / "plan.json"
+    file.write_text(json.dumps(asdict(plan)))
+    command = [sys.executable, "-m", "tests.faults.job", str(file)]
+    if launcher == "torchrun":
+        where = ["--nproc-per-node", str(plan.num_ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command = [sys.executable, "-m", "torch.distributed.run", *where, *command[1:]]
+    began = time.monotonic()
+    with (folder / "log.txt").open("w+") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())},
+        )
+        try:
+            code: int | None = process.wait(PATIENCE_S)
+            if _left_in_session(process.pid, PATIENCE_S - (time.monotonic() - began)):
+                code = None
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end_session(process.pid)
+            process.wait()
+        log.seek(0)
+        return code, time.monotonic() - began, log.read()
+
+
+def _left_in_session(leader: int, patience_s: float) -> bool:
+    """Whether processes of the session are alive after so long: each is waited for by its file descriptor."""
+    deadline = time.monotonic() + max(patience_s, 1)
+    for pid in _session(leader):
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ready, _, _ = select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))
+        os.close(descriptor)
+        if not ready:
+            return True
+    return False
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session; zombies are over."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        state, session = fields[0], int(fields[3])
+        if session == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _end_session(leader: int) -> None:
+    for pid in _session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
