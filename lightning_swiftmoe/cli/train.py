@@ -90,6 +90,11 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"resume={config.resume} goes on from that run's newest checkpoint: leave ckpt_path out")
         checkpoint = resume.newest_checkpoint(Path(config.resume))
         config = resume.resumed_config(config, Path(config.resume).absolute(), HydraConfig.get().overrides.task)
+        if 0 <= config.trainer.max_steps <= step_of(checkpoint):
+            raise ValueError(
+                f"resume={config.resume}: the run is at step {step_of(checkpoint)} of trainer.max_steps = "
+                f"{config.trainer.max_steps}; set it to more to go on"
+            )
     check_options(config)
     run_dir = Path(config.run_dir)
     model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]

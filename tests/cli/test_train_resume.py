@@ -127,6 +127,12 @@ def test_a_folder_without_a_run_or_without_a_checkpoint(tmp_path, run_folder, ca
     assert "the run has saved no checkpoints/step-*.ckpt" in one_line(capsys, f"resume={run_folder}")
 
 
+def test_a_run_that_is_at_its_end(tmp_path, run_folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = one_line(capsys, f"resume={run_folder}", "trainer.max_steps=7")
+    assert line.endswith("the run is at step 7 of trainer.max_steps = 7; set it to more to go on")
+
+
 def test_two_runs_in_one_folder(tmp_path, run_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = [*QUICK, "cluster.virtual_ranks=2", "cluster.devices=1", f"hydra.run.dir={run_folder}"]
