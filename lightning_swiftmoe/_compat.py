@@ -79,7 +79,7 @@ class SignalConnector(_SignalConnector):
 
     Its own handlers do so themselves (2.6.6: they broadcast on SIGTERM, save a checkpoint on SLURM's requeue signal),
     and ranks that no signal reached do not answer. Nor does one rank end where the others go on: ``received_sigterm``
-    stays false.
+    stays false. Outside ``fit`` no rank needs another, and each ends by itself.
     """
 
     asked: signal.Signals | None = None
@@ -96,7 +96,7 @@ class SignalConnector(_SignalConnector):
 
     def _note_interrupt(self, signum: int, frame: Any) -> None:
         """Ctrl+C: at the end of the step; at once when it comes again."""
-        if self.asked == signal.SIGINT:
+        if self.asked == signal.SIGINT or not self._is_fitting():
             signal.default_int_handler(signum, frame)
         self.asked = self.asked or signal.SIGINT
 
@@ -107,8 +107,12 @@ class SignalConnector(_SignalConnector):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.asked != signal.SIGTERM and launcher is not None:
             launcher.kill(signum)
+        self.received_sigterm = not self._is_fitting()
         if self.asked != signal.SIGUSR1:
             self.asked = signal.SIGTERM
+
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
 
     def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
         self.asked = signal.SIGUSR1  # whichever signal SLURM sends for it

@@ -233,3 +233,23 @@ def fit_until_told():
 
 def test_a_signal_to_one_rank_ends_all_at_the_head_of_a_step():
     assert run_ranks(2, fit_until_told) == [2, 2]
+
+
+def validate_until_told():
+    trainer = our_trainer(dataclasses.replace(JOB, steps=1))
+    module, batches = Net(JOB), data(JOB, dist.get_rank(), dist.get_world_size())
+    trainer.fit(module, batches)
+    seen = []
+
+    def validation_step(batch, batch_idx):
+        seen.append(batch_idx)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    module.validation_step = validation_step
+    with pytest.raises(SIGTERMException):
+        trainer.validate(module, batches, verbose=False)
+    return seen
+
+
+def test_outside_fit_a_signal_ends_a_rank_after_its_batch():
+    assert run_ranks(2, validate_until_told) == [[0], [0]]
