@@ -198,14 +198,10 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         strategy = "auto"
     if config.trainer.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in callbacks.values()):
         callbacks["progress"] = ShortProgressBar()
-    plugins = config.trainer.get("plugins") or [WholeCheckpointIO()]  # also where the strategy is not ours
-    return instantiate(
-        config.trainer,
-        strategy=strategy,
-        callbacks=list(callbacks.values()),
-        logger=loggers or False,
-        plugins=plugins,
-    )
+    options: dict[str, Any] = {"strategy": strategy, "callbacks": list(callbacks.values()), "logger": loggers or False}
+    if strategy == "auto" and config.trainer.get("plugins") is None:
+        options["plugins"] = [WholeCheckpointIO()]  # ours has it
+    return instantiate(config.trainer, **options)
 
 
 def check_machine(config: DictConfig) -> None:
