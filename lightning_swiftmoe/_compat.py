@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -38,6 +40,7 @@ __all__ = [
     "SubprocessScriptLauncher",
     "TrainerFn",
     "TrainerStatus",
+    "ValidationLoop",
     "WrappingCheckpointIO",
     "asked_to_end",
     "end_fit",
@@ -72,6 +75,38 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Asked already."""
+
+
+class ValidationLoop(_EvaluationLoop):
+    """Lightning's, but ranks tell each other on their hosts that they have a batch before one of them begins it.
+
+    A rank without one would leave the others waiting for the experts that it holds.
+    """
+
+    def run(self) -> list[Any]:
+        """Also where this rank has nothing to validate, which others must hear."""
+        self.setup_data()
+        if self.skip:
+            self._tell_end()
+            return []
+        return super().run()
+
+    def _store_dataloader_outputs(self) -> None:
+        """A loader is over: here metrics of all ranks come together."""
+        self._tell_end()
+        super()._store_dataloader_outputs()
+
+    def _evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:
+        # Loaders in other modes than one after another are one.
+        batches = self._max_batches[dataloader_idx] if self._is_sequential else math.inf
+        self._tell(dataloader_idx, batch_idx, batches)
+        super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
+
+    def _tell_end(self) -> None:
+        self._tell(math.inf, 0, 0)
+
+    def _tell(self, *facts: float) -> None:
+        self.trainer.strategy.agree_on_validation(*facts)  # type: ignore[attr-defined]
 
 
 class SignalConnector(_SignalConnector):
@@ -135,14 +170,22 @@ def end_fit(trainer: Trainer, error: BaseException) -> None:
 
 
 def use_our_loop(trainer: Trainer) -> None:
-    """Let ``trainer`` train by an ``EpochLoop``, with all that its own loop knows already, and note signals."""
+    """Let ``trainer`` train by an ``EpochLoop`` and validate by a ``ValidationLoop``, with all that its own loops know
+    already, and note signals."""
     theirs = trainer.fit_loop.epoch_loop
     if not isinstance(theirs, EpochLoop):
         ours = EpochLoop(trainer, theirs.min_steps, theirs.max_steps)
         vars(ours).update(vars(theirs))
+        ours.val_loop = _our_validation(trainer, theirs.val_loop)
         trainer.fit_loop.epoch_loop = ours
     if not isinstance(trainer._signal_connector, SignalConnector):
         trainer._signal_connector = SignalConnector(trainer)
+
+
+def _our_validation(trainer: Trainer, theirs: _EvaluationLoop) -> ValidationLoop:
+    ours = ValidationLoop(trainer, theirs._trainer_fn, theirs._stage)
+    vars(ours).update(vars(theirs))
+    return ours
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:

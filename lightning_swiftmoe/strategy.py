@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -278,11 +279,30 @@ class SwiftMoEStrategy(DDPStrategy):
             self.parallelism.control,
             self.parallelism.expert_group,
         )
+        self._check_all_validate()
         self._rebalancer.follow(self.engine)
         if not layers:
             rank_zero_warn(
                 f"{type(module).__name__} has no MoE layer, and is trained as by DDP: make layers of "
                 "lightning_swiftmoe.MoE in its __init__ or configure_model"
+            )
+
+    def _check_all_validate(self) -> None:
+        """Lightning asks every rank alone whether there is something to validate.
+
+        Raises:
+            ValueError: only some ranks validate.
+        """
+        assert self.parallelism is not None
+        if self.parallelism.control is None:
+            return
+        mine = torch.tensor([int(self._trainer.enable_validation)])
+        everybody = self.parallelism.control.gather_counts(mine, "validation").flatten().tolist()
+        idle = [rank for rank, validates in enumerate(everybody) if not validates]
+        if idle and len(idle) < len(everybody):
+            raise ValueError(
+                f"rank(s) {idle} have no validation data or limit_val_batches=0, the others validate: give all ranks "
+                "the same"
             )
 
     def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
@@ -354,6 +374,25 @@ class SwiftMoEStrategy(DDPStrategy):
         if found == signal.SIGUSR1:
             requeue(self._trainer)
         raise SIGTERMException(_SIGNAL_EXIT + found)
+
+    def agree_on_validation(self, loader: float, batch: int, batches: float) -> None:
+        """At the head of every validation batch and the end of a loader: all ranks are there, or all raise.
+
+        The hosts wait for each other.
+
+        Args:
+            loader: this rank's batch is of that loader; infinity: it has no more there.
+            batch: its number there, from 0.
+            batches: how many the loader has; infinity where that is unknown.
+
+        Raises:
+            ValueError: ranks have different numbers of batches.
+        """
+        assert self.parallelism is not None
+        if self.parallelism.control is None:
+            return
+        mine = torch.tensor([loader, batch, batches], dtype=torch.float64)
+        check_validation(self.parallelism.control.gather_counts(mine, "validation batch").tolist())
 
     def _begin_forward(self, *, training: bool) -> None:
         assert self.engine is not None
@@ -581,6 +620,26 @@ class SwiftMoEStrategy(DDPStrategy):
         """Whether gradients of several backwards may add up before they are exchanged."""
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in trainer_callbacks(self._trainer))
         return self._micro_batches > 1 or schedules
+
+
+def check_validation(turns: list[list[float]]) -> None:
+    """Raise a ValueError where some ranks lack a validation batch that others have.
+
+    Args:
+        turns: of each rank the loader, the batch and the number of batches, as for ``agree_on_validation``.
+    """
+    loader, batch, _ = min(turns)
+    lacking = [rank for rank, turn in enumerate(turns) if turn[0] != loader]
+    if not lacking:
+        return
+    first, most = min((rank, turn[2]) for rank, turn in enumerate(turns) if turn[0] == loader)
+    more = f"more than {batch:.0f}" if math.isinf(most) else f"{most:.0f}"
+    limit = f", or Trainer(limit_val_batches={batch:.0f})" if batch else ""
+    raise ValueError(
+        f"validation loader {loader:.0f} has {batch:.0f} batch(es) on rank(s) {lacking} and {more} on rank {first}, "
+        "but a rank needs the experts of all others for every batch: give all ranks the same number (a "
+        f"DistributedSampler, which pads, or drop_last=True{limit})"
+    )
 
 
 def check_precision(precision: str) -> None:
