@@ -8,10 +8,19 @@ from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.layers import MoE
 from lightning_swiftmoe.placement import Placement, PlacementPolicy, register_policy
 from lightning_swiftmoe.strategy import SwiftMoEStrategy
+from lightning_swiftmoe.weight_ema import WeightEMA
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpertRebalancer", "MoE", "Placement", "PlacementPolicy", "SwiftMoEStrategy", "register_policy"]
+__all__ = [
+    "ExpertRebalancer",
+    "MoE",
+    "Placement",
+    "PlacementPolicy",
+    "SwiftMoEStrategy",
+    "WeightEMA",
+    "register_policy",
+]
 
 _START_METHODS = {
     "swiftmoe": "popen",

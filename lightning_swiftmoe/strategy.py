@@ -41,6 +41,7 @@ from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
 from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
 from lightning_swiftmoe.checkpoint.full import (
     full_optimizer_state,
+    full_parts,
     full_weights,
     load_full_optimizer_state,
     load_full_weights,
@@ -179,7 +180,7 @@ class SwiftMoEStrategy(DDPStrategy):
             if is_weight_averaging(callback):
                 raise ValueError(
                     f"{type(callback).__name__} averages parameters by position, but slots hold other experts after "
-                    "every step: remove it"
+                    "every step: use lightning_swiftmoe.WeightEMA in its place"
                 )
         for name, moe in moe_layers(model).items():
             self._cluster_of(name, moe)
@@ -508,6 +509,12 @@ class SwiftMoEStrategy(DDPStrategy):
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         with self._ranks_after_fit():
             return full_optimizer_state(optimizer, owners(self._experts))
+
+    def full_values(self, parts: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """What a callback keeps of every Parameter, canonical; see ``full_parts``. Collective; complete on rank 0."""
+        self._refuse_after_failure()
+        with self._ranks_after_fit():
+            return full_parts(parts, self._experts, everywhere=everywhere)
 
     @contextmanager
     def _ranks_after_fit(self) -> Iterator[None]:

@@ -45,6 +45,28 @@ def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts
     return state_dict
 
 
+def full_parts(
+    parts: Mapping[str, Tensor], experts: Mapping[str, HostedExperts], *, everywhere: bool = False
+) -> dict[str, Tensor]:
+    """Whole tensors, on the host, of ``parts`` in the shape of this rank's Parameters. Collective.
+
+    Args:
+        parts: by name of the Parameter, or of anything dense; in the same order on every rank.
+        experts: by name in the user's module.
+        everywhere: every rank receives experts; else rank 0 alone, and the other ranks' result lacks them.
+    """
+    hosts = {f"{name}.{key}": (hosted, key) for name, hosted in experts.items() for key in hosted.parameters}
+    full = {}
+    for name, part in parts.items():
+        whole: Tensor | None = part
+        if name in hosts:
+            hosted, key = hosts[name]
+            whole = hosted.gather(key, part, "checkpoint") if everywhere else hosted.gather_for_checkpoint(key, part)
+        if whole is not None:
+            full[name] = whole.cpu()
+    return full
+
+
 def load_full_weights(
     module: nn.Module, state_dict: Mapping[str, Any], experts: Mapping[str, HostedExperts], strict: bool
 ) -> None:
