@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_swiftmoe import SwiftMoEStrategy, WeightEMA
+from lightning_swiftmoe import ExpertRebalancer, SwiftMoEStrategy, WeightEMA
 from lightning_swiftmoe.parallel.expert_ops import local_part
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.jobs import Job, Net, data, largest_error, make_trainer, our_trainer, sgd
@@ -146,6 +146,41 @@ def test_ranks_equal_one_process(system, name):
 @on([OURS[0], DDP])
 def test_other_systems_equal_one_process(system):
     check_seen(check(system, JOBS["plain"], EXACT)["seen"])
+
+
+def test_ranks_without_rows():
+    """Six share five."""
+    check(dataclasses.replace(OURS[1], num_ranks=6), JOBS["plain"], EXACT)
+
+
+def test_order_among_callbacks_does_not_matter():
+    """Biases of routers move when ``ExpertRebalancer`` hears of a step, or before."""
+    job = dataclasses.replace(job_of(), slots=5, moe={"bias_update_rate": 0.1}, callbacks=list)
+    found = []
+    for first in (True, False):
+        ema, rebalancer = WeightEMA(DECAY), ExpertRebalancer()
+        order = [ema, rebalancer] if first else [rebalancer, ema]
+        module = job.module(job)
+        make_trainer(job, SwiftMoEStrategy(slots_per_rank=5), callbacks=order).fit(module, data(job))
+        found.append(ema.state_dict()["averages"])
+    assert found[0]["moes.0.router.expert_bias"].any()
+    assert same_bits(*found)
+
+
+def fit_twice(job):
+    """The averages after a second ``fit`` with the same callback, which starts from those of the first."""
+    ema = WeightEMA(DECAY)
+    module = job.module(job).double()
+    for _ in range(2):
+        trainer = our_trainer(dataclasses.replace(job, slots=5, callbacks=lambda: [ema]))
+        trainer.fit(module, data(job, trainer.global_rank, trainer.world_size))
+    return ema.state_dict()["averages"]
+
+
+def test_a_second_fit_goes_on():
+    job = dataclasses.replace(job_of(), module=Net)
+    one, two = run_ranks(1, fit_twice, job)[0], run_ranks(2, fit_twice, job)
+    assert all(largest_error(averages, one) < EXACT for averages in two)
 
 
 def check_seen(seen):
