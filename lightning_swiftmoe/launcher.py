@@ -30,7 +30,7 @@ from lightning_swiftmoe.failures import FailureBoard, show_instead
 _FOLDER = "SWIFTMOE_FAILURES"
 _GRACE_S = 5.0  # as long as Lightning gives the first process to end by itself
 _PERIOD_S = 0.2
-_SIGNAL_EXIT = 128  # ranks that end on a signal, all together, have larger exit codes
+SIGNAL_EXIT = 128  # plus the signal's number: how ranks end that a signal ends together, as shells say it
 
 
 class ScriptLauncher(SubprocessScriptLauncher):
@@ -104,7 +104,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
     def _is_failure(self, code: int | None) -> bool:
         if code is None or code == 0:
             return False
-        return not (self._together and code > _SIGNAL_EXIT)
+        return not (self._together and code > SIGNAL_EXIT)
 
     def _end_with_parent(self) -> None:
         """End this rank where the first one is gone and it does not end by itself: it may wait for it on a device."""
@@ -160,7 +160,7 @@ class ForkLauncher(MultiProcessingLauncher):
             try:
                 result = super().launch(function, *args, trainer=trainer, **kwargs)
             except ProcessExitedException as error:
-                if error.exit_code <= _SIGNAL_EXIT:
+                if error.exit_code <= SIGNAL_EXIT:
                     raise
                 self._board.remove()
                 raise SIGTERMException(error.exit_code) from None

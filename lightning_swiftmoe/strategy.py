@@ -52,7 +52,7 @@ from lightning_swiftmoe.checkpoint.snapshot import Snapshot
 from lightning_swiftmoe.checkpoint.sums import fingerprint
 from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
-from lightning_swiftmoe.launcher import ForkLauncher, ScriptLauncher
+from lightning_swiftmoe.launcher import SIGNAL_EXIT, ForkLauncher, ScriptLauncher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
     check_optimizers,
@@ -73,7 +73,6 @@ from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 _STATES = ("decoupled", "bound")
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SIGNAL_EXIT = 128  # plus the signal's number: what shells say of a process that a signal ended
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
@@ -374,7 +373,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._launcher.ends_together()
         if found == signal.SIGUSR1:
             requeue(self._trainer)
-        raise SIGTERMException(_SIGNAL_EXIT + found)
+        raise SIGTERMException(SIGNAL_EXIT + found)
 
     def agree_on_validation(self, loader: float, batch: int, batches: float) -> None:
         """At the head of every validation batch and the end of a loader: all ranks are there, or all raise.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from rich.markup import escape
 from torch import Tensor
 
-from lightning_swiftmoe.checkpoint.reading import CheckpointError, read_checkpoint
 from lightning_swiftmoe.checkpoint.sums import named_tensors, what_we_added
 from lightning_swiftmoe.cli._checkpoint import run_on_file
 from lightning_swiftmoe.cli.tables import facts_table, make_console, size
@@ -21,13 +19,8 @@ def main(argv: Sequence[str]) -> int:
     return run_on_file(argv, "usage: swiftmoe checkpoint info PATH", info)
 
 
-def info(path: Path) -> int:
+def info(path: Path, checkpoint: Mapping[str, Any]) -> int:
     """Print what is known of the checkpoint."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     table = facts_table("what the checkpoint holds")
     file = f"{path}, {size(path.stat().st_size)}"
     for name, fact in {"file": file, **facts(checkpoint)}.items():
