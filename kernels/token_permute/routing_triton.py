@@ -82,11 +82,15 @@ def _place(
 
 
 @triton.jit
-def _owner(starts, tile, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
-    bins = tl.arange(0, BINS)
-    start = tl.load(starts + bins, mask=bins < num_experts, other=2147483647)
+def _owner_among(start, tile, TILE: tl.constexpr):
     # Empty experts share their successor's start: the last expert that starts at or before the tile owns it.
     return tl.maximum(tl.sum((start[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+
+
+@triton.jit
+def _owner(starts, tile, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+    bins = tl.arange(0, BINS)
+    return _owner_among(tl.load(starts + bins, mask=bins < num_experts, other=2147483647), tile, TILE)
 
 
 @triton.jit
@@ -143,8 +147,7 @@ def route_block_kernel(
     first = tl.where(bins < num_experts, start, 2147483647)
     for group in range(0, tl.cdiv(num_tiles, TILES)):
         tile = group * TILES + tl.arange(0, TILES)
-        # As in `_owner`, whose loads would have to wait for the stores above.
-        owner = tl.maximum(tl.sum((first[None, :] <= (tile * TILE)[:, None]).to(tl.int32), axis=1) - 1, 0)
+        owner = _owner_among(first, tile, TILE)  # loads would have to wait for the stores above
         tl.store(tile_expert + tile, owner, mask=tile < num_tiles)
         padding_row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
         padding = padding_row >= tl.gather(end, owner, 0)[:, None]
