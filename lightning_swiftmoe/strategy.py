@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -24,11 +22,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_swiftmoe._compat import (
-    LightningOptimizer,
     SIGTERMException,
     TrainerFn,
-    TrainerStatus,
-    WrappingCheckpointIO,
     asked_to_end,
     is_weight_averaging,
     requeue,
@@ -38,18 +33,8 @@ from lightning_swiftmoe._compat import (
 )
 from lightning_swiftmoe.arguments import check, check_choice, check_flag, check_number, described, did_you_mean
 from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
-from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
-from lightning_swiftmoe.checkpoint.full import (
-    full_optimizer_state,
-    full_parts,
-    full_weights,
-    load_full_optimizer_state,
-    load_full_weights,
-    owners,
-)
-from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
-from lightning_swiftmoe.checkpoint.snapshot import Snapshot
-from lightning_swiftmoe.checkpoint.sums import fingerprint
+from lightning_swiftmoe.checkpoint.full import owners
+from lightning_swiftmoe.checkpointing import CheckpointingStrategy, check_format
 from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.launcher import SIGNAL_EXIT, ForkLauncher, ScriptLauncher
@@ -63,7 +48,6 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
@@ -77,7 +61,7 @@ _START_METHODS = ("popen", "spawn", "fork", "forkserver")
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
-class SwiftMoEStrategy(DDPStrategy):
+class SwiftMoEStrategy(CheckpointingStrategy):
     """Data parallelism for dense parameters, decoupled expert parallelism for every ``MoE`` layer in the module.
 
     The optimizer state of each expert is cut evenly over all ranks and never moves; expert weights live in slots and
@@ -104,6 +88,10 @@ class SwiftMoEStrategy(DDPStrategy):
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
         trust_optimizer: leave out the trial that every optimizer unknown to torch must pass: the user vouches that it
             updates each weight of an expert from that weight's own gradient and state alone.
+        checkpoint: ``"full"``: one file, gathered and written by rank 0; ``"sharded"``: a folder, to which every rank
+            writes what it holds. Both load on any number of ranks, whatever is set here.
+        async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
+            once it is whole; the next save, and the end of ``fit``, wait for it and raise what went wrong.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:
@@ -122,6 +110,8 @@ class SwiftMoEStrategy(DDPStrategy):
         timeout: timedelta | float = timedelta(minutes=10),
         expert_parallel_size: int | None = None,
         trust_optimizer: bool = False,
+        checkpoint: str = "full",
+        async_save: bool = False,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
@@ -138,7 +128,9 @@ class SwiftMoEStrategy(DDPStrategy):
         check_flag("trust_optimizer", trust_optimizer)
         _check_names(kwargs)
         check_choice("start_method", kwargs.get("start_method", "popen"), _START_METHODS)
-        super().__init__(timeout=_as_timedelta(timeout), **kwargs)
+        check_format(checkpoint, async_save, optimizer_state)
+        sharded = checkpoint == "sharded"
+        super().__init__(sharded=sharded, async_save=async_save, timeout=_as_timedelta(timeout), **kwargs)
         self.slots_per_rank = slots_per_rank
         self.offload_optimizer = offload_optimizer
         self.capacity_scope = capacity_scope
@@ -146,14 +138,8 @@ class SwiftMoEStrategy(DDPStrategy):
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
         self.trust_optimizer = trust_optimizer
-        self.engine: ExpertEngine | None = None
-        self.parallelism: Parallelism | None = None
-        self._experts: dict[str, HostedExperts] = {}
         self._rebalancer = ExpertRebalancer()
-        self._masters: dict[str, Tensor] = {}
-        self._before_loading: Snapshot | None = None
         self._failed = False
-        self._ends_together = False
 
     # -- connecting and setting up -----------------------------------------------------------------------------------
 
@@ -439,122 +425,6 @@ class SwiftMoEStrategy(DDPStrategy):
         engine.stepped([other.state for other in self.optimizers])
         return output
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """Ours, where the user gave none; also inside a wrapper that has nothing inside."""
-        if self._checkpoint_io is None:
-            self._checkpoint_io = WholeCheckpointIO()
-        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content of a checkpoint, the same on all ranks; or every rank raises. Collective."""
-
-        def load() -> dict[str, Any]:
-            checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-            check_keys(checkpoint, ["state_dict", "pytorch-lightning_version"])
-            return checkpoint
-
-        torch.cuda.empty_cache()
-        return on_all_ranks(load, mark=fingerprint)
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Canonical weights. While fitting this is collective, and only rank 0 receives the experts."""
-        state = super().lightning_module_state_dict()
-        self._refuse_after_failure()
-        return state if self.engine is None else full_weights(state, self._experts)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))
-        if self.engine is not None:
-            load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
-            self.engine.weights_changed()
-            return
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            # There are no optimizers yet to compare their states with.
-            self._before_loading = Snapshot(self._module)
-        # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
-        self.precision_plugin.convert_module(self._module)
-        # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
-        state = checkpoint["state_dict"]
-        self._masters = {
-            f"{name}.experts.{key}": state[k]
-            for name, moe in moe_layers(self._module).items()
-            for key in dict(moe.experts.named_parameters())
-            if (k := f"{name}.experts.{key}") in state
-        }
-        super().load_model_state_dict(checkpoint, strict)
-
-    def _check_checkpoint(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        if self._trainer.state.fn == TrainerFn.FITTING and self.engine is None:
-            check_keys(checkpoint, ["optimizer_states", "lr_schedulers", "loops"])
-        check_weights(self._module, checkpoint["state_dict"], strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Canonical state: what one process without a strategy would have saved. Collective; complete on rank 0."""
-        self._refuse_after_failure()
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with self._ranks_after_fit():
-            return full_optimizer_state(optimizer, owners(self._experts))
-
-    def full_values(self, parts: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
-        """What a callback keeps of every Parameter, canonical; see ``full_parts``. Collective; complete on rank 0."""
-        self._refuse_after_failure()
-        with self._ranks_after_fit():
-            return full_parts(parts, self._experts, everywhere=everywhere)
-
-    @contextmanager
-    def _ranks_after_fit(self) -> Iterator[None]:
-        """Optimizer state is still sharded after ``fit``, but its process groups are gone: make some for the moment."""
-        if self.engine is not None or not self._experts:
-            yield
-            return
-        parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size)
-        for hosted in self._experts.values():
-            hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
-        yield
-        parallelism.close()
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        names = {param: name for name, param in self._module.named_parameters()}
-        on_all_ranks(lambda: check_optimizer_states(self.optimizers, checkpoint["optimizer_states"], names))
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_full_optimizer_state(optimizer, owners(self._experts), state)
-
-    @override
-    def on_train_start(self) -> None:
-        self._before_loading = None
-
-    def _put_back(self) -> None:
-        """``fit`` failed before training: the module is what it was before weights were loaded, without other ranks."""
-        assert self._before_loading is not None
-        self._before_loading.put_back()
-        for optimizer in self.optimizers:
-            use_original_parameters(optimizer, self._experts.values())
-        self._detach_layers()
-
-    def _refuse_after_failure(self) -> None:
-        if not self._experts or self._ends_together:
-            return
-        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise RuntimeError(
-                "experts are spread over all ranks and cannot be gathered after an exception on one of them; resume "
-                "from the last checkpoint"
-            )
-
     # -- ending ------------------------------------------------------------------------------------------------------
 
     @override
@@ -587,6 +457,7 @@ class SwiftMoEStrategy(DDPStrategy):
     def teardown(self) -> None:
         parallelism = self.parallelism
         if parallelism is not None and not (self._failed and parallelism.num_ranks > 1):
+            self.finish_saving()
             self._rebalancer.leave()
             for hosted in dict.fromkeys(self._experts.values()):
                 hosted.restore()
@@ -600,21 +471,20 @@ class SwiftMoEStrategy(DDPStrategy):
         self.parallelism = None
         super().teardown()
 
+    def _put_back(self) -> None:
+        """``fit`` failed before training: the module is what it was before weights were loaded, without other ranks."""
+        assert self._before_loading is not None
+        self._before_loading.put_back()
+        for optimizer in self.optimizers:
+            use_original_parameters(optimizer, self._experts.values())
+        self._detach_layers()
+
     def _detach_layers(self) -> None:
         for moe in moe_layers(self._module).values():
             moe.detach()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def _trainer(self) -> Trainer:
-        return self._module.trainer
 
     @property
     def _micro_batches(self) -> int:

@@ -23,7 +23,7 @@ FLOORS = [
     ["step"],
     ["engine"],
     ["failures"],
-    ["_compat", "callback", "launcher", "metrics", "strategy", "trace", "virtual", "weight_ema", ""],
+    ["_compat", "callback", "checkpointing", "launcher", "metrics", "strategy", "trace", "virtual", "weight_ema", ""],
     ["models", "data"],
     ["report"],
     ["cli", "__main__"],

@@ -32,7 +32,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the disk is full, or refuses; a file that was there before is still there, whole.
         """
-        local = _local(path)
+        local = local_path(path)
         if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -55,7 +55,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the file is cut short, was changed, or holds more than data.
         """
-        local = _local(path)
+        local = local_path(path)
         if local is None:
             return super().load_checkpoint(path, map_location, weights_only=True)
         checkpoint = read_checkpoint(local, map_location)
@@ -66,7 +66,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """A file that a link names takes the link's place: ``last`` (``save_last="link"``) never names a lost file."""
-        local = _local(path)
+        local = local_path(path)
         link = _link_to(local) if local is not None else None
         if local is not None and link is not None:
             os.replace(local, link)
@@ -74,7 +74,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
-def _local(path: str | Path) -> Path | None:
+def local_path(path: str | Path) -> Path | None:
     """Where a path or URL is on this machine's file systems; None where it is elsewhere."""
     file_system, place = url_to_fs(str(path))
     return Path(place) if isinstance(file_system, LocalFileSystem) else None

@@ -94,11 +94,14 @@ class PeriodicCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._last_step:
             return
-        trainer.save_checkpoint(self.dirpath / f"step-{trainer.global_step}.ckpt")
+        newest = self.dirpath / f"step-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(newest)
         self._last_step = trainer.global_step
         self._last_time = time.monotonic()
         if trainer.is_global_zero:
-            for path in checkpoints_in(self.dirpath)[: -self.keep]:
+            # The newest has no name yet where it is written in the background.
+            older = [path for path in checkpoints_in(self.dirpath) if path != newest]
+            for path in older[: len(older) - self.keep + 1]:
                 trainer.strategy.remove_checkpoint(path)
 
 

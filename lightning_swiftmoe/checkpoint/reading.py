@@ -37,7 +37,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     unchanged = is_unchanged(path)
     try:
-        with safe_globals(_data_classes()):
+        with safe_globals(data_classes()):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(_why_not(path, unchanged, error)) from error
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 def why_unreadable(path: Path) -> str | None:
     """What ``read_checkpoint`` would refuse in a whole file of ``torch.save``; None: nothing. Reads no tensors."""
     try:
-        with safe_globals(_data_classes()):
+        with safe_globals(data_classes()):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         return _what_it_holds(path, error)
@@ -92,7 +92,7 @@ def _why_not(path: Path, unchanged: bool | None, error: Exception) -> str:
 def _what_it_holds(path: Path, error: Exception) -> str | None:
     """What in a file torch refused with ``error`` as more than data; None where that was not the reason."""
     try:
-        with safe_globals(_data_classes()):
+        with safe_globals(data_classes()):
             unsafe = sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:
         return None
@@ -103,7 +103,7 @@ def _what_it_holds(path: Path, error: Exception) -> str | None:
 
 
 @cache
-def _data_classes() -> list[Any]:
+def data_classes() -> list[Any]:
     """What Lightning's users keep in hyper-parameters and callback states, beyond what torch allows: data only."""
     import omegaconf
     from omegaconf.base import ContainerMetadata, Metadata

@@ -13,12 +13,18 @@ from torch import Tensor, nn
 KEY = "lightning_swiftmoe"
 
 
-def with_sums(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """``checkpoint`` with a checksum of each of its tensors, and the number of ranks that made it, under ``KEY``."""
+def with_sums(checkpoint: Mapping[str, Any], files: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """``checkpoint`` with a checksum of each of its tensors, and the number of ranks that made it, under ``KEY``.
+
+    Args:
+        checkpoint: all of it, or what goes beside the tensors in files of their own.
+        files: checksums of what is in those.
+    """
     rest = {key: value for key, value in checkpoint.items() if key != KEY}
     sums = {name: _sum(tensor) for name, tensor in named_tensors(rest)}
     num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return {**rest, KEY: {"num_ranks": num_ranks, "crc32": sums}}
+    beside = {} if files is None else {"files": dict(files)}
+    return {**rest, KEY: {"num_ranks": num_ranks, "crc32": sums, **beside}}
 
 
 def changed_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
@@ -31,7 +37,9 @@ def changed_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
 
 
 def what_we_added(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """``num_ranks`` that made it, and ``crc32`` of each tensor by name; empty for a checkpoint of others."""
+    """``num_ranks`` that made it, ``crc32`` of each tensor by name, and of a folder those in ``files``; empty for a
+    checkpoint of others.
+    """
     ours = checkpoint.get(KEY)
     return ours if isinstance(ours, dict) and isinstance(ours.get("crc32"), dict) else {}
 

@@ -7,7 +7,9 @@ are a checksum of all others: the comment that the zip format allows at its end,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -20,6 +22,8 @@ _TAIL = struct.Struct(f"<H{len(_MAGIC)}sI")  # length of the comment, which is t
 _END_OF_ZIP_BYTES = 20  # without the length of the comment
 _NO_COMMENT = b"\0\0"  # the length of one; a zip file without a comment ends with it
 _BLOCK_BYTES = 1 << 20
+_HERE = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -39,7 +43,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             _write_with_checksum(file, write)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        put_in_place(part, path)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -47,7 +51,24 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give ``new`` the name ``path``, whatever had it before: a file or a folder, which is gone afterwards.
+
+    One step, so that a kill leaves either; two where a folder is replaced on a file system that cannot swap names.
+    """
+    both_files = not new.is_dir() and not path.is_dir()
+    if both_files or not os.path.lexists(path):
+        os.replace(new, path)
+    elif _swap_names(new, path):
+        _remove(new)
+    else:
+        aside = path.with_name(f".{path.name}.before")
+        os.replace(path, aside)
+        os.replace(new, path)
+        _remove(aside)
+    sync_folder(path.parent)
 
 
 def is_unchanged(path: Path) -> bool | None:
@@ -129,7 +150,22 @@ def _remove_leftovers(path: Path) -> None:
             other.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def _swap_names(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or its file system cannot (Linux, local disks can)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
     """The new name is on the disk too, where folders can be flushed: not all network file systems do."""
     if not hasattr(os, "O_DIRECTORY"):
         return

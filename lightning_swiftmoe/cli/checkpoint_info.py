@@ -10,20 +10,23 @@ from rich.markup import escape
 from torch import Tensor
 
 from lightning_swiftmoe.checkpoint.sums import named_tensors, what_we_added
-from lightning_swiftmoe.cli._checkpoint import run_on_file
+from lightning_swiftmoe.cli._checkpoint import run_on_checkpoint
 from lightning_swiftmoe.cli.tables import facts_table, make_console, size
 
 
 def main(argv: Sequence[str]) -> int:
     """Print a table; exit status 1 for a file that cannot be loaded, 2 for a user's mistake."""
-    return run_on_file(argv, "usage: swiftmoe checkpoint info PATH", info)
+    return run_on_checkpoint(argv, "usage: swiftmoe checkpoint info PATH", info)
 
 
 def info(path: Path, checkpoint: Mapping[str, Any]) -> int:
     """Print what is known of the checkpoint."""
     table = facts_table("what the checkpoint holds")
-    file = f"{path}, {size(path.stat().st_size)}"
-    for name, fact in {"file": file, **facts(checkpoint)}.items():
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    where = f"{path}, {size(sum(file.stat().st_size for file in files))}"
+    if path.is_dir():
+        where += f" in {len(files)} files"
+    for name, fact in {"path": where, **facts(checkpoint)}.items():
         table.add_row(name, escape(fact))
     make_console().print(table)
     return 0

@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning_swiftmoe.checkpoint.reading import first_of
 from lightning_swiftmoe.checkpoint.sums import named_tensors, not_finite, what_we_added
-from lightning_swiftmoe.cli._checkpoint import run_on_file
+from lightning_swiftmoe.cli._checkpoint import run_on_checkpoint
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 for a good checkpoint, 1 for a bad one, 2 for a user's mistake."""
-    return run_on_file(argv, "usage: swiftmoe checkpoint verify PATH", verify)
+    return run_on_checkpoint(argv, "usage: swiftmoe checkpoint verify PATH", verify)
 
 
 def verify(path: Path, checkpoint: Mapping[str, Any]) -> int:

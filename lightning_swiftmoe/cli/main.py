@@ -21,6 +21,10 @@ COMMANDS = {
     "report": ("lightning_swiftmoe.cli.report", "one HTML page from the folders of one or more runs"),
     "checkpoint info": ("lightning_swiftmoe.cli.checkpoint_info", "what a checkpoint holds: sizes, steps, experts"),
     "checkpoint verify": ("lightning_swiftmoe.cli.checkpoint_verify", "is a checkpoint whole, and all of it numbers?"),
+    "checkpoint consolidate": (
+        "lightning_swiftmoe.cli.checkpoint_consolidate",
+        "a sharded checkpoint as one file, which every Trainer loads",
+    ),
     "bench kernels": ("lightning_swiftmoe.cli.bench_kernels", "time the expert layer against its peers"),
     "bench step": ("lightning_swiftmoe.cli.bench_step", "time training steps against other systems"),
     "bench rows": ("lightning_swiftmoe.cli.bench_rows", "time dispatch and combine between the GPUs of this machine"),
@@ -66,7 +70,7 @@ def print_help() -> None:
     """All commands, a line each."""
     print("usage: swiftmoe COMMAND [OVERRIDE ...]\n")
     for name, (_, about) in COMMANDS.items():
-        print(f"  {name:17} {about}")
+        print(f"  {name:22} {about}")
     print("\n  swiftmoe COMMAND --help shows what can be overridden; --version prints the version.")
     print("  SWIFTMOE_TRACEBACK=1 swiftmoe COMMAND shows where an error came from.")
 

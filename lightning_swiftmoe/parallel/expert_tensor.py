@@ -118,6 +118,11 @@ def replace_local(tensor: Tensor, local: Tensor) -> None:
     tensor._local_tensor = local
 
 
+def as_dtensor(tensor: DTensor, local: Tensor | None = None) -> DTensor:
+    """torch's own class for the same part, or with ``local`` for another tensor cut the same way."""
+    return DTensor(tensor._local_tensor if local is None else local, tensor._spec, requires_grad=False)
+
+
 def edits(tensor: Tensor) -> tuple[int, ...]:
     """Changes whenever elements of ``tensor`` were changed in place, also through ``.data`` of an ``ExpertTensor``."""
     if not isinstance(tensor, ExpertTensor):

@@ -25,7 +25,7 @@ def test_info(path, capsys):
     facts = {name: fact.strip() for name, fact in facts.items()}
     # Dense: 6 x 6 + 6, two routers of 5 x 6, 6 + 1. Experts: two layers of 5 times 5 x 6 and 6 x 5.
     dense, experts = 42 + 2 * 30 + 7, 2 * 5 * (30 + 30)
-    assert facts.pop("file").startswith(str(path)[:20])
+    assert facts.pop("path").startswith(str(path)[:20])
     assert facts == {
         "step": "3",
         "epoch": "1",
@@ -77,7 +77,7 @@ def test_mistakes(command, capsys):
     for args, said in (
         ([], "expected the path of one checkpoint, got 0 arguments"),
         (["a", "b"], "expected the path of one checkpoint, got 2 arguments"),
-        (["nothing.ckpt"], "there is no file nothing.ckpt"),
+        (["nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
     ):
         assert cli.main(["checkpoint", command, *args]) == 2
         assert capsys.readouterr().err == f"error: {said}; {usage}\n"

@@ -1,0 +1,309 @@
+"""What a strategy with sharded experts saves and loads: canonical weights and optimizer state, in files or folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_swiftmoe._compat import (
+    LightningOptimizer,
+    TrainerFn,
+    TrainerStatus,
+    WrappingCheckpointIO,
+    trainer_callbacks,
+)
+from lightning_swiftmoe.arguments import check_choice, check_flag
+from lightning_swiftmoe.checkpoint.background import Background
+from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
+from lightning_swiftmoe.checkpoint.folder import check_folder
+from lightning_swiftmoe.checkpoint.full import (
+    full_optimizer_state,
+    full_parts,
+    full_weights,
+    load_full_optimizer_state,
+    load_full_weights,
+    owners,
+)
+from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO, local_path
+from lightning_swiftmoe.checkpoint.reading import listed
+from lightning_swiftmoe.checkpoint.sharded import sharded_optimizer_state, sharded_weights, share_of, write_folder
+from lightning_swiftmoe.checkpoint.sharded_reading import SavedOptimizer, read_folder
+from lightning_swiftmoe.checkpoint.snapshot import Snapshot
+from lightning_swiftmoe.checkpoint.sums import fingerprint, not_finite
+from lightning_swiftmoe.engine import ExpertEngine
+from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.setup import Parallelism
+
+_FORMATS = ("full", "sharded")
+
+
+def check_format(checkpoint: str, async_save: bool, optimizer_state: str) -> None:
+    """Raise a ValueError where checkpoints cannot be saved this way."""
+    check_choice("checkpoint", checkpoint, _FORMATS)
+    check_flag("async_save", async_save)
+    if async_save and checkpoint != "sharded":
+        raise ValueError(f"async_save=True needs checkpoint='sharded', got checkpoint={checkpoint!r}")
+    if checkpoint == "sharded" and optimizer_state == "bound":
+        raise ValueError(
+            "checkpoint='sharded' needs optimizer_state='decoupled': state bound to hosts has no place of its own; use "
+            "checkpoint='full'"
+        )
+
+
+class CheckpointingStrategy(DDPStrategy):
+    """The part of ``SwiftMoEStrategy`` that saves and loads; experts are there in ``fit`` only.
+
+    Args:
+        sharded: save folders to which every rank adds what it holds; else files, written by rank 0.
+        async_save: of folders, while training goes on.
+        **kwargs: as for ``DDPStrategy``.
+    """
+
+    expert_parallel_size: int | None
+    state_place: str
+
+    def __init__(self, *, sharded: bool, async_save: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sharded = sharded
+        self.async_save = async_save
+        self.engine: ExpertEngine | None = None
+        self.parallelism: Parallelism | None = None
+        self._experts: dict[str, HostedExperts] = {}
+        self._masters: dict[str, Tensor] = {}
+        self._before_loading: Snapshot | None = None
+        self._ends_together = False
+        self._saving = Background()
+        self._saving_group: dist.ProcessGroup | None = None
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> Trainer:
+        return self._module.trainer
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        for callback in trainer_callbacks(model.trainer):
+            if self.async_save and isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
+                raise ValueError(
+                    "ModelCheckpoint(save_last='link') would name a checkpoint that async_save=True is still "
+                    "writing: use save_last=True, which saves another"
+                )
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """Ours, where the user gave none; also inside a wrapper that has nothing inside."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """The content of a checkpoint, the same on all ranks; or every rank raises. Collective."""
+
+        path = local_path(checkpoint_path)
+        folder = path if path is not None and path.is_dir() else None
+
+        def load() -> dict[str, Any]:
+            if folder is not None:
+                checkpoint = read_folder(folder)
+                if broken := not_finite(checkpoint):
+                    rank_zero_warn(f"in {folder} {listed(broken)} not finite: training goes on from NaN or Inf")
+            else:
+                checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+            check_keys(checkpoint, ["state_dict", "pytorch-lightning_version"])
+            return checkpoint
+
+        torch.cuda.empty_cache()
+        # A rank without the folder takes part in the first agreement too, and says that it has no such file.
+        on_all_ranks(lambda: None if folder is None else check_folder(folder, self.global_rank, self.world_size))
+        return on_all_ranks(load, mark=fingerprint)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """As of Lightning's; collective where checkpoints are sharded.
+
+        Raises:
+            OSError: a disk is full, or refuses: this time, or the last where that was in the background.
+        """
+        if not self.sharded:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = local_path(self.broadcast(filepath))
+        if path is None or storage_options is not None:
+            raise ValueError(
+                f"sharded checkpoints are folders on a file system of this machine, got {filepath!r} with "
+                f"storage_options={storage_options!r}: use checkpoint='full'"
+            )
+        self._saving.finish()
+        with self._host_group() as group:
+            content = share_of(checkpoint, group)
+            if self.async_save and self.engine is not None:
+                content = content.on_host()
+                own_group = self._group_for_saving(group)
+                self._saving.start(lambda: write_folder(content, path, own_group))
+            else:
+                write_folder(content, path, group)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Not before the checkpoint that takes its place is whole."""
+        self._saving.afterwards(lambda: super(CheckpointingStrategy, self).remove_checkpoint(filepath))
+
+    @override
+    def on_train_end(self) -> None:
+        self._saving.finish()
+
+    def finish_saving(self) -> None:
+        """Wait for what is written in the background, and leave its group. Collective.
+
+        Raises:
+            OSError: it was not written.
+        """
+        try:
+            self._saving.finish()
+        finally:
+            if self._saving_group is not None:
+                dist.destroy_process_group(self._saving_group)
+                self._saving_group = None
+
+    @contextmanager
+    def _host_group(self) -> Iterator[dist.ProcessGroup | None]:
+        """All ranks, on the host; None with one."""
+        if self.parallelism is not None:
+            control = self.parallelism.control
+            yield None if control is None else control.group
+        elif dist.is_initialized() and dist.get_world_size() > 1:
+            group = dist.new_group(backend="gloo", timeout=self._timeout)
+            yield group
+            dist.destroy_process_group(group)
+        else:
+            yield None
+
+    def _group_for_saving(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """The same ranks, for the thread alone: two threads in one group would meet in each other's collectives."""
+        if group is not None and self._saving_group is None:
+            self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self._saving_group
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Canonical weights. While fitting this is collective, and rank 0 alone receives the experts; where checkpoints
+        are sharded each rank has its parts.
+        """
+        state = super().lightning_module_state_dict()
+        self._refuse_after_failure()
+        if self.sharded:
+            return sharded_weights(state)
+        return state if self.engine is None else full_weights(state, self._experts)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))
+        if self.engine is not None:
+            load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
+            self.engine.weights_changed()
+            return
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            # There are no optimizers yet to compare their states with.
+            self._before_loading = Snapshot(self._module)
+        # Lightning converts the module later: loading 64-true weights before that would round them to fp32.
+        self.precision_plugin.convert_module(self._module)
+        # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
+        state = checkpoint["state_dict"]
+        self._masters = {
+            f"{name}.experts.{key}": state[k]
+            for name, moe in moe_layers(self._module).items()
+            for key in dict(moe.experts.named_parameters())
+            if (k := f"{name}.experts.{key}") in state
+        }
+        super().load_model_state_dict(checkpoint, strict)
+
+    def _check_checkpoint(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        if self._trainer.state.fn == TrainerFn.FITTING and self.engine is None:
+            check_keys(checkpoint, ["optimizer_states", "lr_schedulers", "loops"])
+        check_weights(self._module, checkpoint["state_dict"], strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Canonical state: what one process without a strategy would have saved. Collective; complete on rank 0."""
+        self._refuse_after_failure()
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self.sharded:
+            return sharded_optimizer_state(optimizer, {param: name for name, param in self._module.named_parameters()})
+        with self._ranks_after_fit():
+            return full_optimizer_state(optimizer, owners(self._experts))
+
+    def full_values(self, parts: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """What a callback keeps of every Parameter, canonical; see ``full_parts``. Collective; complete on rank 0."""
+        self._refuse_after_failure()
+        with self._ranks_after_fit():
+            return full_parts(parts, self._experts, everywhere=everywhere)
+
+    @contextmanager
+    def _ranks_after_fit(self) -> Iterator[None]:
+        """Optimizer state is still sharded after ``fit``, but its process groups are gone: make some for the moment."""
+        if self.engine is not None or not self._experts:
+            yield
+            return
+        parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size)
+        for hosted in self._experts.values():
+            hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
+        yield
+        parallelism.close()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        names = {param: name for name, param in self._module.named_parameters()}
+        described = [state.described() if isinstance(state, SavedOptimizer) else state for state in states]
+        on_all_ranks(lambda: check_optimizer_states(self.optimizers, described, names))
+        of = owners(self._experts)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            if not isinstance(state, SavedOptimizer):
+                load_full_optimizer_state(optimizer, of, state)
+            elif self.state_place == "bound":
+                load_full_optimizer_state(optimizer, of, on_all_ranks(state.read))
+            else:
+                params = [param for group in optimizer.param_groups for param in group["params"]]
+                kept = [of.get(param) for param in params]
+                optimizer.load_state_dict(on_all_ranks(partial(state.read, kept)))
+
+    @override
+    def on_train_start(self) -> None:
+        self._before_loading = None
+
+    def _refuse_after_failure(self) -> None:
+        if not self._experts or self._ends_together:
+            return
+        if self._trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise RuntimeError(
+                "experts are spread over all ranks and cannot be gathered after an exception on one of them; resume "
+                "from the last checkpoint"
+            )
