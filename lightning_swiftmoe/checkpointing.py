@@ -29,7 +29,7 @@ from lightning_swiftmoe._compat import (
 from lightning_swiftmoe.arguments import check_choice, check_flag
 from lightning_swiftmoe.checkpoint.background import Background
 from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
-from lightning_swiftmoe.checkpoint.folder import check_folder
+from lightning_swiftmoe.checkpoint.folder import Place, check_folder
 from lightning_swiftmoe.checkpoint.full import (
     full_optimizer_state,
     full_parts,
@@ -89,6 +89,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._ends_together = False
         self._saving = Background()
         self._saving_group: dist.ProcessGroup | None = None
+        self._host_memory: dict[Place, Tensor] = {}
 
     @property
     def _module(self) -> LightningModule:
@@ -165,7 +166,7 @@ class CheckpointingStrategy(DDPStrategy):
         with self._host_group() as group:
             content = share_of(checkpoint, group)
             if self.async_save and self.engine is not None:
-                content = content.on_host()
+                content = content.on_host(self._host_memory)
                 own_group = self._group_for_saving(group)
                 self._saving.start(lambda: write_folder(content, path, own_group))
             else:
@@ -189,6 +190,7 @@ class CheckpointingStrategy(DDPStrategy):
         try:
             self._saving.finish()
         finally:
+            self._host_memory = {}
             if self._saving_group is not None:
                 dist.destroy_process_group(self._saving_group)
                 self._saving_group = None

@@ -61,6 +61,8 @@ class System:
             slots = slots_of(self.name, config.model.num_experts, self.num_ranks)
             if slots is not None:
                 config.strategy.slots_per_rank = slots
+            if not any(key.startswith("callbacks.checkpoint.") for key in self.overrides):
+                config.callbacks.checkpoint = None  # a save in the timed block is for who asks for it
             for key, value in self.overrides.items():
                 OmegaConf.update(config, key, value, force_add=True)
         return config

@@ -93,8 +93,12 @@ def make_trainer(job: Job, meter: Meter) -> pl.Trainer:
     with open_dict(config):
         config.trainer.devices = job.num_ranks
         config.trainer.max_steps = job.plan.total_steps
-        config.trainer.enable_checkpointing = config.trainer.enable_progress_bar = False
-    callbacks: list[pl.Callback] = [Ticks(meter)]
+        config.trainer.enable_progress_bar = False
+        config.trainer.enable_checkpointing = config.callbacks.get("checkpoint") is not None
+    callbacks: list[pl.Callback] = []
+    if config.trainer.enable_checkpointing:
+        callbacks.append(instantiate(config.callbacks.checkpoint, dirpath=str(job.folder / "checkpoints")))
+    callbacks.append(Ticks(meter))  # behind the save, which is part of its step
     if job.name.startswith("ours"):
         with open_dict(config):
             config.callbacks.rebalancer.trace = None
