@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import errno
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -35,6 +35,7 @@ from lightning_swiftmoe.checkpoint.folder import (
     files_of,
     nested,
     optimizer_key,
+    read_table,
     sums_of,
 )
 from lightning_swiftmoe.checkpoint.sums import KEY, named_tensors, with_sums
@@ -141,9 +142,9 @@ def write_folder(content: Content, path: Path, group: Group) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
 
-    def write() -> Metadata:
-        writer = FolderWriter(part)
-        return dcp.save(content.values, storage_writer=writer, process_group=group, no_dist=group is None)
+    def write() -> None:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one rank is one rank
+            dcp.save(content.values, storage_writer=FolderWriter(part), process_group=group, no_dist=group is None)
 
     def end() -> None:
         if rank == 0:
@@ -156,8 +157,8 @@ def write_folder(content: Content, path: Path, group: Group) -> None:
 
     try:
         _together(begin, group)
-        table = write()
-        told = _together(lambda: _own_sums(part, table, rank), group)
+        write()
+        told = _together(lambda: _own_sums(part, rank), group)
         _together(end, group)
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         if rank == 0:
@@ -200,7 +201,8 @@ def _dealt(values: Mapping[Place, Any], loads: Sequence[int]) -> dict[Place, int
     return owners
 
 
-def _own_sums(part: Path, table: Metadata, rank: int) -> dict[str, int]:
+def _own_sums(part: Path, rank: int) -> dict[str, int]:
+    table = read_table(part)  # what dcp.save returns lacks places before torch 2.12
     own = [name for name in files_of(table) if name.startswith(f"__{rank}_")]
     return sums_of(part, table, own)
 
