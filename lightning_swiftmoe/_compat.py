@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.call import _interrupt
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 _OTHER_STRATEGIES = "pytorch_lightning.strategies"
@@ -196,6 +197,17 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
 def run_closure(precision: Precision, module: Any, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
     """Forward, backward and clipping of a step, with all hooks up to the optimizer's own step."""
     return precision._wrap_closure(module, optimizer, closure)
+
+
+def loss_scaler(precision: Precision) -> GradScaler | None:
+    """fp16's loss scale; None where there is none, or it is switched off."""
+    scaler = getattr(precision, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def set_loss_scaler(precision: Precision, scaler: GradScaler) -> None:
+    """Let another one take its place: ``precision`` has one."""
+    precision.scaler = scaler  # type: ignore[attr-defined]
 
 
 def will_log(trainer: Trainer) -> bool:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -26,8 +27,10 @@ from lightning_swiftmoe._compat import (
     TrainerFn,
     asked_to_end,
     is_weight_averaging,
+    loss_scaler,
     requeue,
     run_closure,
+    set_loss_scaler,
     trainer_callbacks,
     use_our_loop,
 )
@@ -42,6 +45,8 @@ from lightning_swiftmoe.layers.moe import MoE, moe_layers
 from lightning_swiftmoe.optim import (
     check_optimizers,
     on_local_tensors,
+    shared_scaler,
+    unscale,
     use_installed_parameters,
     use_original_parameters,
 )
@@ -58,7 +63,7 @@ _STATES = ("decoupled", "bound")
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 class SwiftMoEStrategy(CheckpointingStrategy):
@@ -138,6 +143,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
         self.trust_optimizer = trust_optimizer
+        self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
         self._rebalancer = ExpertRebalancer()
         self._failed = False
 
@@ -202,6 +208,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         for hosted in self._experts.values():
             hosted.install()
         self._compile()
+        scaler = loss_scaler(self.precision_plugin)
+        if scaler is not None and self.num_nodes * self.num_processes > 1:
+            self._own_scaler = scaler
+            set_loss_scaler(self.precision_plugin, shared_scaler(scaler, self.root_device.type))
 
     def _compile(self) -> None:
         """Before DDP comes: it would take the rehearsal for a step."""
@@ -317,9 +327,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is not None:
             self._begin_forward(training=True)
+            scale = self._aux_loss_scale()
             for name, moe in moe_layers(self._module).items():
                 self._refuse_stranger(name, moe)
-                moe.aux_loss_scale = 1 / self._micro_batches
+                moe.aux_loss_scale = scale
         return super().training_step(*args, **kwargs)
 
     @override
@@ -413,17 +424,38 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         engine = self.engine
 
+        scaler = loss_scaler(self.precision_plugin)
+        is_scaled = scaler is not None
+
         def closure_and_flush() -> Any:
+            nonlocal is_scaled
             result = closure()
             engine.gradients.flush()
+            # As Lightning has it: automatic optimization without a loss made no gradients.
+            is_scaled = is_scaled and not (result is None and self._module.automatic_optimization)
+            if scaler is not None and is_scaled:
+                unscale(scaler, optimizer)  # before they are clipped
             return result
 
         # Lightning runs the closure inside of the optimizer's step; ours must be over before tensors change places.
         result = run_closure(self.precision_plugin, model or self._module, optimizer, closure_and_flush)
+        output: Any
         with on_local_tensors(optimizer):
-            output = optimizer.step(closure=lambda: result, **kwargs)
+            if scaler is None:
+                output = optimizer.step(closure=lambda: result, **kwargs)
+            elif is_scaled:
+                output = scaler.step(optimizer, **kwargs)
+                scaler.update()
+            else:
+                return result
         engine.stepped([other.state for other in self.optimizers])
         return output
+
+    def _aux_loss_scale(self) -> float | Tensor:
+        """Lightning divides the loss by the batches that add up, and multiplies it by fp16's scale, behind our back."""
+        scaler = loss_scaler(self.precision_plugin)
+        share = 1 / self._micro_batches
+        return share if scaler is None else scaler.scale(torch.ones((), device=self.root_device)) * share
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -467,6 +499,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             parallelism.close()
         if self._failed and self._before_loading is not None:
             self._put_back()
+        self._put_scaler_back()
         self.engine = None
         self.parallelism = None
         super().teardown()
@@ -478,6 +511,15 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         for optimizer in self.optimizers:
             use_original_parameters(optimizer, self._experts.values())
         self._detach_layers()
+
+    def _put_scaler_back(self) -> None:
+        if self._own_scaler is None:
+            return
+        scaler = loss_scaler(self.precision_plugin)
+        if scaler is not None and not self._failed:
+            self._own_scaler.load_state_dict(scaler.state_dict())
+        set_loss_scaler(self.precision_plugin, self._own_scaler)
+        self._own_scaler = None
 
     def _detach_layers(self) -> None:
         for moe in moe_layers(self._module).values():

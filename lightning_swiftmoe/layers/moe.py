@@ -97,7 +97,7 @@ class MoE(nn.Module):
         self.experts = Experts(hidden_size, ffn_size, num_experts, activation)
         self.shared_expert = Experts(hidden_size, shared_ffn_size, 1, activation) if shared_ffn_size else None
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
-        self.aux_loss_scale = 1.0
+        self.aux_loss_scale: float | Tensor = 1.0
         self._attached = False
         self._all_groups: AllGroups | None = None
         self.aux_loss: Tensor | None = None

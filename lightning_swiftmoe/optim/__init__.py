@@ -2,5 +2,13 @@
 
 from lightning_swiftmoe.optim.checks import check_optimizers, use_installed_parameters, use_original_parameters
 from lightning_swiftmoe.optim.local_step import on_local_tensors
+from lightning_swiftmoe.optim.scaler import shared_scaler, unscale
 
-__all__ = ["check_optimizers", "on_local_tensors", "use_installed_parameters", "use_original_parameters"]
+__all__ = [
+    "check_optimizers",
+    "on_local_tensors",
+    "shared_scaler",
+    "unscale",
+    "use_installed_parameters",
+    "use_original_parameters",
+]

@@ -34,7 +34,7 @@ from lightning_swiftmoe.parallel.watchdog import Watchdog, end_process
 from lightning_swiftmoe.placement import CapacityScope, Placement
 
 _HOSTED: dict[str, type[HostedExperts]] = {"decoupled": DecoupledExperts, "bound": BoundExperts}
-_COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16}
+_COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
