@@ -60,6 +60,7 @@ from lightning_swiftmoe.placement import try_policy
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
 _STATES = ("decoupled", "bound")
+_GRADIENT_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
@@ -93,6 +94,9 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         timeout: a collective that takes longer ends the job with the name of the exchange; ``timedelta`` or seconds.
         trust_optimizer: leave out the trial that every optimizer unknown to torch must pass: the user vouches that it
             updates each weight of an expert from that weight's own gradient and state alone.
+        gradient_dtype: in which experts' gradients travel: ``"auto"``: as they were computed, or in fp32 where those
+            of several backwards add up; ``"bfloat16"``: rounded to half the bytes of fp32; ``"float32"``. They are
+            added in at least fp32 in any case.
         checkpoint: ``"full"``: one file, gathered and written by rank 0; ``"sharded"``: a folder, to which every rank
             writes what it holds. Both load on any number of ranks, whatever is set here.
         async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
@@ -115,6 +119,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         timeout: timedelta | float = timedelta(minutes=10),
         expert_parallel_size: int | None = None,
         trust_optimizer: bool = False,
+        gradient_dtype: str = "auto",
         checkpoint: str = "full",
         async_save: bool = False,
         **kwargs: Any,
@@ -129,6 +134,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                 f"expert_parallel_size = {expert_parallel_size} needs optimizer_state='decoupled': state bound to "
                 "hosts is kept for one group of all ranks only"
             )
+        check_choice("gradient_dtype", gradient_dtype, tuple(_GRADIENT_DTYPES))
         check_flag("offload_optimizer", offload_optimizer)
         check_flag("trust_optimizer", trust_optimizer)
         _check_names(kwargs)
@@ -143,6 +149,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
         self.trust_optimizer = trust_optimizer
+        self.gradient_dtype = gradient_dtype
         self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
         self._rebalancer = ExpertRebalancer()
         self._failed = False
@@ -257,6 +264,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._rebalancer.state,
             compute_dtype=self._trainer.precision,
             accumulates=self._accumulates,
+            gradient_dtype=_GRADIENT_DTYPES[self.gradient_dtype],
             offload=self.offload_optimizer,
             capacity_scope=self.capacity_scope,
             state_place=self.state_place,

@@ -54,7 +54,7 @@ class DecoupledExperts(HostedExperts):
 
     def gradient_memory(self) -> Locals | None:
         """See ``HostedExperts``."""
-        if self.accumulates or not self.exchanges_next():
+        if self.accumulates or self.gradient_dtype is not None or not self.exchanges_next():
             return None
         return self._exchange.gradient_memory({key: self._residents[key] for key in self.trainable})
 

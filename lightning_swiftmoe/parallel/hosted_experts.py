@@ -43,6 +43,7 @@ class HostedExperts(ABC):
         compute_dtype: dtype of the residents; None keeps that of the Parameters.
         accumulates: whether gradients of several backwards add up before they are exchanged; they then add up, and
             travel, in at least fp32. A single one already has the residents' precision and loses nothing.
+        gradient_dtype: in which gradients travel; None: that in which they add up.
         offload: keep Parameters, and with them gradients and optimizer state, on the host.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
         make_exchange: of a way for state to travel, for GPUs; None: by all-to-all of ``communicator``.
@@ -60,6 +61,7 @@ class HostedExperts(ABC):
         replicas: Communicator | None = None,
         compute_dtype: torch.dtype | None = None,
         accumulates: bool = False,
+        gradient_dtype: torch.dtype | None = None,
         offload: bool = False,
         masters: Mapping[str, Tensor] | None = None,
         make_exchange: ShardExchangeFactory | None = None,
@@ -72,6 +74,7 @@ class HostedExperts(ABC):
         self.num_sharers = num_sharers
         self.replicas = replicas
         self.accumulates = accumulates
+        self.gradient_dtype = gradient_dtype
         self.offload = offload
         self.make_exchange = make_exchange
         self.originals: dict[str, nn.Parameter] = dict(experts.named_parameters())
@@ -245,6 +248,8 @@ class HostedExperts(ABC):
         """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
         grads = {key: self._take_gradient(key) for key in self.trainable}
         if self.communicator.num_ranks > 1 or self.replicas is not None:
+            if self.gradient_dtype is not None:
+                grads = {key: grad.to(self.gradient_dtype) for key, grad in grads.items()}
             return self._start_gradients(grads)
         return Pending(lambda: {key: self._as_local(key, grad) for key, grad in grads.items()})
 

@@ -194,6 +194,7 @@ def build_layers(
     *,
     compute_dtype: str,
     accumulates: bool,
+    gradient_dtype: torch.dtype | None,
     offload: bool,
     capacity_scope: CapacityScope,
     state_place: str,
@@ -209,7 +210,7 @@ def build_layers(
         cluster_of: shape for a layer by name.
         first: where experts start.
         compute_dtype: Lightning's precision.
-        accumulates, offload: as for ``HostedExperts``.
+        accumulates, gradient_dtype, offload: as for ``HostedExperts``.
         capacity_scope: whose assignments an expert's capacity counts.
         state_place: ``"decoupled"`` or ``"bound"``.
         masters: canonical weights of a checkpoint by name in ``module``.
@@ -232,6 +233,7 @@ def build_layers(
             replicas=parallelism.state_replicas,
             compute_dtype=_COMPUTE_DTYPES.get(compute_dtype),
             accumulates=accumulates,
+            gradient_dtype=gradient_dtype,
             offload=offload,
             make_exchange=parallelism.make_exchange,
             masters={

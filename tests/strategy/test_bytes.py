@@ -1,5 +1,7 @@
 """Bytes counted by the exchange equal the closed formulas and what the operating system saw."""
 
+import dataclasses
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -56,6 +58,19 @@ def test_closed_formulas(num_ranks):
             assert step.traffic["load"].sent_bytes == load
             # Optimizer state never moves: nothing else is sent between two steps.
             assert step.traffic["setup"].sent_bytes == step.traffic["checkpoint"].sent_bytes == 0
+
+
+@pytest.mark.parametrize("state", ["decoupled", "bound"])
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("bfloat16", 2), ("float32", 4), ("auto", 8)])
+def test_gradients_travel_in_the_type_asked_for(dtype, element_bytes, state):
+    """In 64-true: the other phases are as before."""
+    job = Job(num_experts=4, slots=4, policy="static", optimizer=sgd)
+    asked = dataclasses.replace(job, strategy={"gradient_dtype": dtype, "optimizer_state": state})
+    plain = run_ranks(2, record, dataclasses.replace(job, strategy={"optimizer_state": state}))
+    for (_, steps), (_, plain_steps) in zip(run_ranks(2, record, asked), plain, strict=True):
+        for step, other in zip(steps[1:-1], plain_steps[1:-1], strict=True):
+            assert 0 < step.traffic["gradient"].sent_bytes * 8 == other.traffic["gradient"].sent_bytes * element_bytes
+            assert step.traffic["weight"].sent_bytes == other.traffic["weight"].sent_bytes
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -63,6 +63,18 @@ def test_other_precisions(precision, accumulate):
     compare(2, Job(precision=precision, optimizer=sgd, slots=3, trainer={"accumulate_grad_batches": accumulate}), bound)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2e-2), ("float32", 1e-6)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_travel_in_another_type(dtype, bound, accumulate):
+    """As one process to that type's rounding, and no closer: they did travel in it."""
+    job = Job(
+        optimizer=sgd, slots=3, strategy={"gradient_dtype": dtype}, trainer={"accumulate_grad_batches": accumulate}
+    )
+    compare(2, job, bound)
+    with pytest.raises(AssertionError):
+        compare(2, job, 1e-11)
+
+
 def test_learning_rate_schedules_reach_the_shards():
     class Scheduled(Job):
         pass
