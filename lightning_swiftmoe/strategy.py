@@ -159,7 +159,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if self._start_method == "popen":
+        # Ranks that torchrun or SLURM started would each fork as many again.
+        if self._start_method == "popen" or self.cluster_environment.creates_processes_externally:
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = ForkLauncher(self, start_method=self._start_method)

@@ -55,6 +55,7 @@ class TrainConf:
     logger: dict[str, Any] = field(default_factory=dict)
     run_dir: str = MISSING
     resume: str | None = None
+    restarts: int = 0
     ckpt_path: str | None = None
     seed: int = 0
     paper: str | None = None

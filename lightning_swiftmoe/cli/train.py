@@ -24,7 +24,7 @@ from lightning_swiftmoe.arguments import check_count
 from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
-from lightning_swiftmoe.cli import resume
+from lightning_swiftmoe.cli import restarts, resume
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli._options import check_options
 from lightning_swiftmoe.cli.progress import ShortProgressBar
@@ -57,10 +57,14 @@ _NOISE = (
 def main(argv: list[str]) -> int:
     """Run with Hydra overrides; a user's mistake is one line and status 2, a signal 128 and its number."""
     try:
+        number = restarts.asked_for(argv)
+        argv = restarts.restarted(argv)
         folder = resume.folder_of(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if number:
+        return restarts.supervise(argv, number)
     # Hydra's own files belong there too.
     place = [] if folder is None else [f"hydra.run.dir={folder}"]
     return run_task("train", train, [*argv, *place])

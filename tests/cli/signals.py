@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import lightning.pytorch as pl
 
@@ -16,3 +17,22 @@ class SignalInStep(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
             os.kill(os.getpid(), self.signal)
+
+
+class KillOnce(pl.Callback):
+    """Kills a rank in a step, the first time that any run gets there.
+
+    Args:
+        where: a file for each kill that was done is made here.
+        kills: steps, and the rank that is killed in each.
+    """
+
+    def __init__(self, where, kills):
+        self.where, self.kills = Path(where), {int(step): int(rank) for step, rank in kills.items()}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        step = trainer.global_step
+        done = self.where / f"killed-in-{step}"
+        if self.kills.get(step) == trainer.global_rank and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
