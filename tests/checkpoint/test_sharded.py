@@ -78,6 +78,40 @@ def test_a_file_is_resumed_into_folders(saved):
     assert largest_error(run_ranks(2, fit, SAVES, str(file))[0][1], whole[0][1]) < 1e-10
 
 
+VARIANTS = {
+    "groups": {"expert_parallel_size": 2},
+    "groups of one": {"expert_parallel_size": 1},
+    "offload": {"offload_optimizer": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(tmp_path, variant):
+    """Four ranks, saved in ``fit`` and after it: what a file would hold, and bit for bit on the same ranks."""
+    sharded = dataclasses.replace(FULL, strategy={**SHARDED, **VARIANTS[variant]})
+    plain = dataclasses.replace(FULL, strategy=VARIANTS[variant])
+    path, after, file = tmp_path / "3.ckpt", tmp_path / "after.ckpt", tmp_path / "3-full.ckpt"
+    whole = run_ranks(4, fit_and_save, sharded, None, str(path), str(after))
+    run_ranks(4, fit_and_save, plain, None, str(file), str(tmp_path / "after-full.ckpt"))
+    for folder, expected in ((path, file), (after, tmp_path / "after-full.ckpt")):
+        ours = consolidated(folder, tmp_path / f"one-{folder.name}")
+        theirs = torch.load(expected, weights_only=True)
+        assert same(ours["state_dict"], theirs["state_dict"])
+        assert same(ours["optimizer_states"], theirs["optimizer_states"])
+    resumed = run_ranks(4, fit, sharded, str(path))
+    for (losses, weights), (resumed_losses, resumed_weights) in zip(whole, resumed, strict=True):
+        assert resumed_losses == losses[3:]
+        assert all(torch.equal(resumed_weights[key], value) for key, value in weights.items())
+
+
+def fit_and_save(job, path, at_3, after):
+    job = dataclasses.replace(job, callbacks=lambda: [SaveAt3(at_3)])
+    module, trainer = Net(job), our_trainer(job)
+    trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=path)
+    trainer.save_checkpoint(after)
+    return module.losses, module.state_dict()
+
+
 def consolidated(path: Path, out: Path):
     from lightning_swiftmoe.cli.main import main
 
