@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_swiftmoe import ExpertRebalancer, SwiftMoEStrategy
+from lightning_swiftmoe.parallel import setup
+from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.placement import Placement, get_policy, next_placement, uniform
 from lightning_swiftmoe.step import Step
 from tests.configs.configuration import Configuration
@@ -51,7 +55,8 @@ def fit(c: Configuration) -> Outcome:
         options = {"num_nodes": c.num_ranks, "plugins": [Ranks()], "callbacks": [recorder, rebalancer]}
         trainer = pl.Trainer(strategy=strategy, **options, **trainer_options(c))
         rank = dist.get_rank()
-        trainer.fit(module, batches(c, rank), held_out(c, rank))
+        with rows_of(c):
+            trainer.fit(module, batches(c, rank), held_out(c, rank))
     except ValueError as error:
         if (module is None or not module.losses) and "\n" not in str(error):
             return Outcome(refused=str(error))
@@ -60,6 +65,14 @@ def fit(c: Configuration) -> Outcome:
         return Outcome(failed=traceback.format_exc())
     counted = [list(map(of_record, step.layers)) for step in recorder.steps]
     return Outcome(module.state_dict(), module.losses, module.validated, counted, recorder.steps)
+
+
+def rows_of(c: Configuration) -> AbstractContextManager[Any]:
+    """Lets rows travel as the configuration says; on CPUs nobody may ask for what is planned on a device."""
+    if c.transport == "auto":
+        return nullcontext()
+    exchanges = lambda transport, tokens, control, bound: (NcclRows(tokens, bound), None)  # noqa: E731
+    return patch.object(setup, "_device_exchanges", exchanges)
 
 
 def fit_each(configurations: Sequence[Configuration]) -> list[Outcome]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_swiftmoe.cluster import min_slots
 from lightning_swiftmoe.functional import activation_names
 from lightning_swiftmoe.placement.flexmoe import FlexMoEPolicy
-from tests.configs.optimizers import OPTIMIZERS, SCHEDULES
+from tests.configs.optimizers import KEEP_ROUNDING, OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,16 @@ class Configuration:
     """One training. Defaults are the simplest there is: a mismatch is shrunk towards them.
 
     Args:
-        tokens: of each rank in every batch, one number a rank; zeros are allowed.
+        tokens: of each rank in a batch, one number a rank; zeros are allowed.
+        rolls: every batch gives these numbers to other ranks than the one before.
         group_size: ``expert_parallel_size``.
         spare_slots: slots of a rank beyond those that every expert needs; ``"auto"`` leaves it to the strategy.
         transport: ``"auto"``; or ``"planned"``: rows planned as on a device, which adds them up in fp32.
         frozen: does not train: ``"router"``, ``"dense"`` (all but experts), ``"up"``, ``"down"`` or ``"experts"``.
         tied: ``"experts"``: all layers share one set; ``"layers"``: one layer is used again and again.
-        optimization: ``"automatic"``, ``"manual"``, or ``"two"`` optimizers by hand.
+        thaws: what is frozen trains from the second batch on.
+        optimization: ``"automatic"``; or by hand: ``"manual"`` with one optimizer, ``"two"`` that hold every other
+            Parameter, two ``"apart"``, for experts and for the rest, or the same that take ``"turns"``.
         recomputed: activation checkpointing around each layer: ``"plain"`` or ``"reentrant"``.
         validate_every: batches; 0 for never.
         seed: of weights and data.
@@ -47,6 +50,7 @@ class Configuration:
     shared_ffn_size: int = 0
 
     tokens: tuple[int, ...] = (4,)
+    rolls: bool = False
     group_size: int | None = None
     spare_slots: int | str = 0
     capacity_scope: str = "cluster"
@@ -61,6 +65,7 @@ class Configuration:
     accumulate: int = 1
     clip: str | None = None
     frozen: str | None = None
+    thaws: bool = False
     tied: str | None = None
     optimizer: str = "sgd"
     schedule: str | None = None
@@ -91,6 +96,11 @@ class Configuration:
     def is_exact(self) -> bool:
         """Whether all of it is computed in fp64."""
         return self.transport != "planned"
+
+    def parts(self, batch: int) -> tuple[int, ...]:
+        """Tokens of each rank in that batch."""
+        shift = batch % self.num_ranks if self.rolls else 0
+        return self.tokens[shift:] + self.tokens[:shift]
 
     def make_policy(self) -> Any:
         """For an ``ExpertRebalancer``."""
@@ -139,6 +149,14 @@ def configurations(draw: st.DrawFn) -> Configuration:
     # Where a router's gradient is zero on paper, its rounding errors have signs all the same, and Lion follows those.
     has_router_gradient = top_k < num_experts and (top_k > 1 or not normalize_topk)
     optimizers = [name for name in OPTIMIZERS if name != "lion" or has_router_gradient or frozen == "router"]
+    transport = one_of("auto", "auto", "planned") if num_ranks > 1 else "auto"
+    optimizers = [name for name in optimizers if transport != "planned" or name in KEEP_ROUNDING]
+    # Whoever takes turns leaves the others' gradients out, which DDP must be told.
+    kinds = ["automatic", "automatic", "manual", "two", "apart", *([] if recomputed == "reentrant" else ["turns"])]
+    optimization = one_of(*kinds)
+    # What DDP reduces is settled when it is made, so that nothing dense can thaw. An optimizer that has nothing to
+    # train yet cannot be clipped, nor have a turn.
+    thawing = ("up", "down") if optimization in ("apart", "turns") else ("up", "down", "experts")
     return Configuration(
         num_layers=num_layers,
         num_experts=num_experts,
@@ -154,27 +172,30 @@ def configurations(draw: st.DrawFn) -> Configuration:
         bias_update_rate=one_of(0.0, 0.0, 0.05),
         shared_ffn_size=one_of(0, 3),
         tokens=tokens,
+        rolls=draw(st.booleans()),
         group_size=group_size,
         spare_slots=one_of("auto", 0, 1, 2),
         capacity_scope=one_of("cluster", "rank"),
         # Refused with groups: asked for now and then.
         optimizer_state=one_of("decoupled", "decoupled", "bound") if group_size is None else draw(rarely("bound")),
         offload=draw(st.booleans()),
+        transport=transport,
         policy=one_of(*PLAIN_POLICIES, "flexmoe"),
         every_n_steps=one_of(1, 1, 2),
         batches=draw(st.integers(1, 5)),
         epochs=one_of(1, 1, 2),
-        accumulate=one_of(1, 1, 2, 3),
+        accumulate=1 if optimization == "turns" else one_of(1, 1, 2, 3),
         clip=one_of(None, "norm", "value"),
         frozen=frozen,
+        thaws=frozen in thawing and draw(st.booleans()),
         tied=tied,
         optimizer=one_of(*optimizers),
         schedule=one_of(None, *SCHEDULES),
-        optimization=one_of("automatic", "automatic", "manual", "two"),
+        optimization=optimization,
         recomputed=recomputed,
         validate_every=one_of(0, 0, 1, 2),
         # Looking for unused parameters and reentrant checkpointing do not go together in DDP.
-        find_unused=False if recomputed == "reentrant" else draw(st.booleans()),
+        find_unused=optimization == "turns" or (recomputed != "reentrant" and draw(st.booleans())),
         seed=draw(st.integers(0, 10_000)),
     )
 

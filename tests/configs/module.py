@@ -58,6 +58,10 @@ class Module(pl.LightningModule):
             elif any(word in name and "shared" not in name for word in words[part]):
                 param.requires_grad_(False)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.configuration.thaws and batch_idx == 1:
+            self.requires_grad_(True)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.inp(x)
         for moe in self.moes:
@@ -74,30 +78,43 @@ class Module(pl.LightningModule):
         x, y = batch
         return (self(x).squeeze(-1) - y).square().sum() / self.fair_share
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            return self._noted(batch)
         c = self.configuration
-        if not self.automatic_optimization:
-            for moe in self.moes:
-                moe.aux_loss_scale = 1 / c.accumulate
-        loss = self.loss(batch)
-        self.losses.append(loss.item())
-        if not self.automatic_optimization:
-            self.manual_backward(loss / c.accumulate)
-            if (batch_idx + 1) % c.accumulate == 0:
-                self._step_by_hand()
-        return loss
-
-    def _step_by_hand(self) -> None:
+        for moe in self.moes:
+            moe.aux_loss_scale = 1 / c.accumulate
         optimizers = self.optimizers()
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            if self.configuration.clip is not None:
-                self.clip_gradients(optimizer, **CLIPS[self.configuration.clip])
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        if c.optimization == "turns":
+            for optimizer in optimizers:
+                self.toggle_optimizer(optimizer)
+                self.manual_backward(self._noted(batch))
+                self._step(optimizer)
+                self.untoggle_optimizer(optimizer)
+        else:
+            self.manual_backward(self._noted(batch) / c.accumulate)
+            if (batch_idx + 1) % c.accumulate:
+                return None
+            for optimizer in optimizers:
+                self._step(optimizer)
         schedules = self.lr_schedulers()
         for schedule in schedules if isinstance(schedules, list) else [schedules]:
             if schedule is not None:
                 schedule.step()
+        return None
+
+    def _noted(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def _step(self, optimizer: Any) -> None:
+        """By hand."""
+        if self.configuration.clip is not None:
+            self.clip_gradients(optimizer, **CLIPS[self.configuration.clip])
+        optimizer.step()
+        optimizer.zero_grad()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         loss = self.loss(batch)
@@ -106,11 +123,14 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         c = self.configuration
-        params = [p for p in self.parameters() if p.requires_grad]
-        if c.optimization != "two" or len(params) < 2:
-            return with_schedule(OPTIMIZERS[c.optimizer](params), c.schedule)
-        halves = [params[::2], params[1::2]]
-        return tuple(with_schedule(OPTIMIZERS[c.optimizer](half), c.schedule) for half in halves)
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad or c.thaws}
+        parts = [list(params.values())]
+        if c.optimization == "two":
+            parts = [parts[0][::2], parts[0][1::2]]
+        elif c.optimization in ("apart", "turns"):
+            parts = [[p for name, p in params.items() if (".experts." in name) == experts] for experts in (False, True)]
+        made = tuple(with_schedule(OPTIMIZERS[c.optimizer](part), c.schedule) for part in parts if part)
+        return made if len(made) > 1 else made[0]
 
 
 def _moe(c: Configuration) -> MoE:
@@ -136,11 +156,9 @@ def batches(c: Configuration, rank: int | None = None) -> Batches:
     x = torch.randn(c.batches, sum(c.tokens), c.width, generator=generator, dtype=torch.float64)
     x[..., 0] += 1  # a common direction, so that experts draw uneven loads
     y = x.square().sum(-1).sin()
-    if rank is not None:
-        first = sum(c.tokens[:rank])
-        part = slice(first, first + c.tokens[rank])
-        x, y = x[:, part], y[:, part]
-    return Batches(x, y)
+    if rank is None:
+        return Batches(x, y)
+    return Batches(*([whole.split(c.parts(i))[rank] for i, whole in enumerate(both)] for both in (x, y)))
 
 
 def held_out(c: Configuration, rank: int | None = None) -> DataLoader | None:

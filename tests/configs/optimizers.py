@@ -45,6 +45,9 @@ OPTIMIZERS: dict[str, Callable[[Sequence[Parameter]], Optimizer]] = {
     "group_of_each": group_of_each,
 }
 
+# Their steps are as far off as gradients are.
+KEEP_ROUNDING = ("sgd", "momentum", "nesterov", "adagrad", "group_of_each")
+
 SCHEDULES: dict[str, tuple[str, Callable[[Optimizer], LRScheduler]]] = {
     "exponential": ("step", partial(ExponentialLR, gamma=0.5)),
     "warmup": ("step", partial(LambdaLR, lr_lambda=lambda step: min(1.0, step / 2))),

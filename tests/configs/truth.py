@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,15 @@ from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.layers.router import Routing
-from lightning_swiftmoe.placement import Placement, host_share, kept_counts, uniform
+from lightning_swiftmoe.placement import Placement, uniform
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.step import LayerStep, Step
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.configs.configuration import Configuration
 from tests.configs.module import Module, batches, held_out, trainer_options
 from tests.strategy.test_bytes import Recorder
+
+Table = list[list[int]]
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._step_before = trainer.global_step
-        self._place()
+        self._place(batch_idx)
         if not self._is_plain:
             for moe in self._moes:
                 moe.aux_loss_scale = 1 / trainer.accumulate_grad_batches
@@ -144,14 +147,16 @@ class Watch(pl.Callback):
         sharing = [[(routed, done) for moe, routed, done in found if moe.experts is experts] for experts in self._sets]
         self.counted.append([Counted(sum(routed for routed, _ in of), sum(done for _, done in of)) for of in sharing])
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._place()
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._place(batch_idx)
 
-    def _place(self) -> None:
-        """As the ranks did after as many steps."""
+    def _place(self, batch: int) -> None:
+        """Tokens of that batch, and experts as the ranks placed them after as many steps."""
         for moe, part in zip(self._moes, self._parts, strict=True):
             index, done = self._sets.index(moe.experts), len(self.counted)
-            part.placement = Placement(self._first, self.c.num_experts)
+            part.tokens, part.placement = self.c.parts(batch), Placement(self._first, self.c.num_experts)
             if 0 < done <= len(self.steps):
                 part.placement = self.steps[done - 1].layers[index].next_placement
 
@@ -166,6 +171,7 @@ class Parts:
 
     def __init__(self, c: Configuration) -> None:
         self.c = c
+        self.tokens: Sequence[int] = ()
         self.placement: Placement | None = None  # of all ranks
         self._routed: Any = 0
         self._processed: Any = 0
@@ -174,18 +180,18 @@ class Parts:
         self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         c, idx = self.c, routing.topk_idx.clone()
-        parts = idx.split(list(c.tokens))  # views: what is dropped there is dropped in idx
+        parts = idx.split(list(self.tokens))  # views: what is dropped there is dropped in idx
         counts = np.stack([np.bincount(part.flatten().numpy(), minlength=c.num_experts) for part in parts])
         processed = []
+        assert self.placement is not None
         for first in range(0, c.num_ranks, c.sharers):
-            ranks = range(first, first + c.sharers)
-            assert self.placement is not None
-            placement = Placement(self.placement.table[first : first + c.sharers], c.num_experts)
-            kept = kept_counts(counts[first : first + c.sharers], placement, capacity_factor, c.capacity_scope)
-            for rank, room in zip(ranks, kept.tolist(), strict=True):
-                drop(parts[rank], room)
-            processed.append(host_share(kept.sum(axis=0), placement).sum(axis=1))
-        load = np.concatenate(processed)
+            group = slice(first, first + c.sharers)
+            hosts = self.placement.multiplicity[group].tolist()
+            kept = room(counts[group].tolist(), hosts, capacity_factor, c.capacity_scope)
+            for part, left in zip(parts[group], kept, strict=True):
+                drop(part, list(left))
+            processed += shared_out(kept, hosts)
+        load = np.array(processed)
         if experts.training and not in_backward():
             self._routed, self._processed = self._routed + counts, self._processed + load
         y_TD = experts(x_TD, idx, routing.topk_weights)
@@ -202,6 +208,51 @@ class Parts:
         found = self._routed, self._processed
         self._routed = self._processed = 0
         return found
+
+
+def room(counts: Table, hosts: Table, factor: float | None, scope: str) -> Table:
+    """What every rank of a group may keep of every expert, one number after the other.
+
+    Args:
+        counts: ``[n][E]`` assignments that the ranks route.
+        hosts: ``[n][E]`` slots that the ranks give to experts.
+        factor, scope: of the capacity.
+    """
+    ranks, experts = range(len(counts)), range(len(counts[0]))
+    if factor is None:
+        return counts
+    if scope == "rank":
+        limits = [_whole(factor * sum(counts[rank]) / len(experts)) for rank in ranks]
+        return [[min(count, limits[rank]) for count in counts[rank]] for rank in ranks]
+    of_slot = _whole(factor * sum(map(sum, counts)) / sum(map(sum, hosts)))
+    kept = [[0 for _ in experts] for _ in ranks]
+    for expert in experts:
+        load = sum(counts[rank][expert] for rank in ranks)
+        capacity = min(load, of_slot * sum(hosts[rank][expert] for rank in ranks))
+        for rank, share in enumerate(_shares([counts[rank][expert] for rank in ranks], capacity)):
+            kept[rank][expert] = share
+    return kept
+
+
+def shared_out(kept: Table, hosts: Table) -> list[int]:
+    """What every rank of a group processes."""
+    done = [0] * len(hosts)
+    for expert in range(len(hosts[0])):
+        load = sum(row[expert] for row in kept)
+        for rank, share in enumerate(_shares([row[expert] for row in hosts], load)):
+            done[rank] += share
+    return done
+
+
+def _shares(weights: list[int], total: int) -> list[int]:
+    """``total`` in proportion to ``weights``, the sums from the first on rounded down."""
+    ends = [sum(weights[: i + 1]) * total // max(sum(weights), 1) for i in range(len(weights))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _whole(number: float) -> int:
+    """Rounded up, but for what is only a rounding error above."""
+    return math.ceil(round(number, 6))
 
 
 def drop(idx_TK: Tensor, room: list[int]) -> None:
