@@ -128,7 +128,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    num_ranks = one_of(1, 2, 3, 4)
+    num_ranks = one_of(1, 2, 2, 3, 3, 4, 4)
     spread = one_of("even", "uneven")
     if spread == "even":
         tokens = (draw(st.integers(1, 9)),) * num_ranks
@@ -136,8 +136,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
         tokens = tuple(draw(st.integers(0, 9)) for _ in range(num_ranks))
     tokens = tokens if any(tokens) else (1, *tokens[1:])
     group_size = one_of(None, None, *(size for size in range(1, num_ranks + 1) if num_ranks % size == 0))
-    num_experts = draw(st.integers(1, 7))
-    top_k = draw(st.integers(1, min(num_experts, 4)))
+    num_experts = one_of(*range(1, 8))
+    top_k = one_of(*range(1, min(num_experts, 4) + 1))
     num_layers = one_of(1, 2, 3)
     tied = one_of(None, None, "experts", "layers")
     # DDP takes a router that reentrant checkpoints reach twice for two gradients of one step.
@@ -161,8 +161,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
         num_layers=num_layers,
         num_experts=num_experts,
         top_k=top_k,
-        width=draw(st.integers(1, 9)),
-        ffn_size=draw(st.integers(1, 9)),
+        width=one_of(*range(1, 10)),
+        ffn_size=one_of(*range(1, 10)),
         activation=one_of(*activation_names()),
         score=one_of("softmax", "sigmoid"),
         normalize_topk=normalize_topk,
@@ -182,7 +182,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
         transport=transport,
         policy=one_of(*PLAIN_POLICIES, "flexmoe"),
         every_n_steps=one_of(1, 1, 2),
-        batches=draw(st.integers(1, 5)),
+        batches=one_of(1, 2, 3, 4, 5),
         epochs=one_of(1, 1, 2),
         accumulate=1 if optimization == "turns" else one_of(1, 1, 2, 3),
         clip=one_of(None, "norm", "value"),
@@ -201,12 +201,12 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 
 def drawn(count: int, seed: int) -> list[Configuration]:
-    """The same ``count`` configurations for the same ``seed``."""
-    found: list[Configuration] = []
+    """The same ``count`` configurations, different in more than their own seeds, for the same ``seed``."""
+    found: dict[Configuration, Configuration] = {}
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=2 * count,  # some come twice
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
@@ -214,7 +214,8 @@ def drawn(count: int, seed: int) -> list[Configuration]:
     )
     @hypothesis.given(configurations())
     def draw(configuration: Configuration) -> None:
-        found.append(configuration)
+        if len(found) < count:
+            found.setdefault(dataclasses.replace(configuration, seed=0), configuration)
 
     draw()
-    return found
+    return list(found.values())
