@@ -81,8 +81,11 @@ def rows_of(c: Configuration) -> AbstractContextManager[Any]:
 def fit_each(configurations: Sequence[Configuration]) -> list[Outcome]:
     """On every rank: one after the other, up to the first that did not train; ranks are not used on after that."""
     found: list[Outcome] = []
+    dist.barrier()  # who is refused at once may not leave while others still connect to it
     for c in configurations:
         found.append(fit(c))
+        if found[-1].refused:
+            dist.barrier()
         if found[-1].refused or found[-1].failed:
             break
     return found
