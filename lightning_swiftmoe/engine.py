@@ -213,7 +213,8 @@ class ExpertEngine:
         """
         self._stepped = True
         self._stale = True
-        self._optimizer_states = ChainMap(*states)
+        # Copies: asked for what they lack, the dictionaries of optimizers make it, and others would not be asked.
+        self._optimizer_states = ChainMap(*map(dict, states))
         self._gradients.reset()
 
     def end_step(self) -> None:

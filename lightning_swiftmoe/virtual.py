@@ -85,6 +85,12 @@ class VirtualCluster(ExpertRebalancer):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Weights are sent before validation too, to where the last step has put the experts.
+        if self._virtual is not None:
+            self._virtual.begin_forward(training=False)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.leave()
         self._virtual = None

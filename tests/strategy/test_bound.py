@@ -132,6 +132,27 @@ class WithRow(torch.optim.SGD):
         return loss
 
 
+class DenseFirst(Net):
+    """One optimizer for everything but experts, and behind it one for all of them, which has moments."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        experts = [p for name, p in self.named_parameters() if ".experts." in name]
+        rest = [p for name, p in self.named_parameters() if ".experts." not in name]
+        return [torch.optim.SGD(rest, lr=0.1), torch.optim.AdamW(experts, lr=0.02)]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_state_of_the_second_optimizer_moves():
+    compare(3, Job(module=DenseFirst, trainer={"max_steps": 10}, strategy=BOUND), 1e-9)
+
+
 class TwoOptimizers(Net):
     """Lightning asks for manual optimization where there are several."""
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from lightning_swiftmoe.virtual import VirtualCluster
-from tests.jobs import Job, Net, data, largest_error, make_trainer, train
+from tests.jobs import Job, Net, data, largest_error, make_trainer, our_trainer, train
 from tests.ranks import run_ranks
 from tests.strategy.test_bytes import Recorder
 
@@ -42,6 +44,31 @@ def test_same_drops_and_weights(policy, top_k):
             assert (a.rank_load == b.rank_load).all()
             assert a.next_placement == b.next_placement
     assert largest_error(real_weights, virtual_weights) < 1e-9
+
+
+class Validates(Net):
+    """Notes the loss of validation batches; every rank has its own part."""
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(self.loss(batch).item())
+
+
+def fit_and_validate(job, trainer, part, num_parts):
+    module = Validates(job).double()
+    held_out = DataLoader(list(data(dataclasses.replace(job, steps=2), part, num_parts)), batch_size=None)
+    trainer.fit(module, data(job, part, num_parts), held_out)
+    return module.seen
+
+
+def validate_on_ranks(job):
+    return fit_and_validate(job, our_trainer(job), dist.get_rank(), dist.get_world_size())
+
+
+def test_validation_drops_by_the_placement_that_follows_the_last_step():
+    job = dataclasses.replace(JOB, policy="random", trainer={"val_check_interval": 2, "num_sanity_val_steps": 0})
+    losses = np.mean(run_ranks(4, validate_on_ranks, job), axis=0)
+    virtual = make_trainer(job, callbacks=[VirtualCluster(4, job.slots, policy=job.policy)])
+    np.testing.assert_allclose(fit_and_validate(job, virtual, 0, 1), losses, rtol=1e-9)
 
 
 def test_proportional_keeps_more_than_static():
