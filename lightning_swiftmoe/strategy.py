@@ -31,6 +31,7 @@ from lightning_swiftmoe._compat import (
     WrappingCheckpointIO,
     asked_to_end,
     is_weight_averaging,
+    pruned_by,
     requeue,
     run_closure,
     trainer_callbacks,
@@ -63,7 +64,7 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, check_unchanged
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
@@ -182,6 +183,7 @@ class SwiftMoEStrategy(DDPStrategy):
                     "every step: use lightning_swiftmoe.WeightEMA in its place"
                 )
         for name, moe in moe_layers(model).items():
+            check_unchanged(moe.experts, f"{name}.experts")
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
@@ -209,6 +211,7 @@ class SwiftMoEStrategy(DDPStrategy):
         if self._trainer.state.fn != TrainerFn.FITTING:
             super().model_to_device()
             return
+        self._refuse_pruning()
         self._make_engine()
         for hosted in self._experts.values():
             hosted.withdraw()
@@ -216,6 +219,18 @@ class SwiftMoEStrategy(DDPStrategy):
         for hosted in self._experts.values():
             hosted.install()
         self._compile()
+
+    def _refuse_pruning(self) -> None:
+        """Before training, which a callback would let go on for an epoch; its ``setup`` says what it prunes."""
+        experts = {moe.experts: f"{name}.experts" for name, moe in moe_layers(self._module).items()}
+        for callback in trainer_callbacks(self._trainer):
+            for module, key in pruned_by(callback):
+                if module in experts:
+                    raise ValueError(
+                        f"{type(callback).__name__} prunes {experts[module]}.{key}, which would not reach the weights "
+                        "that ranks compute with: leave experts out of parameters_to_prune, or multiply their weights "
+                        "by a mask in on_train_batch_end"
+                    )
 
     def _compile(self) -> None:
         """Before DDP comes: it would take the rehearsal for a step."""
@@ -333,6 +348,7 @@ class SwiftMoEStrategy(DDPStrategy):
             self._begin_forward(training=True)
             for name, moe in moe_layers(self._module).items():
                 self._refuse_stranger(name, moe)
+                check_unchanged(moe.experts, f"{name}.experts")
                 moe.aux_loss_scale = 1 / self._micro_batches
         return super().training_step(*args, **kwargs)
 
