@@ -1,7 +1,7 @@
 """``python -m tests.semantics.peers``: what Lightning users do, on ours and on other strategies, beside one process.
 
-Options: ``rows=NAME,...``, ``systems=NAME,...`` (all without them); ``json=FILE`` to write, where cells that are not run
-stay; ``page=FILE`` whose table is written anew.
+Options: ``rows=NAME,...``, ``systems=NAME,...`` (all without them); ``json=FILE`` to write, where cells that do not
+run stay; ``page=FILE`` whose table is written anew.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -474,6 +475,7 @@ def fit_often(system: System, folder: Path) -> int:
     open_files = []
     for _ in range(10):
         make_trainer(system, max_steps=1).fit(Model(system), Batches(1, rank, num_ranks))
+        gc.collect()
         open_files.append(len(os.listdir("/proc/self/fd")))
     return open_files[-1] - open_files[0]
 
