@@ -214,6 +214,8 @@ def compare(results: list[Result], expected: Result, bound: float) -> str:
     if not off < bound:
         return f"wrong: weights off by {off:.1e}"
     off = max(difference_of_seen(result.seen, expected.seen) for result in results)
+    if off == float("inf"):
+        return "wrong: the module sees other names or shapes"
     return "right" if off < bound else f"wrong: what the module sees is off by {off:.1e}"
 
 

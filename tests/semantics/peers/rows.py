@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import grad_norm
 
 from tests.jobs import full
-from tests.semantics.peers.cells import Cell, Ended, Job, compare, difference
-from tests.semantics.peers.systems import ALONE, Batches, Model, System, make_trainer
+from tests.semantics.peers.cells import TIMEOUT_S, Cell, Ended, Job, compare, difference
+from tests.semantics.peers.systems import ALONE, Batches, Model, SlurmRanks, System, make_trainer
 
 RIGHT = "right"
 
@@ -764,15 +767,109 @@ def one_told_to_end(cell):
     return signalled(cell, SignalledOne)
 
 
-class Raises(Model):
-    def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and batch_idx == 2:
-            raise ValueError("the first cause")
-        return self.loss(batch)
+class Requeued(Signalled):
+    signum = signal.SIGUSR1
 
 
-class Dies(Model):
-    def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and batch_idx == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.loss(batch)
+@row(
+    "SLURM's requeue signal: a checkpoint, and the job is asked for again",
+    "strategy/test_signals.py::test_a_job_that_slurm_requeues",
+)
+def requeued(cell):
+    asked = cell.folder / "asked"
+    scontrol = cell.folder / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    before = dict(os.environ)
+    os.environ.update(PATH=f"{cell.folder}{os.pathsep}{before['PATH']}", SLURM_JOB_ID="7")
+    job = Job(Requeued, steps=5, trainer={"environment": SlurmRanks, "default_root_dir": str(cell.folder)})
+    said = "goes on"
+    try:
+        cell.train(job)
+    except Ended as ended:
+        said = str(ended)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    saved = list(cell.folder.glob("hpc_ckpt_*.ckpt"))
+    if not saved or not asked.exists():
+        return f"wrong: {'no checkpoint' if not saved else 'nobody asked for the job again'} ({said})"
+    return compare(cell.train(Job(steps=5, ckpt_path=str(saved[0]))), cell.alone(Job(steps=5)), cell.system.bound)
+
+
+def launch(cell: Cell, what: str) -> tuple[int | None, list[str]]:
+    """Exit code, None where it does not end, and lines of a job whose ranks Lightning starts."""
+    command = [sys.executable, "-m", "tests.semantics.peers.launched", cell.system.name, what]
+    log = cell.folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, log.read_text().rstrip().splitlines()
+
+
+def tells(cell: Cell, what: str, cause: str) -> str:
+    """The job ends, and its last 30 lines, a screen, name the cause."""
+    code, lines = launch(cell, what)
+    if code is None:
+        return f"hangs ({TIMEOUT_S:.0f} s)"
+    where = [number for number, line in enumerate(reversed(lines), start=1) if cause in line]
+    if code == 0 or not where:
+        return f"wrong: ends with {code}, and none of {len(lines)} lines says it"
+    return RIGHT if where[0] <= 30 else f"wrong: said {where[0]} lines above the end"
+
+
+@row(
+    "rank 1 raises: the job ends, and the last 30 lines name the cause",
+    "strategy/test_failure.py::test_the_job_ends_with_the_first_cause",
+)
+def rank_raises(cell):
+    return tells(cell, "raises", "ValueError: the first cause")
+
+
+@row("rank 1 is killed (-9): the same", "strategy/test_failure.py::test_the_job_ends_with_the_first_cause")
+def rank_dies(cell):
+    return tells(cell, "dies", "SIGKILL")
+
+
+# -- what only ours has -----------------------------------------------------------------------------------------------
+
+
+def only_ours(name: str, what: str, test: str) -> None:
+    """A row that other strategies have no part in; its cell of ours is the test."""
+    ROWS[name] = Row(what, test, lambda cell: "right, by the test" if cell.system.name == "ours" else "-")
+
+
+only_ours(
+    "capacity_scope",
+    '`capacity_scope="rank"` on one rank drops as a plain layer',
+    "semantics/test_counts.py::test_capacity_scope_rank_on_one_rank_is_a_plain_layer",
+)
+only_ours(
+    "stopped_run",
+    "`swiftmoe train` is stopped, and goes on bit for bit",
+    "cli/test_train_resume.py::test_a_stopped_run_goes_on_to_the_same_end",
+)
+only_ours(
+    "trace",
+    "the trace of a killed run that is resumed",
+    "strategy/test_trace.py::test_killed_and_resumed_is_as_never_interrupted",
+)
+only_ours(
+    "mistakes",
+    "mistakes in arguments: one line, with what was meant",
+    "strategy/test_bad_input.py::test_strategy_arguments",
+)
+only_ours("command_mistakes", "the same on the command line", "cli/test_train_mistakes.py::test_one_line_and_status_2")
+only_ours(
+    "vouched_optimizer",
+    "an optimizer that cannot be tried, vouched for",
+    "cli/test_train_mistakes.py::test_a_user_may_vouch_for_an_optimizer",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
@@ -235,8 +238,24 @@ class Batches:
         self.next = state["next"]
 
 
-def make_trainer(system: System, **options: Any) -> pl.Trainer:
-    """A Trainer on this rank, whose process group exists already; two ranks where there is none yet."""
+class SlurmRanks(SLURMEnvironment):
+    """As ``Ranks``, under SLURM, whose wish to run a job again later Lightning then hears."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=True, requeue_signal=signal.SIGUSR1)
+
+    world_size, set_world_size = Ranks.world_size, Ranks.set_world_size
+    global_rank, set_global_rank = Ranks.global_rank, Ranks.set_global_rank
+    local_rank, node_rank = Ranks.local_rank, Ranks.node_rank
+    main_address, main_port = Ranks.main_address, Ranks.main_port
+    creates_processes_externally = True
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Nothing was asked of SLURM."""
+
+
+def make_trainer(system: System, environment: type[ClusterEnvironment] = Ranks, **options: Any) -> pl.Trainer:
+    """A Trainer on this rank, whose process group exists already; else Lightning starts ranks."""
     arguments: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -250,5 +269,5 @@ def make_trainer(system: System, **options: Any) -> pl.Trainer:
     }
     if dist.is_initialized():
         arguments["num_nodes"] = dist.get_world_size()
-        arguments["plugins"] = [Ranks(), *arguments.get("plugins", [])]
+        arguments["plugins"] = [environment(), *arguments.get("plugins", [])]
     return pl.Trainer(**arguments)

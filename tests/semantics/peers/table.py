@@ -8,6 +8,7 @@ from tests.semantics.peers.rows import ROWS
 from tests.semantics.peers.systems import SYSTEMS
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+_LONGEST = 150  # characters of a cell
 
 
 def write_table(page: Path, cells: dict[str, dict[str, str]]) -> None:
@@ -23,8 +24,14 @@ def table(cells: dict[str, dict[str, str]]) -> str:
     lines.append("|---|" + "---|" * len(SYSTEMS))
     for name, verdicts in cells.items():
         row = ROWS[name]
-        found = [verdicts.get(system, "not run").replace("|", "\\|") for system in SYSTEMS]
+        found = [_short(verdicts.get(system, "not run")) for system in SYSTEMS]
         path, _, test = row.test.partition("::")
         found[0] += f" ([{test}](../../tests/{path}))"
         lines.append(f"| {row.what} | " + " | ".join(found) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _short(verdict: str) -> str:
+    """On a line; the whole of it is in the JSON file."""
+    verdict = verdict.replace("|", "\\|").replace("`", "")
+    return verdict if len(verdict) <= _LONGEST else verdict[:_LONGEST].rstrip() + " ..."
