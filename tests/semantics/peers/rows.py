@@ -445,7 +445,7 @@ def finds_rate(cell):
     return cell.equals_one_process(module=Finds, callbacks=finder, trainer=root)
 
 
-@row("`GradientAccumulationScheduler`", "semantics/test_lightning_features.py::test_accumulation_schedule")
+@row("`GradientAccumulationScheduler`", "semantics/test_stock_callbacks.py::test_accumulation_schedule")
 def schedules_accumulation(cell):
     scheduler = lambda: [GradientAccumulationScheduler({0: 1, 1: 2})]  # noqa: E731
     return cell.equals_one_process(batches=2, callbacks=scheduler)
