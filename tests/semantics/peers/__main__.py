@@ -30,6 +30,11 @@ def main(argv: list[str]) -> int:
             print(f"error: unknown setting {key!r}; there are {', '.join(options)}", file=sys.stderr)
             return 2
         options[key] = value
+    for key, known in (("rows", ROWS), ("systems", SYSTEMS)):
+        unknown = [name for name in options[key].split(",") if name not in known]
+        if unknown:
+            print(f"error: {key}={','.join(unknown)} is unknown; there are {', '.join(known)}", file=sys.stderr)
+            return 2
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     file = Path(options["json"]) if options["json"] else None

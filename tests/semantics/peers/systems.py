@@ -224,10 +224,11 @@ class Batches:
         return len(self.batches)
 
     def __iter__(self):
+        if self.next == len(self.batches):
+            self.next = 0  # Lightning never asks for one more than there are
         while self.next < len(self.batches):
             self.next += 1
             yield self.batches[self.next - 1]
-        self.next = 0
 
     def state_dict(self) -> dict[str, int]:
         """For Lightning's checkpoints."""
