@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -28,6 +28,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.amp import GradScaler
+from torch.nn import Module
 from torch.optim import Optimizer
 
 _OTHER_STRATEGIES = "pytorch_lightning.strategies"
@@ -46,6 +47,7 @@ __all__ = [
     "asked_to_end",
     "end_fit",
     "is_weight_averaging",
+    "pruned_by",
     "refuse_other_namespace",
     "register_strategy",
     "requeue",
@@ -218,6 +220,11 @@ def will_log(trainer: Trainer) -> bool:
 def is_weight_averaging(callback: Callback) -> bool:
     """Stock callbacks that average parameters by position."""
     return isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+
+
+def pruned_by(callback: Callback) -> list[tuple[Module, str]]:
+    """Modules and names of the Parameters that the stock callback prunes; it knows them from its ``setup`` on."""
+    return list(callback._parameters_to_prune or ()) if isinstance(callback, ModelPruning) else []
 
 
 def refuse_other_namespace(names: list[str]) -> None:

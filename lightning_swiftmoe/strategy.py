@@ -28,6 +28,7 @@ from lightning_swiftmoe._compat import (
     asked_to_end,
     is_weight_averaging,
     loss_scaler,
+    pruned_by,
     requeue,
     run_closure,
     set_loss_scaler,
@@ -53,6 +54,7 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
@@ -182,6 +184,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                     "every step: use lightning_swiftmoe.WeightEMA in its place"
                 )
         for name, moe in moe_layers(model).items():
+            check_unchanged(moe.experts, f"{name}.experts")
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
@@ -209,6 +212,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if self._trainer.state.fn != TrainerFn.FITTING:
             super().model_to_device()
             return
+        self._refuse_pruning()
         self._make_engine()
         for hosted in self._experts.values():
             hosted.withdraw()
@@ -220,6 +224,18 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if scaler is not None and self.num_nodes * self.num_processes > 1:
             self._own_scaler = scaler
             set_loss_scaler(self.precision_plugin, shared_scaler(scaler, self.root_device.type))
+
+    def _refuse_pruning(self) -> None:
+        """Before training, which a callback would let go on for an epoch; its ``setup`` says what it prunes."""
+        experts = {moe.experts: f"{name}.experts" for name, moe in moe_layers(self._module).items()}
+        for callback in trainer_callbacks(self._trainer):
+            for module, key in pruned_by(callback):
+                if module in experts:
+                    raise ValueError(
+                        f"{type(callback).__name__} prunes {experts[module]}.{key}, which would not reach the weights "
+                        "that ranks compute with: leave experts out of parameters_to_prune, or multiply their weights "
+                        "by a mask in on_train_batch_end"
+                    )
 
     def _compile(self) -> None:
         """Before DDP comes: it would take the rehearsal for a step."""
@@ -340,6 +356,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             for name, moe in moe_layers(self._module).items():
                 self._refuse_stranger(name, moe)
                 moe.aux_loss_scale = scale
+                check_unchanged(moe.experts, f"{name}.experts")
+                moe.aux_loss_scale = 1 / self._micro_batches
         return super().training_step(*args, **kwargs)
 
     @override

@@ -106,10 +106,11 @@ class Batches:
         return len(self.x)
 
     def __iter__(self):
+        if self.next == len(self.x):
+            self.next = 0  # Lightning never asks for one more than there are
         while self.next < len(self.x):
             self.next += 1
             yield self.x[self.next - 1], self.y[self.next - 1]
-        self.next = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"next": self.next}

@@ -26,6 +26,20 @@ from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFact
 from lightning_swiftmoe.placement import Placement
 
 
+def check_unchanged(experts: Experts, name: str) -> None:
+    """Products take residents, which stand for the Parameters that ``Experts`` made, and for nothing else.
+
+    Raises:
+        ValueError: somebody replaced these Parameters: pruning, weight norm, another parametrization.
+    """
+    for key in (experts.up_name, "down_proj"):
+        if key not in experts._parameters:
+            raise ValueError(
+                f"{name}.{key} is no Parameter any more: pruning and parametrizations of experts would not reach the "
+                "weights that ranks compute with. Leave experts out, or edit their weights in on_train_batch_end"
+            )
+
+
 class HostedExperts(ABC):
     """Takes over the Parameters of ``experts``; ``restore`` gives them back.
 
@@ -114,6 +128,7 @@ class HostedExperts(ABC):
 
     def restore(self) -> None:
         """Give the user's Parameters their full canonical weights back, on every rank. Collective."""
+        check_unchanged(self.experts, self.name)
         for key, original in self.originals.items():
             param = self.parameters[key]
             full = self.gather(key, self.local(key), "setup")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +73,8 @@ class Groups:
         ranks = torch.arange(dist.get_world_size()).view(replicas.size(), experts.size())
         mesh = DeviceMesh.from_group([replicas, experts], kind, ranks, mesh_dim_names=names)
         return ExpertMesh(mesh, (Replicate(), Shard(1)))
+
+
+def forget_meshes() -> None:
+    """Let torch forget how it treated tensors on the meshes of a fit: what it remembers keeps their groups open."""
+    _clear_sharding_prop_cache()

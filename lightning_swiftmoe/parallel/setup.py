@@ -23,7 +23,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
-from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups
+from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
@@ -166,6 +166,7 @@ class Parallelism:
             self.watchdog.close()
         for group in self._created():
             dist.destroy_process_group(group)
+        forget_meshes()
 
     def abort(self) -> None:
         """Leave without the other ranks, after an error. The default group is left when the process ends."""
