@@ -164,11 +164,11 @@ def run_processes(num_ranks: int, distributed: bool, folder: Path, fn: Callable[
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    # The one that raised first is the cause; others only lost their connection to it, or will when those that hang end.
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     for process in processes:
         process.kill()
         process.join()
-    # The one that raised first is the cause; others only lost their connection to it.
-    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     step = (folder / "step").read_text() if (folder / "step").exists() else None
     when = "refused" if step is None else f"fails in step {int(step) + 1}"
     if errors:
