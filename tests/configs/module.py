@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from lightning_swiftmoe import MoE
 from tests.configs.configuration import Configuration
 from tests.configs.optimizers import OPTIMIZERS, with_schedule
-from tests.jobs import Batches
 
 CLIPS: dict[str, dict[str, Any]] = {
     "norm": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "norm"},
@@ -94,8 +93,8 @@ class Module(pl.LightningModule):
                 self.untoggle_optimizer(optimizer)
         else:
             self.manual_backward(self._noted(batch) / c.accumulate)
-            if (batch_idx + 1) % c.accumulate:
-                return None
+            if (batch_idx + 1) % c.accumulate and batch_idx + 1 < c.batches:
+                return None  # the last batch of an epoch steps, as in automatic optimization
             for optimizer in optimizers:
                 self._step(optimizer)
         schedules = self.lr_schedulers()
@@ -150,23 +149,20 @@ def _moe(c: Configuration) -> MoE:
     )
 
 
-def batches(c: Configuration, rank: int | None = None) -> Batches:
+def batches(c: Configuration, rank: int | None = None) -> DataLoader:
     """This rank's part of every batch; None: all of it, in rank order."""
     generator = torch.Generator().manual_seed(c.seed + 1)
     x = torch.randn(c.batches, sum(c.tokens), c.width, generator=generator, dtype=torch.float64)
     x[..., 0] += 1  # a common direction, so that experts draw uneven loads
-    y = x.square().sum(-1).sin()
-    if rank is None:
-        return Batches(x, y)
-    return Batches(*([whole.split(c.parts(i))[rank] for i, whole in enumerate(both)] for both in (x, y)))
+    pairs = list(zip(x, x.square().sum(-1).sin(), strict=True))
+    if rank is not None:
+        pairs = [tuple(whole.split(c.parts(i))[rank] for whole in pair) for i, pair in enumerate(pairs)]
+    return DataLoader(pairs, batch_size=None)
 
 
 def held_out(c: Configuration, rank: int | None = None) -> DataLoader | None:
     """Two batches to validate on."""
-    if not c.validate_every:
-        return None
-    part = batches(c, rank)
-    return DataLoader(list(zip(part.x[:2], part.y[:2], strict=True)), batch_size=None)
+    return DataLoader(batches(c, rank).dataset[:2], batch_size=None) if c.validate_every else None
 
 
 def trainer_options(c: Configuration) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def test_ranks_equal_one_process(num_ranks):
     assert not wrong
 
 
+def test_every_epoch_trains():
+    ((_, (outcome,)),) = on_ranks([Configuration(batches=3, epochs=2, accumulate=2)])
+    assert (len(outcome.losses), len(outcome.steps)) == (6, 4)
+
+
 DROPS = Configuration(
     num_experts=4, capacity_factor=1.0, tokens=(5, 3), policy="random", batches=3, spare_slots=1, validate_every=1
 )
