@@ -355,9 +355,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             scale = self._aux_loss_scale()
             for name, moe in moe_layers(self._module).items():
                 self._refuse_stranger(name, moe)
-                moe.aux_loss_scale = scale
                 check_unchanged(moe.experts, f"{name}.experts")
-                moe.aux_loss_scale = 1 / self._micro_batches
+                moe.aux_loss_scale = scale
         return super().training_step(*args, **kwargs)
 
     @override

@@ -10,7 +10,7 @@ from tests.configs.configuration import Configuration, drawn
 
 pytestmark = pytest.mark.distributed
 
-COUNT = 25
+COUNT = 20
 
 
 def test_the_same_seed_draws_the_same():
