@@ -1,10 +1,6 @@
 """Checks of the peer shard kernels in the interpreter. Run as a module in its own process: the switch is read on
 import."""
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import itertools
 
 import torch

@@ -1,10 +1,8 @@
 """Every Triton kernel that the interpreter can run, in fp32, in processes with the interpreter on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 
@@ -18,11 +16,4 @@ GROUPS = (
 
 @pytest.mark.parametrize("groups", GROUPS)
 def test_kernels_in_the_interpreter(groups: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted", *groups.split()],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    run_interpreted("tests.kernels.interpreted", *groups.split())

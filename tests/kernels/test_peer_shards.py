@@ -1,27 +1,16 @@
 """Expert state through peers' memory: the kernels in the interpreter, in a process of its own, and compiled."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from lightning_swiftmoe.kernels.shards.peer_shards import Residents
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 
 
 def test_kernels_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.peer_shards_interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    assert result.stdout == "ok\n"
+    assert run_interpreted("tests.kernels.peer_shards_interpreted") == "ok\n"
 
 
 def test_residents_stand_by_rank() -> None:

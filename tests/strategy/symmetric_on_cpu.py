@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 
-os.environ["TRITON_INTERPRET"] = "1"
 # Ranks are forked from this process, and a forked OpenMP pool hangs. A number set by hand would not do: where the
 # variable is missing, launching sets another.
 os.environ["OMP_NUM_THREADS"] = "1"

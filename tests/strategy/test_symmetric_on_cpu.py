@@ -1,10 +1,8 @@
 """The ``symmetric`` transport trains as one process does: without GPUs, in processes with the interpreter on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.distributed
@@ -20,11 +18,4 @@ pytestmark = pytest.mark.distributed
     ],
 )
 def test_weights_are_those_of_one_process(num_ranks: int, cases: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.strategy.symmetric_on_cpu", str(num_ranks), *cases.split()],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    run_interpreted("tests.strategy.symmetric_on_cpu", str(num_ranks), *cases.split())

@@ -1,11 +1,7 @@
 """Checks of the token dispatch kernels in the interpreter. Run as a module in its own process: the switch is read on
 import."""
 
-import os
 import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 from dataclasses import fields
 
 import numpy as np
