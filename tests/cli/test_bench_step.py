@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from lightning_swiftmoe.cli.bench_step import category
+from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.trace_file import read_trace
 
 SMALL = ["data.seq_len=32", "data.batch_size=8", "data.limit_bytes=50000", "warmup=2", "steps=3"]
@@ -65,10 +66,13 @@ def test_what_rank_0_measured_arrives(tmp_path, start_method):
         ),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, argument, words):
-    status, text = bench(tmp_path, argument)
-    assert status == 2
-    (line,) = text.splitlines()
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capfd, argument, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "step", argument]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
     assert words in line
 
 

@@ -7,15 +7,24 @@ import torch
 
 from lightning_swiftmoe.cli import restarts
 from lightning_swiftmoe.cli.main import main
-from tests.cli.test_train_resume import QUICK, losses, train, weights
+from tests.cli.test_train_resume import QUICK, ROOT, losses, train, weights
+
+
+def supervise(*argv, capfd):
+    """Exit code, and what the supervisor in this process and the runs in theirs said."""
+    code = main(["train", *argv])
+    captured = capfd.readouterr()
+    return code, captured.out + captured.err
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_killed_ranks(tmp_path):
+def test_killed_ranks(tmp_path, monkeypatch, capfd):
     """Before the first checkpoint, and behind it; the first rank, and another."""
-    common = [*QUICK, "trainer.max_steps=9", "callbacks.checkpoint.every_n_steps=4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    common = [*QUICK, "trainer.max_steps=9", "callbacks.checkpoint.every_n_steps=4", "cluster.start_method=fork"]
     code, text = train(tmp_path, *common, "hydra.run.dir=whole")
     assert code == 0, text
     kills = [
@@ -23,7 +32,7 @@ def test_killed_ranks(tmp_path):
         f"+callbacks.kills.where={tmp_path}",
         "+callbacks.kills.kills={2:1,6:0}",
     ]
-    code, text = train(tmp_path, *common, *kills, "restarts=2", "hydra.run.dir=killed")
+    code, text = supervise(*common, *kills, "restarts=2", "hydra.run.dir=killed", capfd=capfd)
     assert code == 0, text
     assert "restart 1 of 2, from the start: nothing is saved yet" in text
     assert "restart 2 of 2, from step-4.ckpt" in text
@@ -34,8 +43,9 @@ def test_killed_ranks(tmp_path):
     assert all(torch.equal(weights(killed, 9)[name], value) for name, value in expected.items())
 
 
-def test_a_mistake_is_not_made_again(tmp_path):
-    code, text = train(tmp_path, *QUICK, "restarts=5", "model.num_expert=3")
+def test_a_mistake_is_not_made_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    code, text = supervise(*QUICK, "restarts=5", "model.num_expert=3", capfd=capfd)
     assert code == 2
     assert "restart" not in text
     assert text.count("error:") == 1

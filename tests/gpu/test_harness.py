@@ -52,14 +52,12 @@ def test_results_come_in_rank_order_from_the_same_processes(hosts):
         ("sleeps", "rank 1: no answer after 2 s"),
     ],
 )
-def test_a_failure_is_named_and_the_ranks_start_anew(how, message):
-    pool = RankPool(2, "cpu")
-    try:
-        with pytest.raises(RuntimeError, match=message):
-            pool.run(fail_on_one, how, timeout_s=2 if how == "sleeps" else 60)
-        assert pool.run(total, 0) == [(0, 1.0), (1, 1.0)]
-    finally:
-        pool.stop()
+def test_a_failure_is_named_and_the_ranks_start_anew(hosts, how, message):
+    before = hosts.run(os.getpid)
+    with pytest.raises(RuntimeError, match=message):
+        hosts.run(fail_on_one, how, timeout_s=2 if how == "sleeps" else 60)
+    assert hosts.run(total, 0) == [(0, 1.0), (1, 1.0)]
+    assert not set(hosts.run(os.getpid)) & set(before)
 
 
 def test_a_fit(hosts):
