@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs import Job, largest_error, train_alone
+from tests.jobs import Job, largest_error, train, train_alone
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +34,7 @@ class Signalled(Net):
         return data(self.job, self.global_rank, self.trainer.world_size)
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == {step} and self.global_rank == {rank} and not {resumes}:
+        if batch_idx == {step} and self.global_rank == {rank}:
             {send}
         return super().training_step(batch, batch_idx)
 
@@ -61,7 +62,7 @@ if __name__ == "__main__":
         default_root_dir="{folder}", callbacks=[saves], plugins=[Slurm()] if {slurm} else [],
         strategy=SwiftMoEStrategy(slots_per_rank=5, timeout=30, start_method="{start}"),
     )
-    trainer.fit(Signalled(Job(slots=5, steps={steps})), ckpt_path="{folder}/{name}.ckpt" if {resumes} else None)
+    trainer.fit(Signalled(Job(slots=5, steps={steps})))
 """
 
 TO_ONE = "os.kill(os.getpid(), signal.{})"
@@ -84,7 +85,7 @@ def run(folder: Path, **fill: object) -> tuple[int, str]:
         "start": "popen",
         "devices": 2,
     }
-    options |= {"slurm": False, "resumes": False, "name": STEP + 1, "port": free_port()}
+    options |= {"slurm": False, "port": free_port()}
     script = folder / "job.py"
     script.write_text(SCRIPT.format(**{**options, **fill}))
     process = subprocess.Popen(
@@ -115,12 +116,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def check_goes_on(folder: Path, expected: dict[str, torch.Tensor], **fill: object) -> None:
+def check_goes_on(path: Path, expected: dict[str, torch.Tensor], num_ranks: int = 2) -> None:
     """From the checkpoint to the weights of a fit that nothing stopped."""
-    code, output = run(folder, resumes=True, **fill)
-    assert code == 0, output
-    final = torch.load(folder / f"{STEPS}.ckpt", weights_only=True)
-    assert largest_error(final["state_dict"], expected) < 1e-12
+    for weights in run_ranks(num_ranks, train, Job(slots=5, steps=STEPS, policy="proportional"), str(path)):
+        assert largest_error(weights, expected) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -137,9 +136,9 @@ def test_a_signal_ends_all_ranks_with_a_checkpoint(tmp_path, expected, name, sen
     code, output = run(tmp_path, send=send.format(name), rank=rank, start=start, devices=devices)
     assert code == 128 + getattr(signal, name), output
     assert "Traceback" not in output
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"{STEP + 1}.ckpt"]
-    if rank == 1:
-        check_goes_on(tmp_path, expected, start=start, devices=devices)
+    (saved,) = tmp_path.glob("*.ckpt")
+    assert saved.name == f"{STEP + 1}.ckpt"
+    check_goes_on(saved, expected, devices)
 
 
 def test_a_job_that_slurm_requeues(tmp_path, expected):
@@ -150,7 +149,7 @@ def test_a_job_that_slurm_requeues(tmp_path, expected):
     assert code == 128 + signal.SIGUSR1, output
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == STEP + 1
-    check_goes_on(tmp_path, expected, name="hpc_ckpt_1")
+    check_goes_on(tmp_path / "hpc_ckpt_1.ckpt", expected)
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):

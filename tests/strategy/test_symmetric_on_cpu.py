@@ -11,9 +11,8 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "cases"),
     [
-        (2, "plain accumulate swiglu_every_loss"),
-        (2, "checkpointed twice"),
-        (2, "growing self_taught half_frozen"),
+        (2, "plain accumulate swiglu_every_loss half_frozen"),
+        (2, "checkpointed twice growing self_taught"),
         (3, "plain"),
     ],
 )
