@@ -31,6 +31,8 @@ from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
+
 _OTHER_STRATEGIES = "pytorch_lightning.strategies"
 
 __all__ = [
@@ -81,35 +83,44 @@ class EpochLoop(_TrainingEpochLoop):
 
 
 class ValidationLoop(_EvaluationLoop):
-    """Lightning's, but ranks tell each other on their hosts that they have a batch before one of them begins it.
+    """Lightning's, but ranks tell each other on their hosts what they are about to do.
 
-    A rank without one would leave the others waiting for the experts that it holds.
+    A rank without a batch would leave the others waiting for the experts that it holds: it serves them instead.
     """
 
     def run(self) -> list[Any]:
         """Also where this rank has nothing to validate, which others must hear."""
         self.setup_data()
         if self.skip:
-            self._tell_end()
+            self._end()
             return []
         return super().run()
 
     def _store_dataloader_outputs(self) -> None:
         """A loader is over: here metrics of all ranks come together."""
-        self._tell_end()
+        if self._together is not None:
+            self._together.loader_ends()
         super()._store_dataloader_outputs()
+
+    def on_run_end(self) -> list[Any]:
+        """And here once more."""
+        self._end()
+        return super().on_run_end()
 
     def _evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:
         # Loaders in other modes than one after another are one.
         batches = self._max_batches[dataloader_idx] if self._is_sequential else math.inf
-        self._tell(dataloader_idx, batch_idx, batches)
+        if self._together is not None:
+            self._together.batch(dataloader_idx, batch_idx, batches)
         super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
 
-    def _tell_end(self) -> None:
-        self._tell(math.inf, 0, 0)
+    def _end(self) -> None:
+        if self._together is not None:
+            self._together.validation_ends()
 
-    def _tell(self, *facts: float) -> None:
-        self.trainer.strategy.agree_on_validation(*facts)  # type: ignore[attr-defined]
+    @property
+    def _together(self) -> UnevenValidation | None:
+        return self.trainer.strategy.validation  # type: ignore[attr-defined,no-any-return]
 
 
 class SignalConnector(_SignalConnector):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -58,6 +58,7 @@ from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
+from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
 from lightning_swiftmoe.placement import try_policy
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
 
@@ -152,6 +153,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.expert_parallel_size = expert_parallel_size
         self.trust_optimizer = trust_optimizer
         self.gradient_dtype = gradient_dtype
+        self.validation: UnevenValidation | None = None
         self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
         self._rebalancer = ExpertRebalancer()
         self._failed = False
@@ -300,7 +302,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self.parallelism.control,
             self.parallelism.expert_group,
         )
-        self._check_all_validate()
+        self._prepare_validation(layers)
         self._rebalancer.follow(self.engine)
         if not layers:
             rank_zero_warn(
@@ -308,8 +310,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                 "lightning_swiftmoe.MoE in its __init__ or configure_model"
             )
 
-    def _check_all_validate(self) -> None:
-        """Lightning asks every rank alone whether there is something to validate.
+    def _prepare_validation(self, layers: Sequence[ExpertLayer]) -> None:
+        """Ranks will validate together. Lightning asks every rank alone whether there is something to validate.
 
         Raises:
             ValueError: only some ranks validate.
@@ -325,6 +327,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                 f"rank(s) {idle} have no validation data or limit_val_batches=0, the others validate: give all ranks "
                 "the same"
             )
+        moes = {name: moe for layer in layers for name, moe in layer.moes.items()}
+        begin = partial(self._begin_forward, training=False)
+        self.validation = UnevenValidation(moes, self.root_device, self.parallelism.control, begin)
+        for layer in layers:
+            layer.before_tokens = self.validation.layer
 
     def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
         num_ranks = resolve_group_size(self.expert_parallel_size, self.num_nodes * self.num_processes)
@@ -397,25 +404,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if found == signal.SIGUSR1:
             requeue(self._trainer)
         raise SIGTERMException(SIGNAL_EXIT + found)
-
-    def agree_on_validation(self, loader: float, batch: int, batches: float) -> None:
-        """At the head of every validation batch and the end of a loader: all ranks are there, or all raise.
-
-        The hosts wait for each other.
-
-        Args:
-            loader: this rank's batch is of that loader; infinity: it has no more there.
-            batch: its number there, from 0.
-            batches: how many the loader has; infinity where that is unknown.
-
-        Raises:
-            ValueError: ranks have different numbers of batches.
-        """
-        assert self.parallelism is not None
-        if self.parallelism.control is None:
-            return
-        mine = torch.tensor([loader, batch, batches], dtype=torch.float64)
-        check_validation(self.parallelism.control.gather_counts(mine, "validation batch").tolist())
 
     def _begin_forward(self, *, training: bool) -> None:
         assert self.engine is not None
@@ -527,6 +515,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._put_back()
         self._put_scaler_back()
         self.engine = None
+        self.validation = None
         self.parallelism = None
         super().teardown()
 
@@ -564,26 +553,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         """Whether gradients of several backwards may add up before they are exchanged."""
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in trainer_callbacks(self._trainer))
         return self._micro_batches > 1 or schedules
-
-
-def check_validation(turns: list[list[float]]) -> None:
-    """Raise a ValueError where some ranks lack a validation batch that others have.
-
-    Args:
-        turns: of each rank the loader, the batch and the number of batches, as for ``agree_on_validation``.
-    """
-    loader, batch, _ = min(turns)
-    lacking = [rank for rank, turn in enumerate(turns) if turn[0] != loader]
-    if not lacking:
-        return
-    first, most = min((rank, turn[2]) for rank, turn in enumerate(turns) if turn[0] == loader)
-    more = f"more than {batch:.0f}" if math.isinf(most) else f"{most:.0f}"
-    limit = f", or Trainer(limit_val_batches={batch:.0f})" if batch else ""
-    raise ValueError(
-        f"validation loader {loader:.0f} has {batch:.0f} batch(es) on rank(s) {lacking} and {more} on rank {first}, "
-        "but a rank needs the experts of all others for every batch: give all ranks the same number (a "
-        f"DistributedSampler, which pads, or drop_last=True{limit})"
-    )
 
 
 def check_precision(precision: str) -> None:

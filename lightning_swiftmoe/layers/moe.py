@@ -20,7 +20,7 @@ from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDi
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import LayerLoad, in_backward
 from lightning_swiftmoe.layers.losses import attach_loss
-from lightning_swiftmoe.layers.router import SCORES, Router, Routing
+from lightning_swiftmoe.layers.router import SCORES, Router, Routing, no_tokens
 
 
 class MoE(nn.Module):
@@ -117,6 +117,15 @@ class MoE(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)
+
+    def serve(self, x_0D: Tensor) -> None:
+        """Run this rank's experts on the tokens of other ranks, with none of its own; nobody's hooks are called.
+
+        Args:
+            x_0D: ``[0, hidden_size]``, of the dtype and on the device of theirs.
+        """
+        routing = no_tokens(self.num_experts, self.top_k, x_0D)
+        self.dispatcher(x_0D, routing, self.experts, self.capacity_factor)
 
     def attach(self, dispatcher: Dispatcher, all_groups: AllGroups | None = None) -> None:
         """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps.

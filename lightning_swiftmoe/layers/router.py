@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_swiftmoe.functional import SCORES, route_tokens
 
-__all__ = ["SCORES", "Router", "Routing"]
+__all__ = ["SCORES", "Router", "Routing", "no_tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Routing:
     prob_sum: Tensor
     z_sum: Tensor
     counts: Tensor
+
+
+def no_tokens(num_experts: int, top_k: int, like: Tensor) -> Routing:
+    """The routing of no tokens at all, on the device of ``like``; gate weights have the dtype that its tokens' have."""
+    weights = like.new_zeros(0, top_k, dtype=torch.promote_types(like.dtype, torch.float32))
+    idx = like.new_zeros(0, top_k, dtype=torch.int64)
+    sums = weights.new_zeros(num_experts)
+    return Routing(idx, weights, sums, weights.new_zeros(()), sums.to(torch.int64))
 
 
 class Router(nn.Module):

@@ -26,6 +26,7 @@ class ExpertLayer:
         hosted: the experts.
 
     Attributes:
+        before_tokens: called with a MoE layer's name and its tokens before these are sent anywhere.
         before_forward: called before residents are handed out.
         local_dispatchers: those of a single rank, which hold a placement of their own.
     """
@@ -36,6 +37,7 @@ class ExpertLayer:
         self.cluster = cluster
         self.hosted = hosted
         self.placement = hosted.placement
+        self.before_tokens: Callable[[str, Tensor], None] = lambda name, x: None
         self.before_forward: Callable[[], None] = lambda: None
         self.local_dispatchers: list[LocalDispatcher] = []
 

@@ -47,6 +47,7 @@ class HostDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        self.layer.before_tokens(self.name, x_TD)
         idx, rank = routing.topk_idx, self.communicator.rank
         counts = self.communicator.gather_counts(routing.counts, self.name)
         counts_host = counts.cpu().numpy()
@@ -100,6 +101,7 @@ class DeviceDispatcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
             return self._fallback(x_TD, routing, experts, capacity_factor)
+        self.layer.before_tokens(self.name, x_TD)
         tables = self._tables_on(x_TD.device, capacity_factor)
         trip = self._trip(x_TD, routing, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())

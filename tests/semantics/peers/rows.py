@@ -467,7 +467,10 @@ def prunes(cell):
     return cell.equals_one_process(batches=2, callbacks=lambda: [PrunesExperts(cell.system)])
 
 
-@row("ranks with 3 and 2 validation batches in fit", "semantics/test_uneven_validation.py::test_told_before_the_batch")
+@row(
+    "ranks with 3 and 2 validation batches in fit",
+    "semantics/test_uneven_validation.py::test_every_rank_sees_its_batches",
+)
 def validates_unevenly(cell):
     return cell.equals_one_process(val_batches=(3, 2), trainer={"num_sanity_val_steps": 0})
 
