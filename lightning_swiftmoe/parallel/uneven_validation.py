@@ -143,7 +143,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
     kinds = {turn.kind for turn in turns}
     if Kind.LAYER in kinds:
         layers = {turn for turn in turns if turn.kind == Kind.LAYER}
-        if len(layers) > 1 or kinds > {Kind.LAYER, Kind.LOADER_ENDS}:
+        if len(layers) > 1 or kinds - {Kind.LAYER, Kind.LOADER_ENDS}:
             raise ValueError(
                 "in a validation batch that some ranks lack, the others came to different MoE layers or dtypes: run "
                 "the same layers in every validation_step, or give all ranks the same number of batches"

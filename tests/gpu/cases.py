@@ -32,6 +32,7 @@ class GpuJob(Job):
         transport: of the strategy.
         empty_rank: has no tokens in any batch.
         validates: runs two validation batches every second step.
+        uneven: only the first rank runs the second of them.
         on_device: batches are on the rank's device before the first step.
         sizes: tokens of this rank in each batch; None: its part of ``batch``.
     """
@@ -45,6 +46,7 @@ class GpuJob(Job):
     transport: str = "auto"
     empty_rank: int | None = None
     validates: bool = False
+    uneven: bool = False
     on_device: bool = False
     sizes: list[int] | None = None
 
@@ -161,7 +163,8 @@ def _train(
         for moe in module.moes:
             moe.aux_loss_scale = 1 / job.trainer.get("accumulate_grad_batches", 1)
     rank, num_ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    val = Validation(data(job, rank, num_ranks)) if job.validates else None
+    count = 1 if job.uneven and rank > 0 else 2
+    val = Validation(data(job, rank, num_ranks), count) if job.validates else None
     trainer.fit(module, batches(job, rank, num_ranks), val, ckpt_path=ckpt_path)
     weights = {name: value.cpu() for name, value in module.state_dict().items()}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name == "val"}
@@ -187,16 +190,16 @@ def _cut(batches: Tensor, sizes: list[int]) -> Any:
 
 
 class Validation:
-    """The first two training batches."""
+    """The first training batches."""
 
-    def __init__(self, source: Batches) -> None:
-        self._source = source
+    def __init__(self, source: Batches, count: int) -> None:
+        self._source, self._count = source, count
 
     def __len__(self) -> int:
-        return 2
+        return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(self._source.x[:2], self._source.y[:2], strict=True))
+        return iter(zip(self._source.x[: self._count], self._source.y[: self._count], strict=True))
 
 
 def _validation(job: GpuJob) -> dict[str, Any]:

@@ -42,6 +42,7 @@ VARIANTS = {
     "empty_rank": {"empty_rank": 1, **WIDE},
     "starved": {"module": Starved, "width": 64, "moe": STARVED},
     "validates": {"validates": True, **WIDE},
+    "validates_unevenly": {"validates": True, "uneven": True, **WIDE},
     "checkpointed": {"module": Checkpointed, **WIDE},
     "reentrant": {"module": ReentrantCheckpointed, **WIDE},
     "twice": {"module": Twice, **WIDE},
@@ -95,7 +96,8 @@ def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
     first, second = two.run(fit, make(case, precision, transport))
     assert all(torch.equal(first.weights[key], second.weights[key]) for key in first.weights)
     assert largest_error(first.weights, want.weights) < BOUND[precision]
-    assert first.metrics == pytest.approx(want.metrics, rel=BOUND[precision])
+    if case != "validates_unevenly":  # a mean of the ranks' means is not that of all batches
+        assert first.metrics == pytest.approx(want.metrics, rel=BOUND[precision])
     if case == "starved":
         assert all((layer.loads[-2:] == 0).all() for step in first.steps for layer in step.layers)
 
