@@ -1,12 +1,11 @@
 """What the README shows runs as printed."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -28,10 +27,6 @@ def test_the_ten_lines_train(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(code.splitlines()) == 10
     (tmp_path / "example.py").write_text(code)
-    with (tmp_path / "log.txt").open("w+") as log:
-        command = [sys.executable, "example.py"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=120)
-        log.seek(0)
-        assert done.returncode == 0, log.read()
+    status, text = python("example.py", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    assert status == 0, text
     assert list(tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt"))

@@ -1,9 +1,6 @@
 """``swiftmoe bench step`` from the outside."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,23 +8,13 @@ import pytest
 from lightning_swiftmoe.cli.bench_step import category
 from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.trace_file import read_trace
+from tests.processes import swiftmoe
 
 SMALL = ["data.seq_len=32", "data.batch_size=8", "data.limit_bytes=50000", "warmup=2", "steps=3"]
 
 
 def bench(cwd, *args):
-    with (cwd / "log.txt").open("w+") as log:  # not a pipe: a rank that outlived its parent would keep it open
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_swiftmoe", "bench", "step", *args, f"hydra.run.dir={cwd}/run"],
-            cwd=cwd,
-            env={**os.environ, "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=200,
-        )
-        log.seek(0)
-        return done.returncode, log.read()
+    return swiftmoe("bench", "step", *args, f"hydra.run.dir={cwd}/run", cwd=cwd, env={"COLUMNS": "200"}, timeout_s=200)
 
 
 @pytest.mark.distributed

@@ -7,7 +7,8 @@ import torch
 
 from lightning_swiftmoe.cli import restarts
 from lightning_swiftmoe.cli.main import main
-from tests.cli.test_train_resume import QUICK, ROOT, losses, train, weights
+from tests.cli.test_train_resume import QUICK, losses, train, weights
+from tests.processes import ROOT
 
 
 def supervise(*argv, capfd):
@@ -23,7 +24,7 @@ def supervise(*argv, capfd):
 def test_killed_ranks(tmp_path, monkeypatch, capfd):
     """Before the first checkpoint, and behind it; the first rank, and another."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     common = [*QUICK, "trainer.max_steps=9", "callbacks.checkpoint.every_n_steps=4", "cluster.start_method=fork"]
     code, text = train(tmp_path, *common, "hydra.run.dir=whole")
     assert code == 0, text

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_module
 from lightning_swiftmoe.cli.compose import prepare_hydra
 from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.report.runs import system_of
-from tests.cli.test_train import swiftmoe
+from tests.processes import swiftmoe
 
 SYSTEMS = {
     "swiftmoe": ("proportional", "cluster", "decoupled"),
@@ -42,9 +42,9 @@ def test_a_policy_named_on_its_own_wins():
 def test_bound_state_from_the_command_line(tmp_path):
     always = ["strategy=flexmoe", "policy.name.threshold=1.0"]
     sizes = ["model.num_experts=6", "strategy.slots_per_rank=5", "data.limit_bytes=100000", "trainer.max_steps=4"]
-    text = swiftmoe(
-        tmp_path, "train", "recipes=quickstart", *always, *sizes, "trainer.enable_progress_bar=false", "run_dir=run"
-    )
+    quick = ["recipes=quickstart", "trainer.enable_progress_bar=false", "run_dir=run"]
+    code, text = swiftmoe("train", *quick, *always, *sizes, cwd=tmp_path)
+    assert code == 0, text
     assert "migration phase" in text
     assert "of the experts it hosts" in text
 

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,26 +12,9 @@ from lightning_swiftmoe.models import GPTModule
 from lightning_swiftmoe.report.runs import system_of
 from lightning_swiftmoe.simulate import load_trace
 from lightning_swiftmoe.trace_file import read_trace
+from tests.processes import swiftmoe
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=100000", "trainer.enable_progress_bar=false"]
-
-
-def swiftmoe(cwd, *args):
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    with (cwd / "log.txt").open("w+") as log:  # not a pipe: a rank that outlived its parent would keep it open
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_swiftmoe", *args],
-            cwd=cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=120,
-        )
-        log.seek(0)
-        text = log.read()
-    assert done.returncode == 0, text
-    return text
 
 
 def check_run_folder(folder, steps, policy):
@@ -74,7 +54,8 @@ def check_run_folder(folder, steps, policy):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_quickstart_leaves_a_complete_run_folder(tmp_path):
-    text = swiftmoe(tmp_path, "train", *QUICK, "trainer.max_steps=3")
+    code, text = swiftmoe("train", *QUICK, "trainer.max_steps=3", cwd=tmp_path)
+    assert code == 0, text
     (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*/config.yaml"))
     check_run_folder(folder, 3, "proportional")
     for wanted in ("what will run", "2, 8 slots each", "what happened", "token survival", "weight phase"):
@@ -90,7 +71,9 @@ def test_quickstart_leaves_a_complete_run_folder(tmp_path):
 @pytest.mark.parametrize("start_method", ["fork", "popen"])
 def test_a_sweep_leaves_one_folder_for_each_job(tmp_path, start_method):
     overrides = [*QUICK, "trainer.max_steps=2", f"cluster.start_method={start_method}"]
-    swiftmoe(tmp_path, "train", "-m", *overrides, "policy=static,proportional", "hydra.sweep.dir=sweep")
+    sweep = ["-m", *overrides, "policy=static,proportional", "hydra.sweep.dir=sweep"]
+    code, text = swiftmoe("train", *sweep, cwd=tmp_path)
+    assert code == 0, text
     traces = [
         check_run_folder(tmp_path / "sweep" / str(number), 2, policy)
         for number, policy in enumerate(["static", "proportional"])

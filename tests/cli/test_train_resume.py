@@ -2,10 +2,6 @@
 
 import csv
 import fcntl
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,25 +10,14 @@ from omegaconf import OmegaConf
 
 from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.trace_file import read_trace
+from tests.processes import swiftmoe
 
 QUICK = ["recipes=quickstart", "data.limit_bytes=60000", "trainer.enable_progress_bar=false", "report=false"]
-ROOT = str(Path(__file__).parents[2])
 
 
 def train(cwd, *args):
     """Exit code and output of ``swiftmoe train`` in a process of its own."""
-    with (cwd / "log.txt").open("w+") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_swiftmoe", "train", *args],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": ROOT},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=120,
-        )
-        log.seek(0)
-        return done.returncode, log.read()
+    return swiftmoe("train", *args, cwd=cwd)
 
 
 def losses(folder):

@@ -4,14 +4,13 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.jobs import Job, largest_error, train, train_alone
+from tests.processes import python
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -88,26 +87,8 @@ def run(folder: Path, **fill: object) -> tuple[int, str]:
     options |= {"slurm": False, "port": free_port()}
     script = folder / "job.py"
     script.write_text(SCRIPT.format(**{**options, **fill}))
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "SLURM_JOB_ID": "7",
-        },
-    )
-    try:
-        output, _ = process.communicate(timeout=100)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return python(script, cwd=folder, env={"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}, timeout_s=100)
 
 
 def free_port() -> int:
