@@ -1,4 +1,4 @@
-"""The simulated clock of preemptions: by hand, and by what must add up. Times are binary fractions, so sums are exact."""
+"""The simulated clock of preemptions: by hand, and by what must add up. Times are binary fractions: sums are exact."""
 
 import random
 
