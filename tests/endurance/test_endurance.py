@@ -62,7 +62,7 @@ def test_a_sample_sees_what_this_process_holds(tmp_path):
 
 
 def short(folder):
-    return long_fit(folder, 150, save_every=50, sample_every=15), many_fits(folder, 6, 4)
+    return long_fit(folder, 100, save_every=50, sample_every=10), many_fits(folder, 6, 2)
 
 
 @pytest.mark.distributed

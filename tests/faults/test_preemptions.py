@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.faults.preempted_times import measured
 from tests.faults.preemption_clock import Times, best_period_s, outcome_of, poisson_kills, regular_kills
 
 TIMES = Times(step_s=1, save_s=0.5, restart_s=8)
@@ -42,8 +43,9 @@ def test_it_ends_on_the_way_back():
 
 
 def by_the_step(times, every_n_steps, kills, horizon_s):
-    """Steps and steps lost, one after the other instead of in rounds."""
+    """Steps and steps lost, one after the other instead of in rounds, and what ``Marks`` would have written."""
     now, step, saved, lost, kills = 0.0, 0, 0, 0, [*kills]
+    marks = ["start 0 0"]
     while True:
         saves = step > saved and step % every_n_steps == 0
         after = now + (times.save_s if saves else times.step_s)
@@ -51,13 +53,15 @@ def by_the_step(times, every_n_steps, kills, horizon_s):
         if after <= end:
             now = after
             saved, step = (step, step) if saves else (saved, step + 1)
+            marks += [] if saves else [f"step {step} {now}"]
         elif end == horizon_s:
-            return step, lost
+            return step, lost, marks
         else:
             kills = kills[1:]
             lost, step, now = lost + step - saved, saved, end + times.restart_s
             while kills and kills[0] < now:
                 now = kills.pop(0) + times.restart_s
+            marks += [f"start {saved} {now}"] if now < horizon_s else []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -67,9 +71,34 @@ def test_rounds_are_steps_and_time_adds_up(seed):
     kills = sorted(rng.randint(0, 8000) / 16 for _ in range(rng.randint(0, 30)))
     period = rng.randint(1, 40)
     outcome = outcome_of(times, period, kills, 500)
-    assert (outcome.steps, outcome.steps_lost) == by_the_step(times, period, kills, 500)
+    assert (outcome.steps, outcome.steps_lost) == by_the_step(times, period, kills, 500)[:2]
     of_steps = (outcome.steps + outcome.steps_lost) * times.step_s
     assert of_steps + outcome.saving_s + outcome.restarting_s + outcome.cut_s == 500
+
+
+def test_a_run_is_read_from_its_marks():
+    """Without kills on the way back: a run that was killed there once cannot tell how long the way is."""
+    times, kills = Times(0.25, 0.125, 9), regular_kills(61, 500)
+    run = measured(by_the_step(times, 10, kills, 500)[2], kills, 500, 10)
+    expected = outcome_of(times, 10, kills, 500)
+    assert run.outcome.times == times
+    assert run.kills == kills
+    assert run.restarts_s == [9] * len(kills)
+    assert (run.outcome.steps, run.outcome.steps_lost) == (expected.steps, expected.steps_lost)
+    assert run.outcome.restarting_s == expected.restarting_s
+    # Marks do not tell a save that a kill cut short from a step.
+    assert run.outcome.saving_s + run.outcome.cut_s == expected.saving_s + expected.cut_s
+
+
+def test_a_run_without_enough_steps():
+    with pytest.raises(ValueError, match="too few to know their times"):
+        measured(["start 0 0", "step 1 1"], [], 2, 10)
+
+
+def test_steps_that_are_missing():
+    marks = ["start 0 0", "step 1 1", "step 2 2", "step 3 4", "step 5 5"]
+    with pytest.raises(ValueError, match="4 steps were taken, but 5 were kept and 0 lost"):
+        measured(marks, [], 6, 2)
 
 
 def test_kills():
