@@ -68,6 +68,6 @@ def short(folder):
 @pytest.mark.distributed
 def test_nothing_grows(tmp_path):
     """Process groups among it, whose sockets are files. Memory has not settled after so little."""
-    for of_steps, of_fits in run_ranks(2, short, Path(tmp_path)):
+    for of_steps, of_fits in run_ranks(2, short, Path(tmp_path), timeout_s=150):
         assert faults_of(of_steps, 0.05) == []
         assert faults_of(of_fits, 0.05) == []

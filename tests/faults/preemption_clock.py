@@ -119,6 +119,16 @@ def regular_kills(every_s: float, horizon_s: float) -> list[float]:
     return [number * every_s for number in range(1, math.ceil(horizon_s / every_s))]
 
 
+def uneven_kills(every_s: float, horizon_s: float, seed: int) -> list[float]:
+    """Regular kills, each up to 5 % of ``every_s`` early or late.
+
+    Regular ones meet a run of constant times at the same place of a round each time, and say nothing of other places.
+    """
+    rng = random.Random(seed)
+    kills = [kill + rng.uniform(-0.05, 0.05) * every_s for kill in regular_kills(every_s, horizon_s)]
+    return [kill for kill in kills if kill < horizon_s]
+
+
 def poisson_kills(mean_s: float, horizon_s: float, seed: int) -> list[float]:
     """Seconds of kills that know nothing of each other, ``mean_s`` apart on average."""
     rng = random.Random(seed)

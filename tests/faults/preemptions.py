@@ -16,7 +16,15 @@ from statistics import fmean
 
 from tests.faults.preempted_run import KILLS, MARKS, SETTINGS, preempt
 from tests.faults.preempted_times import Measured, measured
-from tests.faults.preemption_clock import Outcome, Times, best_period_s, outcome_of, poisson_kills, regular_kills
+from tests.faults.preemption_clock import (
+    Outcome,
+    Times,
+    best_period_s,
+    outcome_of,
+    poisson_kills,
+    regular_kills,
+    uneven_kills,
+)
 
 # Seconds are those of the quickstart on two cores: docs/results/faults.md.
 SIMULATED = {"step_s": 0.2, "save_s": 0.12, "restart_s": 8.0, "every_s": 300.0, "hours": 24.0, "seed": 0}
@@ -62,6 +70,7 @@ def simulate(step_s: float, save_s: float, restart_s: float, every_s: float, hou
     print("|---|---|---|---|---|---|---|---|")
     for kind, kills in (
         ("regular", regular_kills(every_s, horizon_s)),
+        ("uneven", uneven_kills(every_s, horizon_s, seed)),
         ("Poisson", poisson_kills(every_s, horizon_s, seed)),
     ):
         for period in sorted({max(1, best // 4), max(1, best // 2), best, 2 * best, 4 * best, DEFAULT_STEPS}):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.faults.preempted_times import measured
-from tests.faults.preemption_clock import Times, best_period_s, outcome_of, poisson_kills, regular_kills
+from tests.faults.preemption_clock import Times, best_period_s, outcome_of, poisson_kills, regular_kills, uneven_kills
 
 TIMES = Times(step_s=1, save_s=0.5, restart_s=8)
 
@@ -104,6 +104,9 @@ def test_steps_that_are_missing():
 def test_kills():
     assert regular_kills(300, 900) == [300, 600]
     assert regular_kills(300, 901) == [300, 600, 900]
+    early_or_late = [kill - even for kill, even in zip(uneven_kills(20, 1000, 0), regular_kills(20, 1000), strict=True)]
+    assert -1 <= min(early_or_late) < -0.8
+    assert 0.8 < max(early_or_late) <= 1
     kills = poisson_kills(10, 100_000, seed=0)
     assert kills == poisson_kills(10, 100_000, seed=0) != poisson_kills(10, 100_000, seed=1)
     assert len(kills) == pytest.approx(10_000, rel=0.03)  # three times the deviation, 1 %
