@@ -36,11 +36,14 @@ MOST_GROWTH = 0.005
 
 
 def main(argv: list[str]) -> int:
-    """One fit of ``steps`` steps, then ``fits`` short ones in the same processes; 0 leaves one of the two out."""
+    """One fit of ``steps`` steps, then ``fits`` short ones in two other processes; 0 leaves one of the two out.
+
+    With ``hold=1`` the short ones keep every Trainer, which must be found to grow.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # of every Trainer
-    options = {"steps": 10_000, "fits": 100}
+    options = {"steps": 10_000, "fits": 100, "hold": 0}
     for argument in argv:
         key, _, value = argument.partition("=")
         if key not in options or not value.isdecimal():
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> int:
     if steps:
         faults += _try(f"{steps:,} steps", long_fit, steps, SAVE_EVERY, max(1, steps // SAMPLES))
     if fits:
-        faults += _try(f"{fits:,} fits", many_fits, fits, STEPS_OF_A_FIT)
+        faults += _try(f"{fits:,} fits", many_fits, fits, STEPS_OF_A_FIT, bool(options["hold"]))
     print("\n" + ("\n".join(faults) or "nothing grew"))
     return int(bool(faults))
 

@@ -52,11 +52,20 @@ def long_fit(folder: Path, steps: int, save_every: int, sample_every: int) -> li
     return samples.seen
 
 
-def many_fits(folder: Path, fits: int, steps: int) -> list[Usage]:
-    """On every rank: fits with Trainers and modules of their own; a sample of this rank after each."""
-    seen = []
+def many_fits(folder: Path, fits: int, steps: int, holds: bool = False) -> list[Usage]:
+    """On every rank: fits with Trainers and modules of their own; a sample of this rank after each.
+
+    Args:
+        folder: for files.
+        fits: how many.
+        steps: of each.
+        holds: keep every Trainer, as a program that leaks does.
+    """
+    seen, held = [], []
     for _ in range(fits):
-        _fit(job_of(folder, steps, save_every=steps // 2))
+        trainer = _fit(job_of(folder, steps, save_every=steps // 2))
+        held += [trainer] if holds else []
+        del trainer
         dist.barrier()  # rank 0 may still be saving
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "checkpoints")
@@ -67,5 +76,7 @@ def many_fits(folder: Path, fits: int, steps: int) -> list[Usage]:
     return seen
 
 
-def _fit(job: Job) -> None:
-    our_trainer(job).fit(job.module(job), data(job, dist.get_rank(), dist.get_world_size()))
+def _fit(job: Job) -> pl.Trainer:
+    trainer = our_trainer(job)
+    trainer.fit(job.module(job), data(job, dist.get_rank(), dist.get_world_size()))
+    return trainer
