@@ -37,6 +37,8 @@ def preempt(folder: Path, minutes: float, every_s: float, every_n_steps: int, se
         RuntimeError: the run ended by itself, or did not end when it was told to.
     """
     folder.mkdir(parents=True)
+    settings = {"every_s": every_s, "every_n_steps": every_n_steps, "seed": seed}
+    (folder / SETTINGS).write_text(json.dumps(settings))
     rng = random.Random(seed)
     command = [sys.executable, "-m", "lightning_swiftmoe", "train", "recipes=quickstart", "restarts=1000"]
     command += ["trainer.max_steps=1000000", "trainer.enable_progress_bar=false", f"hydra.run.dir={folder}/run"]
@@ -69,8 +71,7 @@ def preempt(folder: Path, minutes: float, every_s: float, every_n_steps: int, se
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             run.wait()
-    settings = {"every_s": every_s, "every_n_steps": every_n_steps, "ended": ended, "seed": seed}
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / SETTINGS).write_text(json.dumps({**settings, "ended": ended}))
 
 
 def _first_step(run: subprocess.Popen[bytes], marks: Path) -> float:
