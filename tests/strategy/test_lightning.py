@@ -1,7 +1,6 @@
 """What users of Lightning do around ``fit``: validate, test, predict, optimize by hand, save, other launchers."""
 
 import dataclasses
-import gc
 import os
 import signal
 import subprocess
@@ -106,21 +105,6 @@ def test_fit_again_then_save(tmp_path):
     assert largest_error(saved["state_dict"], result) == 0
     moment = saved["optimizer_states"][0]["state"][4]["exp_avg"]
     assert moment.shape == result["moes.0.experts.up_proj"].shape
-
-
-def open_files_after_each_fit():
-    counts = []
-    for _ in range(5):
-        our_trainer(JOB).fit(Net(JOB), data(JOB, dist.get_rank(), dist.get_world_size()))
-        gc.collect()
-        counts.append(len(os.listdir("/proc/self/fd")))
-    return counts
-
-
-def test_many_fits_leave_no_files_open():
-    """Nor process groups, whose sockets they are."""
-    for counts in run_ranks(2, open_files_after_each_fit):
-        assert counts[-1] <= counts[0], counts
 
 
 def fit_every_other_step():

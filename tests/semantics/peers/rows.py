@@ -486,7 +486,7 @@ def fit_often(system: System, folder: Path) -> int:
     return open_files[-1] - open_files[0]
 
 
-@row("ten fits in one process: open files", "strategy/test_lightning.py::test_many_fits_leave_no_files_open")
+@row("ten fits in one process: open files", "endurance/test_endurance.py::test_nothing_grows")
 def fits_often(cell):
     more = max(cell.run(2, fit_often, cell.system))
     return RIGHT if more <= 0 else f"wrong: {more} more file descriptors after nine further fits"
