@@ -511,8 +511,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                 use_original_parameters(optimizer, self._experts.values())
             self._detach_layers()
             parallelism.close()
-            for hosted in dict.fromkeys(self._experts.values()):
-                hosted.leave()
         if self._failed and self._before_loading is not None:
             self._put_back()
         self._put_scaler_back()

@@ -80,15 +80,6 @@ class Communicator:
         self._backend = dist.get_backend(group) if group is not None else "none"
         self._stream = torch.cuda.Stream(self.device) if self._backend == "nccl" else None
 
-    def leave(self) -> None:
-        """The group was destroyed: name it no more, since its sockets and threads last as long as anybody does.
-
-        Experts, which a Trainer keeps for the optimizer's state, still ask who this rank is. An exchange raises: with a
-        group of None it would talk to the default one.
-        """
-        if getattr(self, "group", None) is not None:
-            del self.group
-
     # -- started early, awaited late ---------------------------------------------------------------------------------
 
     def start(

@@ -141,13 +141,6 @@ class HostedExperts(ABC):
         self._weights = None
         self._gradients = {}
 
-    def leave(self) -> None:
-        """Behind ``restore``, with the process groups gone: keep nothing that keeps them or the engine."""
-        self.on_gradient = lambda: None
-        self.exchanges_next = lambda: False
-        if self.mesh is not None:
-            self.mesh.leave()
-
     def local(self, key: str) -> Tensor:
         """This rank's shard of the weights, without a gradient; shares the Parameter's memory."""
         return local_part(self.parameters[key]).detach()

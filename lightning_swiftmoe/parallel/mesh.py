@@ -25,10 +25,6 @@ class ExpertMesh:
     device_mesh: DeviceMesh
     placements: tuple[Placement, ...] = (Shard(1),)
 
-    def leave(self) -> None:
-        """The groups were destroyed: let the mesh, which tensors of an optimizer keep, not keep their sockets open."""
-        getattr(self.device_mesh, "_pg_registry", {}).clear()  # torch has no public way
-
 
 @dataclass(frozen=True, eq=False)
 class Groups:

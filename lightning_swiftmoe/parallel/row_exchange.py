@@ -129,7 +129,7 @@ class TokenBound:
     """
 
     def __init__(self, control: Communicator) -> None:
-        self.control = control
+        self._control = control
         self._most = 0
         self._agreed = False
 
@@ -145,7 +145,7 @@ class TokenBound:
         """
         if not self._agreed:
             self._agreed = True
-            self._most = max(self._most, self.control.largest(num_assignments, name), 1)
+            self._most = max(self._most, self._control.largest(num_assignments, name), 1)
         if num_assignments > self._most:
             raise ValueError(
                 f"layer {name!r} routes {num_assignments} assignments, more than the {self._most} that the ranks "

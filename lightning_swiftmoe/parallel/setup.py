@@ -161,14 +161,12 @@ class Parallelism:
         return host.expert_mesh("cpu") if on_host else state.expert_mesh(self.device.type)
 
     def close(self) -> None:
-        """Destroy our process groups, also where others still name these communicators. Collective."""
+        """Destroy our process groups. Collective."""
         if self.watchdog is not None:
             self.watchdog.close()
         for group in self._created():
             dist.destroy_process_group(group)
         forget_meshes()
-        for communicator in self._communicators():
-            communicator.leave()
 
     def abort(self) -> None:
         """Leave without the other ranks, after an error. The default group is left when the process ends."""
@@ -179,13 +177,6 @@ class Parallelism:
     def _created(self) -> list[dist.ProcessGroup]:
         """Every group that is ours."""
         return [*(group for groups in self.groups for group in groups.all), *self.own]
-
-    def _communicators(self) -> list[Communicator]:
-        """Every one that was made; some are the same."""
-        on_host = None if self.bound is None else self.bound.control
-        everywhere = (self.tokens, self.state, self.everybody)
-        somewhere = (self.control, on_host, self.token_replicas, self.state_replicas)
-        return [*everywhere, *(communicator for communicator in somewhere if communicator is not None)]
 
 
 class FirstPlacements(Protocol):

@@ -62,9 +62,7 @@ def test_a_sample_sees_what_this_process_holds(tmp_path):
 
 
 def short(folder):
-    """Every Trainer is kept, as a notebook may do: what they keep must be no sockets, and no threads."""
-    steps = long_fit(folder, 100, save_every=50, sample_every=10)
-    return steps, many_fits(folder, 6, 2, holds=True)
+    return long_fit(folder, 100, save_every=50, sample_every=10), many_fits(folder, 6, 2)
 
 
 @pytest.mark.distributed
