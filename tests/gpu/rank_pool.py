@@ -77,7 +77,8 @@ class RankPool:
         if self._starts > _MOST_STARTS:
             raise RuntimeError(f"{self.num_ranks} rank(s) broke {_MOST_STARTS} times already: not started again")
         self._folder = tempfile.mkdtemp()
-        context = multiprocessing.get_context("spawn")
+        # CUDA does not outlive a fork; on the host a fork saves every rank its imports.
+        context = multiprocessing.get_context("spawn" if self.device == "cuda" else "fork")
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             args = (rank, self.num_ranks, self.device, self._folder, theirs)
