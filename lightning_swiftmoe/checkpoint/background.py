@@ -14,11 +14,6 @@ class Background:
         self._error: BaseException | None = None
         self._afterwards: list[Callable[[], None]] = []
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether there is work that ``finish`` would wait for, or an error that it would raise."""
-        return self._thread is not None
-
     def start(self, work: Callable[[], None]) -> None:
         """Begin ``work``. Call ``finish`` before."""
         assert self._thread is None

@@ -84,11 +84,6 @@ class _DataPlanner(DefaultLoadPlanner):
             self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a sharded checkpoint may be there."""
-    return path.is_dir()
-
-
 def read_table(folder: Path) -> Metadata:
     """Where every tensor of a folder is.
 

@@ -94,6 +94,10 @@ class SavedOptimizer:
         return [name for group in self._groups for name in group["params"]]
 
     @cached_property
+    def _table(self) -> Metadata:
+        return read_table(self.path)
+
+    @cached_property
     def _groups(self) -> list[dict[str, Any]]:
         """As of ``optimizer.state_dict()``, with names of Parameters."""
         places = self._places("param_groups")
@@ -111,7 +115,7 @@ class SavedOptimizer:
 
     def _places(self, part: str) -> dict[str, tuple[Place, Any]]:
         """Of every value in ``state`` or ``param_groups``, by key: where it is there, and what it is."""
-        table = read_table(self.path)
+        table = self._table
         return {
             key: (tuple(place[2:]), table.state_dict_metadata[key])
             for key, place in table.planner_data.items()

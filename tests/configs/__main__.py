@@ -21,6 +21,7 @@ import torch
 
 from tests.configs.compare import faults_of, on_ranks, shrunk
 from tests.configs.configuration import Configuration, drawn
+from tests.settings import settings_of
 
 
 def main(argv: list[str]) -> int:
@@ -28,13 +29,11 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # of every Trainer
-    options = {"count": 1000, "seed": 0, "shrink": 1}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in options or not value.isdecimal():
-            print(f"error: {argument!r} is no setting; there are {', '.join(options)}, each a number", file=sys.stderr)
-            return 2
-        options[key] = int(value)
+    try:
+        options = settings_of(argv, {"count": 1000, "seed": 0, "shrink": 1})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"count={options['count']} seed={options['seed']}", flush=True)
     by_ranks: dict[int, list[Configuration]] = defaultdict(list)
     for configuration in drawn(options["count"], options["seed"]):

@@ -24,6 +24,7 @@ import torch
 from tests.endurance.fits import long_fit, many_fits
 from tests.endurance.usage import Usage, faults_of, growth, settled
 from tests.ranks import run_ranks
+from tests.settings import settings_of
 
 NUM_RANKS = 2
 SAVE_EVERY = 500  # steps
@@ -43,13 +44,11 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # of every Trainer
-    options = {"steps": 10_000, "fits": 100, "hold": 0}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in options or not value.isdecimal():
-            print(f"error: {argument!r} is no setting; there are {', '.join(options)}, each a number", file=sys.stderr)
-            return 2
-        options[key] = int(value)
+    try:
+        options = settings_of(argv, {"steps": 10_000, "fits": 100, "hold": 0})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     steps, fits = options["steps"], options["fits"]
     faults = []
     print("| what | rank | seconds | MiB behind the warm-up | MiB at the end | growth | files | threads |")

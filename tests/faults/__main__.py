@@ -12,20 +12,20 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.trials import LAUNCHERS, Trial, expected_weights, faults_of
+from tests.settings import settings_of
 
 
 def main(argv: list[str]) -> int:
     """Run trials ``seed`` to ``seed + kills - 1``."""
-    options = {"kills": "500", "seed": "0", "launchers": ",".join(LAUNCHERS), "folders": tempfile.gettempdir()}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in options:
-            print(f"error: unknown setting {key!r}; there are {', '.join(options)}", file=sys.stderr)
-            return 2
-        options[key] = value
+    defaults = {"kills": 500, "seed": 0, "launchers": ",".join(LAUNCHERS), "folders": tempfile.gettempdir()}
+    try:
+        options = settings_of(argv, defaults)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     expected = expected_weights()
     folders = options["folders"].split(",")
-    first, kills = int(options["seed"]), int(options["kills"])
+    first, kills = options["seed"], options["kills"]
     wrong: Counter[str] = Counter()
     trials: Counter[str] = Counter()
     began = time.monotonic()

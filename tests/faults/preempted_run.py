@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT
+
 MARKS = "marks.txt"
 KILLS = "kills.txt"
 SETTINGS = "settings.json"

@@ -25,6 +25,7 @@ from tests.faults.preemption_clock import (
     regular_kills,
     uneven_kills,
 )
+from tests.settings import settings_of
 
 # Seconds are those of the quickstart on two cores: docs/results/faults.md.
 SIMULATED = {"step_s": 0.23, "save_s": 0.118, "restart_s": 14.4, "every_s": 300.0, "hours": 24.0, "seed": 0}
@@ -41,13 +42,11 @@ def main(argv: list[str]) -> int:
     if defaults is None:
         print(f"error: {what!r} is neither real nor read", file=sys.stderr)
         return 2
-    options = dict(defaults)
-    for argument in argv[what != "simulated" :]:
-        key, _, value = argument.partition("=")
-        if key not in options:
-            print(f"error: unknown setting {key!r}; there are {', '.join(options)}", file=sys.stderr)
-            return 2
-        options[key] = type(defaults[key])(value)
+    try:
+        options = settings_of(argv[what != "simulated" :], defaults)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if what == "simulated":
         simulate(**options)
         return 0

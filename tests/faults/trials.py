@@ -8,7 +8,6 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,12 +20,11 @@ from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
 from lightning_swiftmoe.checkpoint.reading import read_checkpoint
 from tests.faults.job import PHASES, Plan
 from tests.jobs import largest_error, train_alone
+from tests.processes import ROOT, free_port
 
 LAUNCHERS = ("popen", "fork", "spawn", "torchrun")
 TOLERANCE = 1e-12
 PATIENCE_S = 90  # of one job: imports, training, and the timeout of an exchange
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _run(plan: Plan, launcher: str, folder: Path) -> tuple[int | None, float, st
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
         )
         try:
             code: int | None = process.wait(PATIENCE_S)
@@ -161,9 +159,3 @@ def _end_session(leader: int) -> None:
     for pid in _session(leader):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

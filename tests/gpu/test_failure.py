@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from tests.gpu.cases import TRANSPORTS
 from tests.gpu.rank_pool import DEVICE, NO_MULTICAST
+from tests.processes import free_port
 
 pytestmark = pytest.mark.gpu
 
@@ -95,10 +95,7 @@ def start(folder: Path, kind: tuple[str, str, str]) -> Running:
     )
     ranks = [{}] if how == "launcher" else [{"LOCAL_RANK": str(rank)} for rank in range(2)]
     # The port is free now, and every job has one of its own.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     running = Running([], [])

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import stat
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.jobs import Job, largest_error, train, train_alone
-from tests.processes import python
+from tests.processes import free_port, python
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -89,12 +88,6 @@ def run(folder: Path, **fill: object) -> tuple[int, str]:
     script.write_text(SCRIPT.format(**{**options, **fill}))
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     return python(script, cwd=folder, env={"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}, timeout_s=100)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def check_goes_on(path: Path, expected: dict[str, torch.Tensor], num_ranks: int = 2) -> None:

@@ -19,17 +19,16 @@ from tests.semantics.peers.cells import Cell, Ended
 from tests.semantics.peers.rows import ROWS
 from tests.semantics.peers.systems import SYSTEMS
 from tests.semantics.peers.table import write_table
+from tests.settings import settings_of
 
 
 def main(argv: list[str]) -> int:
     """Run cells and write what they found."""
-    options = {"rows": ",".join(ROWS), "systems": ",".join(SYSTEMS), "json": "", "page": ""}
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in options:
-            print(f"error: unknown setting {key!r}; there are {', '.join(options)}", file=sys.stderr)
-            return 2
-        options[key] = value
+    try:
+        options = settings_of(argv, {"rows": ",".join(ROWS), "systems": ",".join(SYSTEMS), "json": "", "page": ""})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for key, known in (("rows", ROWS), ("systems", SYSTEMS)):
         unknown = [name for name in options[key].split(",") if name not in known]
         if unknown:
