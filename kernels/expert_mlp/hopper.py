@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import aligned
 from lightning_swiftmoe.kernels.expert_mlp import gemm_hopper as kernels
-from lightning_swiftmoe.kernels.expert_mlp import library
+from lightning_swiftmoe.kernels.expert_mlp import library, portable
 from lightning_swiftmoe.kernels.expert_mlp.activations import is_gated, kernel_code
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.launch import Box, Launcher, box
@@ -226,7 +226,8 @@ def weight_gemm(
 
     `in_token_order`, "left" or "right", names the operand `[T, .]`, the other one is `[P, .]`. It is gathered by the
     GEMM or, where that is faster, spread in memory first; rows in place are neither. A tile of 128 rows of the result
-    must not reach into the next expert's: other M go to torch.
+    must not reach into the next expert's: other M go to torch, or for fp16, where torch waits for the host, to the
+    portable product.
     """
     gathered_right = in_token_order == "right"
     source, other = (right, left) if gathered_right else (left, right)
@@ -236,7 +237,8 @@ def weight_gemm(
         rows = rows_in_order(source, routing)
         left, right = (left, rows) if gathered_right else (rows, right)
     if not whole_tiles:
-        return library.weight_gemm(left, right, routing, in_token_order, out)
+        gemm = library if left.dtype == torch.bfloat16 else portable
+        return gemm.weight_gemm(left, right, routing, in_token_order, out)
     num_experts = routing.ends.shape[0]
     out = left.new_empty(num_experts, left.shape[1], right.shape[1]) if out is None else out
     # Only the operand with the narrower tile can be gathered fast enough: the product is transposed on its way out.

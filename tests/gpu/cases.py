@@ -159,9 +159,6 @@ def _train(
     job: GpuJob, trainer: pl.Trainer, recorder: Recorder, ckpt_path: str | None = None, *, alone: bool = False
 ) -> Outcome:
     module = job.module(job)
-    if alone:
-        for moe in module.moes:
-            moe.aux_loss_scale = 1 / job.trainer.get("accumulate_grad_batches", 1)
     rank, num_ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     count = 1 if job.uneven and rank > 0 else 2
     val = Validation(data(job, rank, num_ranks), count) if job.validates else None

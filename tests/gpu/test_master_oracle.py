@@ -66,7 +66,8 @@ SPECIAL = {
 CASES = {**SHAPES, **VARIANTS, **SPECIAL}
 COMBINATIONS = [
     *((case, precision) for precision in ("32-true", "bf16-mixed") for case in (*SHAPES, *VARIANTS)),
-    *((case, "bf16-mixed") for case in SPECIAL),
+    ("travels_wide", "bf16-mixed"),
+    ("travels_narrow", "32-true"),
     *((case, "16-mixed") for case in ("hopper_k2", "odd_k1", "accumulate", "clip", "empty_rank")),
 ]
 ONE_RANK = ["hopper_k1", "hopper_k2", "odd_k2", "accumulate", "starved", "checkpointed"]
@@ -104,9 +105,10 @@ def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
     want = expected(case, precision)
     first, second = two.run(fit, make(case, precision, transport))
     assert all(torch.equal(first.weights[key], second.weights[key]) for key in first.weights)
-    assert largest_error(first.weights, want.weights) < BOUND[precision]
+    bound = BOUND["bf16-mixed" if case == "travels_narrow" else precision]
+    assert largest_error(first.weights, want.weights) < bound
     if case != "validates_unevenly":  # a mean of the ranks' means is not that of all batches
-        assert first.metrics == pytest.approx(want.metrics, rel=BOUND[precision])
+        assert first.metrics == pytest.approx(want.metrics, rel=bound)
     if case == "starved":
         assert all((layer.loads[-2:] == 0).all() for step in first.steps for layer in step.layers)
 

@@ -184,8 +184,10 @@ def test_captured_in_a_cuda_graph_with_new_routing() -> None:
         assert all(torch.equal(a, b) for a, b in zip((y, *grads), (want_y, *want), strict=True))
 
 
-def test_no_host_synchronisation() -> None:
-    inputs = make_inputs(1024, 256, 384, 8, 2, "swiglu", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [256, 192])  # of whole tiles of weight gradients, and not
+def test_no_host_synchronisation(dtype: torch.dtype, width: int) -> None:
+    inputs = make_inputs(1024, width, 384, 8, 2, "swiglu", dtype)
     step(inputs, "swiglu")
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     grad_y = torch.randn_like(inputs[0])

@@ -24,7 +24,7 @@ COUNTS = [1, 2, 15, 16, 17, 127, 128, 1000, 1023, 1024, 1025, 2**14 + 16, 2**15,
 SHAPES = [
     LayerShape(768, 3072, 16, 1, torch.bfloat16, torch.float32, "gelu", "hopper"),
     LayerShape(2048, 768, 128, 8, torch.bfloat16, torch.float32, "swiglu", "hopper"),
-    LayerShape(192, 320, 3, 3, torch.float16, torch.float32, "relu2", "hopper"),  # weight gradients by torch
+    LayerShape(192, 320, 3, 3, torch.float16, torch.float32, "relu2", "hopper"),  # weight gradients portable
     LayerShape(1024, 4096, 1, 1, torch.float32, torch.float32, "swiglu", "triton"),
     LayerShape(104, 136, 6, 2, torch.bfloat16, torch.bfloat16, "swiglu", "grouped_mm"),
 ]
