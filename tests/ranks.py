@@ -91,6 +91,7 @@ def _work(
             world_size=num_ranks,
             timeout=timedelta(seconds=timeout_s / 2),
         )
+        dist.barrier()  # a rank that leaves at once breaks off those that still connect
         torch.save(fn(*args), f"{folder}/result-{rank}")
         dist.destroy_process_group()
     except BaseException:
