@@ -31,6 +31,7 @@ from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_swiftmoe.checkpoint.random_numbers import GoingOn
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
 
 _OTHER_STRATEGIES = "pytorch_lightning.strategies"
@@ -74,9 +75,22 @@ class EpochLoop(_TrainingEpochLoop):
     ``_broadcast_sigterm_tensor``), so that no host can prepare a step while the device works on the one before.
     """
 
+    def on_run_start(self, data_fetcher: Any) -> None:
+        """An epoch begins, or goes on."""
+        resumes = self.restarting or self.trainer.fit_loop.is_resuming
+        if self._going_on is not None and self.trainer.current_epoch > 0 and not resumes:
+            self._going_on.loaders_begin_again()
+        super().on_run_start(data_fetcher)
+
     def advance(self, data_fetcher: Any) -> None:
         self.trainer.strategy.end_where_asked()  # type: ignore[attr-defined]
+        if self._going_on is not None and self.batch_progress.current.ready == 0:
+            self._going_on.epoch_begins()
         super().advance(data_fetcher)
+
+    @property
+    def _going_on(self) -> GoingOn | None:
+        return self.trainer.strategy.going_on  # type: ignore[attr-defined,no-any-return]
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Asked already."""

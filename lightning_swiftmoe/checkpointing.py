@@ -39,6 +39,7 @@ from lightning_swiftmoe.checkpoint.full import (
     owners,
 )
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO, local_path
+from lightning_swiftmoe.checkpoint.random_numbers import GoingOn, current_state
 from lightning_swiftmoe.checkpoint.reading import listed
 from lightning_swiftmoe.checkpoint.sharded import sharded_optimizer_state, sharded_weights, share_of, write_folder
 from lightning_swiftmoe.checkpoint.sharded_reading import SavedOptimizer, read_folder
@@ -50,6 +51,7 @@ from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism
 
 _FORMATS = ("full", "sharded")
+_RANDOM_NUMBERS = "swiftmoe_random_numbers"  # in a checkpoint: where those of every rank stand, by rank
 
 
 def check_format(checkpoint: str, async_save: bool, optimizer_state: str) -> None:
@@ -86,6 +88,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._experts: dict[str, HostedExperts] = {}
         self._masters: dict[str, Tensor] = {}
         self._before_loading: Snapshot | None = None
+        self.going_on: GoingOn | None = None
         self._ends_together = False
         self._saving = Background()
         self._saving_group: dist.ProcessGroup | None = None
@@ -144,7 +147,12 @@ class CheckpointingStrategy(DDPStrategy):
         torch.cuda.empty_cache()
         # A rank without the folder takes part in the first agreement too, and says that it has no such file.
         on_all_ranks(lambda: None if folder is None else check_folder(folder, self.global_rank, self.world_size))
-        return on_all_ranks(load, mark=fingerprint)
+        checkpoint = on_all_ranks(load, mark=fingerprint)
+        by_rank = checkpoint.get(_RANDOM_NUMBERS, ())
+        # It is not the same run with more ranks or fewer, and two ranks must not draw the same.
+        if len(by_rank) == self.world_size:
+            self.going_on = GoingOn(by_rank[self.global_rank], self.root_device)
+        return checkpoint
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -153,6 +161,7 @@ class CheckpointingStrategy(DDPStrategy):
         Raises:
             OSError: a disk is full, or refuses: this time, or the last where that was in the background.
         """
+        checkpoint[_RANDOM_NUMBERS] = self._random_numbers()
         if not self.sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -171,6 +180,15 @@ class CheckpointingStrategy(DDPStrategy):
                 self._saving.start(lambda: write_folder(content, path, own_group))
             else:
                 write_folder(content, path, group)
+
+    def _random_numbers(self) -> list[dict[str, Any]]:
+        mine = current_state(self.root_device)
+        with self._host_group() as group:
+            if group is None:
+                return [mine]
+            everybody: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everybody, mine, group)
+            return everybody
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -296,10 +314,18 @@ class CheckpointingStrategy(DDPStrategy):
                 params = [param for group in optimizer.param_groups for param in group["params"]]
                 kept = [of.get(param) for param in params]
                 optimizer.load_state_dict(on_all_ranks(partial(state.read, kept)))
+        if self.going_on is not None:  # nothing else is restored behind this
+            self.going_on.before_loaders()
 
     @override
     def on_train_start(self) -> None:
         self._before_loading = None
+        if self.going_on is not None:
+            self.going_on.behind_loaders()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.going_on = None
 
     def _refuse_after_failure(self) -> None:
         if not self._experts or self._ends_together:
