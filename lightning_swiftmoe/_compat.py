@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
-from lightning.pytorch.trainer.call import _interrupt
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict, _interrupt
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -48,8 +49,10 @@ __all__ = [
     "ValidationLoop",
     "WrappingCheckpointIO",
     "asked_to_end",
+    "dump_checkpoint",
     "end_fit",
     "is_weight_averaging",
+    "progress_of",
     "pruned_by",
     "refuse_other_namespace",
     "register_strategy",
@@ -84,6 +87,7 @@ class EpochLoop(_TrainingEpochLoop):
 
     def advance(self, data_fetcher: Any) -> None:
         self.trainer.strategy.end_where_asked()  # type: ignore[attr-defined]
+        self.trainer.strategy.before_batch()  # type: ignore[attr-defined]
         if self._going_on is not None and self.batch_progress.current.ready == 0:
             self._going_on.epoch_begins()
         super().advance(data_fetcher)
@@ -195,6 +199,24 @@ def end_fit(trainer: Trainer, error: BaseException) -> None:
     """What Lightning does in a process whose fit was interrupted. It forgets that in ranks which it forks (2.6.6)."""
     _interrupt(trainer, error)
     trainer._teardown()
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Everything that ``save_checkpoint`` would save."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def progress_of(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint has of where training is, a copy: all but weights, optimizers and what users add."""
+    return copy.deepcopy(
+        {
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            "loops": trainer._checkpoint_connector._get_loops_state_dict(),
+            "callbacks": _call_callbacks_state_dict(trainer),
+            "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        }
+    )
 
 
 def use_our_loop(trainer: Trainer) -> None:

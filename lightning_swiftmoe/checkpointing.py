@@ -31,6 +31,8 @@ from lightning_swiftmoe.checkpoint.background import Background
 from lightning_swiftmoe.checkpoint.checks import check_keys, check_optimizer_states, check_weights, on_all_ranks
 from lightning_swiftmoe.checkpoint.folder import Place, check_folder
 from lightning_swiftmoe.checkpoint.full import (
+    assembled_optimizer_state,
+    assembled_weights,
     full_optimizer_state,
     full_parts,
     full_weights,
@@ -49,6 +51,7 @@ from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism
+from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
 
 _FORMATS = ("full", "sharded")
 _RANDOM_NUMBERS = "swiftmoe_random_numbers"  # in a checkpoint: where those of every rank stand, by rank
@@ -89,6 +92,8 @@ class CheckpointingStrategy(DDPStrategy):
         self._masters: dict[str, Tensor] = {}
         self._before_loading: Snapshot | None = None
         self.going_on: GoingOn | None = None
+        self._steps_taken = 0  # by the weights of a checkpoint, behind all else in it
+        self._assembled: Assembled | None = None  # experts for a checkpoint, while ranks that are left make one
         self._ends_together = False
         self._saving = Background()
         self._saving_group: dist.ProcessGroup | None = None
@@ -106,6 +111,8 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        self.going_on = None
+        self._steps_taken = 0
         for callback in trainer_callbacks(model.trainer):
             if self.async_save and isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
                 raise ValueError(
@@ -152,6 +159,7 @@ class CheckpointingStrategy(DDPStrategy):
         # It is not the same run with more ranks or fewer, and two ranks must not draw the same.
         if len(by_rank) == self.world_size:
             self.going_on = GoingOn(by_rank[self.global_rank], self.root_device)
+        self._steps_taken = checkpoint.get(STEPS_TAKEN, 0)
         return checkpoint
 
     @override
@@ -238,6 +246,8 @@ class CheckpointingStrategy(DDPStrategy):
         are sharded each rank has its parts.
         """
         state = super().lightning_module_state_dict()
+        if self._assembled is not None:
+            return assembled_weights(state, self._experts, self._assembled.weights)
         self._refuse_after_failure()
         if self.sharded:
             return sharded_weights(state)
@@ -273,8 +283,11 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Canonical state: what one process without a strategy would have saved. Collective; complete on rank 0."""
-        self._refuse_after_failure()
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self._assembled is not None:
+            states = self._assembled.states[self.optimizers.index(optimizer)]
+            return assembled_optimizer_state(optimizer, owners(self._experts), states)
+        self._refuse_after_failure()
         if self.sharded:
             return sharded_optimizer_state(optimizer, {param: name for name, param in self._module.named_parameters()})
         with self._ranks_after_fit():

@@ -181,6 +181,10 @@ class ExpertEngine:
         self.meter.pop()
         self._stale = True
 
+    def abandon_step(self) -> None:
+        """Training is over, and other ranks may be gone: nothing is decided on the step that is under way."""
+        self._stepped = False
+
     def _before_layer(self) -> None:
         """A forward that nobody announced, such as one between two optimizers' steps in a manual training step."""
         if self._stale:

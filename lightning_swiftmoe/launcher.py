@@ -45,6 +45,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         folder = os.environ.pop(_FOLDER, None)
         self._parent = os.getppid() if folder is not None else None
         self._board = FailureBoard(folder) if folder is not None else None
+        self.before_leaving: Callable[[], None] | None = None
         self._telling = threading.Lock()
         self._told = False
         self._together = False
@@ -98,6 +99,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
             time.sleep(_PERIOD_S)
             codes = [process.poll() for process in self.procs]
         time.sleep(_GRACE_S)
+        if self.before_leaving is not None:
+            self.before_leaving()
         self._tell()
         os._exit(1)
 
@@ -111,6 +114,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
         while os.getppid() == self._parent:
             time.sleep(_PERIOD_S)
         time.sleep(_GRACE_S)
+        if self.before_leaving is not None:
+            self.before_leaving()
         sys.stderr.write("the process that started this rank is gone: this one ends too\n")
         sys.stderr.flush()
         os._exit(1)
@@ -152,6 +157,7 @@ class ForkLauncher(MultiProcessingLauncher):
     _board: FailureBoard | None = None
     _main: int | None = None
     _first: int | None = None  # the process that ended before any other
+    before_leaving: Callable[[], None] | None = None  # of a rank, by an error
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -215,6 +221,8 @@ class ForkLauncher(MultiProcessingLauncher):
             end_fit(trainer, error)
             raise
         except BaseException as error:
+            if self.before_leaving is not None:
+                self.before_leaving()
             # Lightning's handler talks to the other ranks, which are about to end.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             assert self._board is not None

@@ -26,6 +26,7 @@ from lightning_swiftmoe._compat import (
     SIGTERMException,
     TrainerFn,
     asked_to_end,
+    dump_checkpoint,
     is_weight_averaging,
     loss_scaler,
     pruned_by,
@@ -35,7 +36,15 @@ from lightning_swiftmoe._compat import (
     trainer_callbacks,
     use_our_loop,
 )
-from lightning_swiftmoe.arguments import check, check_choice, check_flag, check_number, described, did_you_mean
+from lightning_swiftmoe.arguments import (
+    check,
+    check_choice,
+    check_flag,
+    check_number,
+    described,
+    did_you_mean,
+    is_integer,
+)
 from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
 from lightning_swiftmoe.checkpoint.full import owners
 from lightning_swiftmoe.checkpointing import CheckpointingStrategy, check_format
@@ -61,6 +70,7 @@ from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
 from lightning_swiftmoe.placement import try_policy
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
+from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
 _GRADIENT_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -102,6 +112,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             added in at least fp32 in any case.
         checkpoint: ``"full"``: one file, gathered and written by rank 0; ``"sharded"``: a folder, to which every rank
             writes what it holds. Both load on any number of ranks, whatever is set here.
+        redundancy: 1; or 2: every shard has a second owner, on another node where there is one, who steps alike. Where
+            a rank dies, those left save a checkpoint from memory, under ``rescue`` in the Trainer's
+            ``default_root_dir``, which all ranks must see, and end with exit code 75. It costs memory for one more
+            shard, and a message of gradients a step.
         async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
             once it is whole; the next save, and the end of ``fit``, wait for it and raise what went wrong.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
@@ -125,6 +139,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         gradient_dtype: str = "auto",
         checkpoint: str = "full",
         async_save: bool = False,
+        redundancy: int = 1,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
@@ -139,6 +154,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             )
         check_choice("gradient_dtype", gradient_dtype, tuple(_GRADIENT_DTYPES))
         check_flag("offload_optimizer", offload_optimizer)
+        _check_redundancy(redundancy, optimizer_state)
         check_flag("trust_optimizer", trust_optimizer)
         _check_names(kwargs)
         check_choice("start_method", kwargs.get("start_method", "popen"), _START_METHODS)
@@ -153,6 +169,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.expert_parallel_size = expert_parallel_size
         self.trust_optimizer = trust_optimizer
         self.gradient_dtype = gradient_dtype
+        self.redundancy = redundancy
+        self._redundant: Redundancy | None = None
         self.validation: UnevenValidation | None = None
         self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
         self._rebalancer = ExpertRebalancer()
@@ -179,6 +197,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_precision(trainer.precision)
+        if self.redundancy == 2 and trainer.precision == "16-mixed":
+            raise ValueError("redundancy=2 does not know of fp16's loss scale: use precision='bf16-mixed'")
         for callback in trainer_callbacks(trainer):
             if is_weight_averaging(callback):
                 raise ValueError(
@@ -270,6 +290,40 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         check_optimizers(self.optimizers, self._experts, trusted=self.trust_optimizer)
         if self.state_place == "bound":
             self._check_one_optimizer()
+        if self.redundancy == 2 and self._experts and self.num_nodes * self.num_processes > 1:
+            self._check_held()
+            assert self.parallelism is not None
+            self._redundant = Redundancy(trainer, self.parallelism, self.optimizers, owners(self._experts), self._dump)
+            if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)):
+                self._launcher.before_leaving = self._redundant.wait_if_ranks_are_lost
+
+    def _check_held(self) -> None:
+        held = {param for optimizer in self.optimizers for group in optimizer.param_groups for param in group["params"]}
+        for name, hosted in self._experts.items():
+            for key, param in hosted.parameters.items():
+                if param not in held:
+                    raise ValueError(
+                        f"redundancy=2 copies what optimizers hold, and none holds {name}.{key}: give an optimizer all "
+                        "experts, frozen ones too"
+                    )
+
+    def _dump(self, experts: Assembled) -> dict[str, Any]:
+        """For ranks that are left."""
+        assert self.engine is not None
+        self.engine.abandon_step()
+        self._assembled = experts
+        return dump_checkpoint(self._trainer)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._redundant is not None:
+            self._redundant.begin()
+
+    def before_batch(self) -> None:
+        """At the head of every step."""
+        if self._redundant is not None:
+            self._redundant.before_batch()
 
     def _make_engine(self) -> None:
         self.parallelism = Parallelism.on(
@@ -453,15 +507,27 @@ class SwiftMoEStrategy(CheckpointingStrategy):
 
         # Lightning runs the closure inside of the optimizer's step; ours must be over before tensors change places.
         result = run_closure(self.precision_plugin, model or self._module, optimizer, closure_and_flush)
-        output: Any
-        with on_local_tensors(optimizer):
-            if scaler is None:
-                output = optimizer.step(closure=lambda: result, **kwargs)
-            elif is_scaled:
+
+        def plain_step() -> Any:
+            return optimizer.step(closure=lambda: result, **kwargs)
+
+        def step() -> Any:
+            with on_local_tensors(optimizer):
+                if scaler is None:
+                    return plain_step()
                 output = scaler.step(optimizer, **kwargs)
                 scaler.update()
-            else:
-                return result
+                return output
+
+        if scaler is not None and not is_scaled:
+            return result
+        if self._steps_taken > 0:
+            self._steps_taken -= 1
+            output = result
+        elif self._redundant is not None:
+            output = self._redundant.step(optimizer, plain_step, step)
+        else:
+            output = step()
         engine.stepped([other.state for other in self.optimizers])
         return output
 
@@ -478,6 +544,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if self._ends_together and isinstance(exception, SIGTERMException):
             super().on_exception(exception)
             return
+        if self._redundant is not None:
+            self._redundant.wait_if_ranks_are_lost()
         self._failed = True
         self._ends_together = False
         if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)) and not isinstance(exception, KeyboardInterrupt):
@@ -502,6 +570,9 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     @override
     def teardown(self) -> None:
         parallelism = self.parallelism
+        if self._redundant is not None:
+            self._redundant.leave()
+            self._redundant = None
         if parallelism is not None and not (self._failed and parallelism.num_ranks > 1):
             self.finish_saving()
             self._rebalancer.leave()
@@ -559,6 +630,12 @@ def check_precision(precision: str) -> None:
     """Raise a ValueError for a precision in which experts cannot be trained."""
     if precision not in _PRECISIONS:
         raise ValueError(f"precision {precision!r} is not supported; choose one of {', '.join(_PRECISIONS)}")
+
+
+def _check_redundancy(redundancy: int, optimizer_state: str) -> None:
+    check(is_integer(redundancy) and redundancy in (1, 2), "redundancy", redundancy, "1 or 2")
+    if redundancy == 2 and optimizer_state == "bound":
+        raise ValueError("redundancy=2 needs optimizer_state='decoupled': state bound to hosts has no second owner")
 
 
 def _as_timedelta(timeout: timedelta | float) -> timedelta:

@@ -221,6 +221,8 @@ def _check_strategy(strategy: Any) -> None:
             "WeightEMA averages parts that stay where they are, but optimizer_state='bound' moves them with the "
             "experts: use optimizer_state='decoupled'"
         )
+    if isinstance(strategy, SwiftMoEStrategy) and strategy.redundancy > 1:
+        raise ValueError("redundancy=2 has no second owner for WeightEMA's averages: leave one of the two out")
 
 
 def _averaged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

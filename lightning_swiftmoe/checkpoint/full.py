@@ -45,6 +45,26 @@ def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts
     return state_dict
 
 
+def assembled_weights(
+    state_dict: dict[str, Any], experts: Mapping[str, HostedExperts], whole: Mapping[Owner, Tensor]
+) -> dict[str, Any]:
+    """``state_dict`` with expert weights that somebody has already."""
+    for name, hosted in experts.items():
+        state_dict |= {f"{name}.{key}": whole[hosted, key] for key in hosted.parameters}
+    return state_dict
+
+
+def assembled_optimizer_state(
+    optimizer: Optimizer, of: Mapping[nn.Parameter, Owner], whole: Mapping[Owner, dict[str, Any]]
+) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with state of experts that somebody has already."""
+    state_dict = optimizer.state_dict()
+    for index, param in enumerate(_params(optimizer)):
+        if param in of and index in state_dict["state"]:
+            state_dict["state"][index] = whole[of[param]]
+    return state_dict
+
+
 def full_parts(
     parts: Mapping[str, Tensor], experts: Mapping[str, HostedExperts], *, everywhere: bool = False
 ) -> dict[str, Tensor]:

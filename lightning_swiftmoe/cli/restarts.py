@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
+from omegaconf import OmegaConf
+
 from lightning_swiftmoe.cli import resume
+from lightning_swiftmoe.rescue import rescued_ranks
 
 _MISTAKE = 2  # exit code of a user's mistake, which no restart mends
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -50,9 +52,9 @@ def supervise(argv: Sequence[str], restarts: int) -> int:
         status, is_told_to_end = _run(words)
         if status in (0, _MISTAKE) or is_told_to_end or number == restarts:
             return status
-        words = gone_on(argv, folder)
+        words = [*gone_on(argv, folder), *fewer_ranks(folder)]
         forget_start(folder)
-        saved = checkpoints_in(folder / resume.CHECKPOINTS)
+        saved = resume.saved_in(folder)
         where = f"from {saved[-1].name}" if saved else "from the start: nothing is saved yet"
         print(f"the run ended with exit code {status}: restart {number + 1} of {restarts}, {where}", file=sys.stderr)
     raise AssertionError("not reached")
@@ -61,14 +63,26 @@ def supervise(argv: Sequence[str], restarts: int) -> int:
 def gone_on(argv: Sequence[str], folder: Path) -> list[str]:
     """Overrides with which the run that ``argv`` began in ``folder`` goes on; from the start if nothing is saved."""
     words = _without(argv, "restarts", "resume", "hydra.run.dir")
-    if checkpoints_in(folder / resume.CHECKPOINTS):
+    if resume.saved_in(folder):
         return [*words, f"resume={folder}"]
     return [*words, f"hydra.run.dir={folder}"]
 
 
+def fewer_ranks(folder: Path) -> list[str]:
+    """The override for the ranks that were left, where they saved what they had: as many as share a batch evenly."""
+    left = rescued_ranks(folder / resume.RESCUED)
+    if left == 0:
+        return []
+    config = OmegaConf.load(folder / resume.CONFIG)
+    if config.cluster.num_nodes > 1:
+        return []
+    devices = max(number for number in range(1, left + 1) if config.data.batch_size % number == 0)
+    return [f"cluster.devices={devices}"]
+
+
 def forget_start(folder: Path) -> None:
     """Let a run begin in ``folder`` where one failed before it saved anything."""
-    if not checkpoints_in(folder / resume.CHECKPOINTS):
+    if not resume.saved_in(folder):
         (folder / resume.CONFIG).unlink(missing_ok=True)
 
 

@@ -12,11 +12,21 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
+from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
+from lightning_swiftmoe.redundancy import FOLDER as RESCUED
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".run.lock"  # it stays: removing it, one run could lock a file that another no longer sees
+
+# Values that are the cluster's, wherever a configuration repeats them.
+_OF_CLUSTER = (
+    "strategy.process_group_backend",
+    "strategy.start_method",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+)
 
 # What may be another in the run that goes on: where it runs, for how long, and what it tells.
 _MAY_CHANGE = (
@@ -44,13 +54,18 @@ def folder_of(argv: Sequence[str]) -> Path | None:
     return folder
 
 
+def saved_in(folder: Path) -> list[Path]:
+    """Checkpoints of the run in ``folder``, the newest last; of the same step, what ranks that were left saved."""
+    return sorted([*checkpoints_in(folder / CHECKPOINTS), *checkpoints_in(folder / RESCUED)], key=step_of)
+
+
 def newest_checkpoint(folder: Path) -> Path:
     """Of the run in ``folder``.
 
     Raises:
         ValueError: it has none.
     """
-    found = checkpoints_in(folder / CHECKPOINTS)
+    found = saved_in(folder)
     if not found:
         raise ValueError(f"resume={folder}: the run has saved no {CHECKPOINTS}/step-*.ckpt; start a new one")
     return found[-1]
@@ -144,12 +159,14 @@ def _keys(overrides: Sequence[str], saved: DictConfig) -> list[str]:
     """What overrides set; "" for all, where one chooses a recipe."""
     names = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
     names = [name for name in names if name != "resume" and not name.startswith("hydra")]
+    if any(name == "cluster" or name.startswith("cluster.") for name in names):
+        names += _OF_CLUSTER
     return [name if OmegaConf.select(saved, name) is not None or "." in name else "" for name in names]
 
 
 def _may_change(name: str) -> bool:
     own = name in ("resume", "run_dir")
-    return own or any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE)
+    return own or name in _OF_CLUSTER or any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE)
 
 
 def _at(values: Any, key: str) -> Any:

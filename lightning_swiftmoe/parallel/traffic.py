@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight", "setup", "checkpoint")
+PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight", "copies", "setup", "checkpoint")
 
 
 @dataclass

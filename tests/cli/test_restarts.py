@@ -98,3 +98,30 @@ def test_the_folder_is_the_one_that_hydra_would_make(monkeypatch, tmp_path):
     assert restarts._folder(["resume=null", "hydra.run.dir=a"]) == tmp_path / "a"
     assert restarts._folder(["resume=b", "hydra.run.dir=a"]) == tmp_path / "b"
     assert restarts._folder([]).relative_to(Path.cwd()).parts[0] == "outputs"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_ranks_that_are_left_go_on(tmp_path, monkeypatch, capfd):
+    """Without a checkpoint, from the step that failed, and with as many of them as share a batch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    common = [*QUICK, "trainer.max_steps=6", "cluster.start_method=fork", "cluster.devices=2"]
+    code, text = train(tmp_path, *common, "hydra.run.dir=whole")
+    assert code == 0, text
+    kills = [
+        "+callbacks.kills._target_=tests.cli.signals.KillOnce",
+        f"+callbacks.kills.where={tmp_path}",
+        "+callbacks.kills.kills={4:1}",
+    ]
+    redundant = ["strategy.redundancy=2", "callbacks.checkpoint.every_n_steps=1000", "restarts=1"]
+    code, text = supervise(*common, *kills, *redundant, "hydra.run.dir=killed", capfd=capfd)
+    assert code == 0, text
+    assert "rank(s) [1] are gone: those left have saved" in text
+    assert "restart 1 of 1, from step-4.ckpt" in text
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    went_on, expected = losses(killed), losses(whole)
+    assert went_on[:4] == expected[:4]
+    assert [step for step, _ in went_on] == [step for step, _ in expected]
+    # One rank drops other tokens than two do.
+    assert [float(loss) for _, loss in went_on] == pytest.approx([float(loss) for _, loss in expected], rel=0.05)

@@ -62,7 +62,7 @@ def run_folder(tmp_path):
     (folder / "checkpoints" / "step-7.ckpt").touch()
     config = {
         "model": {"num_experts": 8},
-        "trainer": {"max_steps": 20},
+        "trainer": {"max_steps": 20, "devices": 2},
         "cluster": {"devices": 2},
         "callbacks": {"checkpoint": {"dirpath": "/before/checkpoints"}},
         "run_dir": "/before",
@@ -91,8 +91,10 @@ def test_what_may_change_and_what_may_not(run_folder):
     from lightning_swiftmoe.cli.resume import resumed_config
 
     same = ["model.num_experts=8", "cluster.devices=4", "trainer.max_steps=30", "hydra.run.dir=x"]
-    config = resumed_config(composed(cluster__devices=4, trainer__max_steps=30), run_folder, same)
+    asked = composed(cluster__devices=4, trainer__devices=4, trainer__max_steps=30)
+    config = resumed_config(asked, run_folder, same)
     assert (config.cluster.devices, config.trainer.max_steps, config.model.num_experts) == (4, 30, 8)
+    assert config.trainer.devices == 4
     other = composed(model__num_experts=16, optimizer__lr=0.5)
     with pytest.raises(ValueError, match=r"model.num_experts was 8, not 16; optimizer.lr was None, not 0.5. Leave"):
         resumed_config(other, run_folder, ["model=other", "+optimizer.lr=0.5"])

@@ -19,6 +19,7 @@ from tests.jobs import Job, Net, data
 
 # Where in a step a rank is killed.
 PHASES = ("batch start", "forward", "before backward", "after backward", "optimizer step", "batch end", "saving")
+BEHIND_THE_VOTE = "behind the vote"  # in the optimizer's own step, which others may have taken already
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Plan:
         killed: rank, step and phase; None: nobody.
         delay_ms: for "saving": after how long.
         resume: a checkpoint; None: from the start.
+        redundancy: owners of every shard.
+        expert_parallel_size: of the strategy.
     """
 
     folder: str
@@ -44,6 +47,8 @@ class Plan:
     killed: tuple[int, int, str] | None = None
     delay_ms: float = 0
     resume: str | None = None
+    redundancy: int = 1
+    expert_parallel_size: int | None = None
 
     @property
     def job(self) -> Job:
@@ -61,6 +66,10 @@ class Killer(pl.Callback):
         """This rank is in ``phase`` of the step that follows ``trainer.global_step``."""
         if self.plan.killed == (trainer.global_rank, trainer.global_step, phase):
             kill()
+
+    def on_train_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.reached(trainer, BEHIND_THE_VOTE))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.reached(trainer, "batch start")
@@ -106,10 +115,17 @@ def run(plan: Plan) -> None:
         precision="64-true",
         logger=False,
         use_distributed_sampler=False,
+        default_root_dir=plan.folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[Killer(plan), PeriodicCheckpoint(plan.folder, plan.save_every, None, keep=2)],
-        strategy=SwiftMoEStrategy(slots_per_rank=plan.job.slots, timeout=20, start_method=plan.start_method),
+        strategy=SwiftMoEStrategy(
+            slots_per_rank=plan.job.slots,
+            timeout=20,
+            start_method=plan.start_method,
+            redundancy=plan.redundancy,
+            expert_parallel_size=plan.expert_parallel_size,
+        ),
     )
     trainer.fit(Module(plan.job), ckpt_path=plan.resume)
 

@@ -18,7 +18,8 @@ import torch
 
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
 from lightning_swiftmoe.checkpoint.reading import read_checkpoint
-from tests.faults.job import PHASES, Plan
+from lightning_swiftmoe.redundancy import FOLDER, STEPS_TAKEN
+from tests.faults.job import BEHIND_THE_VOTE, PHASES, Plan
 from tests.jobs import largest_error, train_alone
 from tests.processes import ROOT, free_port
 
@@ -42,8 +43,16 @@ class Trial:
     num_ranks_after: int
 
     @classmethod
-    def of(cls, seed: int, folder: Path, launchers: tuple[str, ...] = LAUNCHERS) -> Trial:
-        """The trial of a seed."""
+    def of(cls, seed: int, folder: Path, launchers: tuple[str, ...] = LAUNCHERS, redundancy: int = 1) -> Trial:
+        """The trial of a seed.
+
+        Args:
+            seed: any number.
+            folder: for the files.
+            launchers: to choose from.
+            redundancy: owners of every shard; with two the job saves no checkpoint before its end, and the other ranks
+                go on.
+        """
         rng = random.Random(seed)
         launcher = rng.choice(launchers)
         num_ranks = rng.randint(2, 4)
@@ -59,7 +68,11 @@ class Trial:
             delay_ms=rng.uniform(0, 30),
         )
         after = num_ranks if rng.random() < 0.5 else rng.randint(1, 4)
-        return cls(plan, launcher, after)
+        if redundancy == 1:
+            return cls(plan, launcher, after)
+        if phase == "saving":
+            plan = replace(plan, killed=(rng.randrange(num_ranks), step, BEHIND_THE_VOTE))
+        return cls(replace(plan, redundancy=redundancy, save_every=100), launcher, num_ranks - 1)
 
 
 def expected_weights() -> dict[str, torch.Tensor]:
@@ -76,13 +89,21 @@ def faults_of(trial: Trial, expected: dict[str, torch.Tensor], folder: Path) -> 
     if code == 0:
         faults.append("the killed job ended as if nothing had happened")
     saved = checkpoints_in(Path(trial.plan.folder))
+    if trial.plan.redundancy > 1:
+        faults += [] if not saved else ["a checkpoint was there before the kill"]
+        saved = checkpoints_in(Path(trial.plan.folder) / FOLDER)
+        faults += _not_rescued(trial.plan, saved)
     for path in Path(trial.plan.folder).glob("*.ckpt"):
         try:
             read_checkpoint(path)
         except Exception as error:
             faults.append(f"{path.name} has its final name, and {error}")
     goes_on = replace(
-        trial.plan, killed=None, num_ranks=trial.num_ranks_after, resume=str(saved[-1]) if saved else None
+        trial.plan,
+        killed=None,
+        num_ranks=trial.num_ranks_after,
+        resume=str(saved[-1]) if saved else None,
+        expert_parallel_size=None,
     )
     code, seconds, output = _run(goes_on, trial.launcher, folder / "resumed")
     if code != 0:
@@ -91,6 +112,19 @@ def faults_of(trial: Trial, expected: dict[str, torch.Tensor], folder: Path) -> 
     if (error := largest_error(final, expected)) > TOLERANCE:
         faults.append(f"weights are off by {error:.1e}")
     return faults
+
+
+def _not_rescued(plan: Plan, saved: list[Path]) -> list[str]:
+    """What is wrong with what ranks that were left have saved: all steps before the one in which a rank was killed."""
+    assert plan.killed is not None
+    _, step, phase = plan.killed
+    if not saved:
+        return ["ranks that were left have saved nothing"]
+    # At a batch's end the counter has moved on; where nobody is behind that end yet, it is one step earlier.
+    least = step - 1 if phase == "batch end" else step
+    found = read_checkpoint(saved[-1])
+    taken = found["global_step"] + found[STEPS_TAKEN]
+    return [] if taken >= step and found["global_step"] >= least else [f"they have saved step {taken} of {step}"]
 
 
 def _run(plan: Plan, launcher: str, folder: Path) -> tuple[int | None, float, str]:

@@ -1,0 +1,169 @@
+"""A second owner for every shard: its weights and optimizer state, stepped by another rank alike.
+
+With ``redundancy=2`` each rank keeps a copy of the shards of one other rank, some ranks away, so that the two are on
+different nodes. Before every step the owner's gradients, as they are after clipping and whatever the user did to them,
+go to the holder of the copy, who takes the same step. Nothing else travels while nobody edits weights or state by hand:
+owner and holder compare a sum of all bits, and only where it differs is everything sent anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+
+T = TypeVar("T")
+State = dict[str, Any]
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ShardCopies:
+    """Of one rank's shards, those that one optimizer steps on, held by this rank.
+
+    Args:
+        optimizer: holds sharded Parameters.
+        of: whose a sharded Parameter is, and under which name.
+        state: the ranks that hold shards.
+        control: the same ranks, on their hosts.
+        offset: the copies are those of the rank so many before this one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        of: Mapping[nn.Parameter, tuple[HostedExperts, str]],
+        state: Communicator,
+        control: Communicator,
+        offset: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.owner = (state.rank - offset) % state.num_ranks
+        self._holder = (state.rank + offset) % state.num_ranks
+        self._state, self._control = state, control
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._states: dict[nn.Parameter, State] = {}
+        for param in sharded(optimizer):
+            hosted, key = of[param]
+            experts, _, cols = hosted.shapes[key]
+            start, stop = hosted.cuts[key].row_interval(self.owner)
+            local = local_part(param)
+            self._copies[param] = nn.Parameter(local.new_empty(experts, stop - start, cols), param.requires_grad)
+            self._states[self._copies[param]] = {}
+
+    def receive(self) -> None:
+        """Bring the copies up to the owners' shards, and the gradients of the step that comes. Collective."""
+        mine = _sum_of_bits(self._own_tensors())
+        held = _sum_of_bits(self._held_tensors())
+        everybody = self._control.gather_counts(torch.tensor([mine, held]), "copies").tolist()
+        owned = [sums[0] for sums in everybody]
+        copied = [everybody[(rank + self._holder - self._state.rank) % len(everybody)][1] for rank in range(len(owned))]
+        if owned != copied:
+            self._receive_all()
+        wanted = [param for param in self._copies if param.grad is not None]
+        grads = [local_part(param.grad) for param in wanted if param.grad is not None]
+        copies = [self._copies[param] for param in wanted]
+        for param in self._copies:
+            self._copies[param].grad = None
+        for copied_param, grad in zip(copies, self._swap(grads, copies), strict=True):
+            copied_param.grad = grad
+
+    def step(self, step: Callable[[], T]) -> T:
+        """``step()`` of the optimizer on the copies."""
+        with self._in_place_of_shards():
+            return step()
+
+    def parts(self) -> dict[nn.Parameter, tuple[Tensor, State]]:
+        """The copy of each Parameter's shard, and of its optimizer state."""
+        return {param: (held.detach(), self._states[held]) for param, held in self._copies.items()}
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _in_place_of_shards(self) -> Iterator[None]:
+        """Groups and state of the optimizer are those of the copies. What a step changes in a group is undone."""
+        optimizer = self.optimizer
+        groups = [dict(group) for group in optimizer.param_groups]
+        state = optimizer.state
+        for group in optimizer.param_groups:
+            group["params"] = [self._copies[param] for param in group["params"] if param in self._copies]
+        optimizer.state = defaultdict(dict, {held: values for held, values in self._states.items() if values})
+        try:
+            yield
+        finally:
+            self._states = {held: optimizer.state.get(held, {}) for held in self._states}
+            optimizer.state = state
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+
+    @torch.no_grad()
+    def _receive_all(self) -> None:
+        """Weights and state. What of the state is no part of a tensor is the same on all ranks."""
+        for param, held in self._copies.items():
+            self._states[held] = {
+                name: held.new_empty(held.shape, dtype=value.dtype)
+                if isinstance(value, ExpertTensor)
+                else copy.deepcopy(value)
+                for name, value in self.optimizer.state.get(param, {}).items()
+            }
+        held_tensors = self._held_tensors()
+        for held_tensor, value in zip(held_tensors, self._swap(self._own_tensors(), held_tensors), strict=True):
+            held_tensor.copy_(value)
+
+    def _own_tensors(self) -> list[Tensor]:
+        return [
+            local_part(tensor).detach()
+            for param in self._copies
+            for tensor in (param, *self.optimizer.state.get(param, {}).values())
+            if isinstance(tensor, ExpertTensor)
+        ]
+
+    def _held_tensors(self) -> list[Tensor]:
+        return [
+            tensor.detach()
+            for held, state in self._states.items()
+            for tensor in (held, *(value for value in state.values() if _is_part(value, held)))
+        ]
+
+    def _swap(self, sent: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """What the owner sent in place of ``sent``, in the shapes of ``like``: one message for each dtype."""
+        received: list[Tensor] = [torch.empty(0)] * len(like)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in sent):
+            indices = [index for index, tensor in enumerate(sent) if tensor.dtype == dtype]
+            rows = torch.cat([sent[index].flatten() for index in indices])
+            sizes = [like[index].numel() for index in indices]
+            to = [rows.numel() if rank == self._holder else 0 for rank in range(self._state.num_ranks)]
+            come = [sum(sizes) if rank == self.owner else 0 for rank in range(self._state.num_ranks)]
+            arrived = self._state.all_to_all(rows, to, come, "copies", "all").split(sizes)
+            for index, part in zip(indices, arrived, strict=True):
+                received[index] = part.view(like[index].shape)
+        return received
+
+
+def sharded(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Parameters of which every rank holds a part."""
+    params: list[nn.Parameter] = [param for group in optimizer.param_groups for param in group["params"]]
+    return [param for param in params if isinstance(param, ExpertTensor)]
+
+
+def _is_part(value: Any, held: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == held.shape
+
+
+def _sum_of_bits(tensors: Sequence[Tensor]) -> int:
+    """Of integers with the same bits, modulo 2**63: equal tensors have equal sums. Each counts with its place."""
+    total = 0
+    for place, tensor in enumerate(tensors, start=1):
+        bits = tensor.contiguous().view(_BITS[tensor.element_size()])
+        total += place * int(bits.sum(dtype=torch.int64))
+    return total % 2**63
