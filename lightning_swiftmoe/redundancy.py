@@ -21,6 +21,7 @@ from lightning_swiftmoe._compat import progress_of
 from lightning_swiftmoe.checkpoint.checks import on_all_ranks
 from lightning_swiftmoe.checkpoint.full import Owner
 from lightning_swiftmoe.checkpoint.io import local_path
+from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
 from lightning_swiftmoe.parallel.expert_tensor import local_part
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.parallel.shard_copies import ShardCopies, sharded
@@ -164,6 +165,8 @@ class Redundancy:
         checkpoint = {**self._dump(assembled), **progress, STEPS_TAKEN: survivors.steps - steps}
         path = self._folder / f"step-{progress['global_step']}.ckpt"
         self._trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+        for older in set(checkpoints_in(self._folder)) - {path}:
+            older.unlink()
         return path
 
     def _assembled(self, files: Iterable[Any]) -> Assembled:

@@ -192,6 +192,8 @@ class Rescue:
                 self._wait(file.exists, f"what rank {rank} holds", rank)
             saved = self._save(Survivors(tuple(sorted(met)), most, files))
             self._write("saved", str(saved))
+            for file in files.values():
+                file.unlink()
             lost = sorted(set(range(self._num_ranks)) - set(met))
             self._tell(f"rank(s) {lost} are gone: those left have saved {saved}")
         else:

@@ -105,6 +105,7 @@ def test_those_left_agree(tmp_path, does, said):
     assert codes == [KILLED if what is dies else SAVED for what in does]
     assert (tmp_path / "saved.txt").read_text() == said
     assert rescued_ranks(tmp_path) == codes.count(SAVED)
+    assert not list(tmp_path.glob(".ranks/part-*"))
     lost = [rank for rank, what in enumerate(does) if what is dies]
     (told,) = tmp_path.glob("told-by-*.txt")
     assert told.read_text() == f"rank(s) {lost} are gone: those left have saved {tmp_path / 'saved.txt'}"
