@@ -61,9 +61,13 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     place = "on the host" if config.strategy.offload_optimizer else "on the device"
     if config.strategy.optimizer_state == "bound":
         place += ", of the experts it hosts"
-    table.add_row("expert shards per rank", f"{size(count.experts * master_bytes / group_size)} {place}")
+    shard_bytes = count.experts * master_bytes / group_size
+    if config.strategy.get("redundancy") == 2 and 1 < num_ranks == group_size and not virtual:
+        shard_bytes *= 2
+        place += ", those it is the second owner of included"
+    table.add_row("expert shards per rank", f"{size(shard_bytes)} {place}")
     if "Adam" in config.optimizer._target_:
-        table.add_row("expert moments per rank", f"{size(2 * count.experts * master_bytes / group_size)} {place}")
+        table.add_row("expert moments per rank", f"{size(2 * shard_bytes)} {place}")
     return table
 
 

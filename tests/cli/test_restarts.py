@@ -10,6 +10,14 @@ from lightning_swiftmoe.cli.main import main
 from tests.cli.test_train_resume import QUICK, losses, train, weights
 from tests.processes import ROOT
 
+RUN = [
+    *QUICK,
+    "trainer.max_steps=9",
+    "callbacks.checkpoint.every_n_steps=4",
+    "cluster.start_method=fork",
+    "cluster.devices=2",
+]
+
 
 def supervise(*argv, capfd):
     """Exit code, and what the supervisor in this process and the runs in theirs said."""
@@ -18,30 +26,59 @@ def supervise(*argv, capfd):
     return code, captured.out + captured.err
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that loses nobody."""
+    place = tmp_path_factory.mktemp("restarts")
+    code, text = train(place, *RUN, "hydra.run.dir=whole")
+    assert code == 0, text
+    return place / "whole"
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch, capfd):
+    """Trains with kills, by step the rank that is killed, and gives the folder and what was said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(kills, *args):
+        callback = {"_target_": "tests.cli.signals.KillOnce", "where": tmp_path, "kills": kills}
+        words = [f"+callbacks.kills.{key}={value}" for key, value in callback.items()]
+        code, text = supervise(*RUN, *words, *args, "hydra.run.dir=killed", capfd=capfd)
+        assert code == 0, text
+        return tmp_path / "killed", text
+
+    return run
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_killed_ranks(tmp_path, monkeypatch, capfd):
+def test_killed_ranks(tmp_path, whole, killed):
     """Before the first checkpoint, and behind it; the first rank, and another."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    common = [*QUICK, "trainer.max_steps=9", "callbacks.checkpoint.every_n_steps=4", "cluster.start_method=fork"]
-    code, text = train(tmp_path, *common, "hydra.run.dir=whole")
-    assert code == 0, text
-    kills = [
-        "+callbacks.kills._target_=tests.cli.signals.KillOnce",
-        f"+callbacks.kills.where={tmp_path}",
-        "+callbacks.kills.kills={2:1,6:0}",
-    ]
-    code, text = supervise(*common, *kills, "restarts=2", "hydra.run.dir=killed", capfd=capfd)
-    assert code == 0, text
+    folder, text = killed("{2:1,6:0}", "restarts=2")
     assert "restart 1 of 2, from the start: nothing is saved yet" in text
     assert "restart 2 of 2, from step-4.ckpt" in text
     assert {path.name for path in tmp_path.glob("killed-in-*")} == {"killed-in-2", "killed-in-6"}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert losses(killed) == losses(whole)
+    assert losses(folder) == losses(whole)
     expected = weights(whole, 9)
-    assert all(torch.equal(weights(killed, 9)[name], value) for name, value in expected.items())
+    assert all(torch.equal(weights(folder, 9)[name], value) for name, value in expected.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_ranks_that_are_left_go_on(whole, killed):
+    """Without a checkpoint, from the step that failed, and with as many of them as share a batch."""
+    folder, text = killed("{3:1}", "restarts=1", "strategy.redundancy=2")
+    assert "second owner" in " ".join(text.split())
+    assert "rank(s) [1] are gone: those left have saved" in text
+    assert "restart 1 of 1, from step-3.ckpt" in text
+    went_on, expected = losses(folder), losses(whole)
+    assert went_on[:3] == expected[:3]
+    assert [step for step, _ in went_on] == [step for step, _ in expected]
+    # One rank drops other tokens than two do.
+    assert [float(loss) for _, loss in went_on] == pytest.approx([float(loss) for _, loss in expected], rel=0.05)
 
 
 def test_a_mistake_is_not_made_again(tmp_path, monkeypatch, capfd):
@@ -98,30 +135,3 @@ def test_the_folder_is_the_one_that_hydra_would_make(monkeypatch, tmp_path):
     assert restarts._folder(["resume=null", "hydra.run.dir=a"]) == tmp_path / "a"
     assert restarts._folder(["resume=b", "hydra.run.dir=a"]) == tmp_path / "b"
     assert restarts._folder([]).relative_to(Path.cwd()).parts[0] == "outputs"
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(200)
-def test_ranks_that_are_left_go_on(tmp_path, monkeypatch, capfd):
-    """Without a checkpoint, from the step that failed, and with as many of them as share a batch."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    common = [*QUICK, "trainer.max_steps=6", "cluster.start_method=fork", "cluster.devices=2"]
-    code, text = train(tmp_path, *common, "hydra.run.dir=whole")
-    assert code == 0, text
-    kills = [
-        "+callbacks.kills._target_=tests.cli.signals.KillOnce",
-        f"+callbacks.kills.where={tmp_path}",
-        "+callbacks.kills.kills={4:1}",
-    ]
-    redundant = ["strategy.redundancy=2", "callbacks.checkpoint.every_n_steps=1000", "restarts=1"]
-    code, text = supervise(*common, *kills, *redundant, "hydra.run.dir=killed", capfd=capfd)
-    assert code == 0, text
-    assert "rank(s) [1] are gone: those left have saved" in text
-    assert "restart 1 of 1, from step-4.ckpt" in text
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    went_on, expected = losses(killed), losses(whole)
-    assert went_on[:4] == expected[:4]
-    assert [step for step, _ in went_on] == [step for step, _ in expected]
-    # One rank drops other tokens than two do.
-    assert [float(loss) for _, loss in went_on] == pytest.approx([float(loss) for _, loss in expected], rel=0.05)
