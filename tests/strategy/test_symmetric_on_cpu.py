@@ -5,7 +5,7 @@ import pytest
 from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
