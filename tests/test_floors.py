@@ -23,7 +23,11 @@ FLOORS = [
     ["step"],
     ["engine"],
     ["failures"],
-    ["_compat", "callback", "checkpointing", "launcher", "metrics", "strategy", "trace", "virtual", "weight_ema", ""],
+    ["rescue"],
+    [
+        *("_compat", "callback", "checkpointing", "launcher", "metrics", "redundancy", "strategy", "trace", "virtual"),
+        *("weight_ema", ""),
+    ],
     ["models", "data"],
     ["report"],
     ["cli", "__main__"],

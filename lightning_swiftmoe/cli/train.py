@@ -205,6 +205,8 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     options: dict[str, Any] = {"strategy": strategy, "callbacks": list(callbacks.values()), "logger": loggers or False}
     if strategy == "auto" and config.trainer.get("plugins") is None:
         options["plugins"] = [WholeCheckpointIO()]  # ours has it
+    if config.trainer.get("default_root_dir") is None:
+        options["default_root_dir"] = config.run_dir
     return instantiate(config.trainer, **options)
 
 
