@@ -312,7 +312,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         assert self.engine is not None
         self.engine.abandon_step()
         self._assembled = experts
-        return dump_checkpoint(self._trainer)
+        try:
+            return dump_checkpoint(self._trainer)
+        finally:
+            self._assembled = None
 
     @override
     def on_train_start(self) -> None:
