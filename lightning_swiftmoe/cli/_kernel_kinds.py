@@ -10,6 +10,10 @@ CATEGORIES = {
         *("push_rows", "pull_rows", "pull_scalars", "push_shards", "pull_shards"),
         *("barrier_kernel", "arrive_kernel", "wait_kernel", "exchange_counts"),
     ),
+    "plan of tokens": (
+        *("count_blocks", "scan_blocks", "address_kernel"),
+        *("rank_totals", "scan_ranks", "plan_hosts", "name_rows"),
+    ),
     "attention": (
         *("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
         *("cudnn::fusion", "compute_dot_do_o", "convert_dq"),  # cuDNN's helpers around its own

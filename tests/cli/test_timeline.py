@@ -65,6 +65,36 @@ def test_our_kernels_through_peers_memory_communicate(kernel):
     assert Timeline.of([event("kernel", kernel, 0, 8)]).summary(steps=1)["communication_ms"] == pytest.approx(0.008)
 
 
+def test_exchanges_of_expert_state_are_told_from_those_of_tokens_by_their_stream():
+    """Barriers are of one name; state is what runs on the stream of its pushes and pulls."""
+    computing, state = 7, 20
+    events = [
+        event("kernel", GEMM, 0, 100, thread=computing),
+        event("kernel", "push_rows_kernel", 100, 50, thread=computing),
+        event("kernel", "barrier_kernel", 150, 10, thread=computing),
+        event("kernel", "barrier_kernel", 80, 10, thread=state),
+        event("kernel", "pull_shards_kernel", 90, 40, thread=state),  # 10 beside the product, 30 beside the rows
+    ]
+    found = Timeline.of(events).summary(steps=1)
+    assert found["state_ms"] == pytest.approx(0.05)
+    assert found["state_exposed_ms"] == pytest.approx(0.03)
+    assert found["communication_ms"] == pytest.approx(0.08)
+    # All of it is behind the product.
+    assert found["exposed_ms"] == pytest.approx(0.06)
+
+
+def test_without_exchanges_of_state_there_is_none():
+    found = Timeline.of(DEVICE).summary(steps=1)
+    assert (found["state_ms"], found["state_exposed_ms"]) == (0, 0)
+
+
+@pytest.mark.parametrize("kernel", ["count_blocks_kernel", "address_kernel", "scan_ranks_kernel", "plan_hosts_kernel"])
+def test_kernels_that_plan_where_tokens_go(kernel):
+    assert Timeline.of([event("kernel", kernel, 0, 8)]).summary(steps=1)["kernel_ms"] == {
+        "plan of tokens": pytest.approx(0.008)
+    }
+
+
 HOST = [
     event("user_annotation", "ProfilerStep#1", 0, 1000),
     event("user_annotation", "Optimizer.step", 100, 300),
@@ -88,6 +118,15 @@ def test_waits_of_the_host_and_what_asked_for_them():
         ("cudaMemcpyAsync", "aten::item"): [30],
         ("cudaEventSynchronize", "(no label)"): [7],
     }
+
+
+def test_waits_at_the_ends_of_a_trace_are_the_profilers():
+    """It waits for the device before its first step and behind its last."""
+    ends = [
+        event("cuda_runtime", "cudaDeviceSynchronize", -20, 10),
+        event("cuda_runtime", "cudaDeviceSynchronize", 1001, 10),
+    ]
+    assert Timeline.of([*ends, *HOST]).host_waits() == Timeline.of(HOST).host_waits()
 
 
 def test_calls_are_counted_for_each_step():

@@ -90,6 +90,8 @@ def kernels_table(results: dict[str, dict[str, Any]]) -> Table | None:
         "idle_ms": "GPU idle",
         "communication_ms": "communication",
         "exposed_ms": "  of it exposed",
+        "state_ms": "expert state",
+        "state_exposed_ms": "  of it exposed",
     }.items():
         table.add_row(heading, *(f"{profile[key]:.2f}" for profile in profiles.values()))
     for key, heading in {"launches": "kernel launches", "copies": "cudaMemcpyAsync"}.items():

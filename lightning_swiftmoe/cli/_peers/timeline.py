@@ -24,7 +24,8 @@ LAUNCHES = (
 )
 LONG_COPY_US = 20.0  # a copy that only puts itself into a queue takes less of the host's time
 WITHIN_DEVICE = "Memcpy DtoD"
-NOT_CAUSES = ("ProfilerStep#",)
+STEP = "ProfilerStep#"
+STATE_KERNELS = ("push_shards", "pull_shards")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Timeline:
 
     Args:
         device: kernels and copies on the GPU.
-        calls: of CUDA's API on the host, without copies within a device.
+        calls: of CUDA's API on the host within the steps, without copies within a device.
         labels: operators, annotations and Python functions, in which calls happen.
     """
 
@@ -72,19 +73,21 @@ class Timeline:
             span = Span(str(event["name"]), start, start + float(event.get("dur", 0.0)), thread)
             found[kind].append(span)
         python = [span for span in found["python_function"] if is_user_code(span.name)]
+        labels = [span for kind in LABELS for span in found[kind]]
         return cls(
             [span for kind in ON_DEVICE for span in found[kind]],
-            [span for kind in CALLS for span in found[kind]],
-            [span for kind in LABELS for span in found[kind] if not span.name.startswith(NOT_CAUSES)] + python,
+            within_steps([span for kind in CALLS for span in found[kind]], labels),
+            [label for label in labels if not label.name.startswith(STEP)] + python,
         )
 
     def summary(self, steps: int) -> dict[str, Any]:
         """All of it, a step: milliseconds and counts.
 
-        ``exposed_ms`` is the time in which communication ran and nothing else did. ``idle_ms`` is the time between the
-        first and the last event of the GPU in which nothing ran.
+        ``exposed_ms`` is the time in which communication ran and nothing else did, ``state_exposed_ms`` the same of
+        expert state alone. ``idle_ms`` is the time between the first and the last event of the GPU in which nothing ran.
         """
         communication = [span.interval for span in self.device if kind_of(span.name) == "communication"]
+        state = self.state_exchanges()
         rest = [span.interval for span in self.device if kind_of(span.name) != "communication"]
         busy = merged([*communication, *rest])
         waits = self.host_waits()
@@ -93,6 +96,8 @@ class Timeline:
             "kernel_ms": {kind: us / 1e3 / steps for kind, us in self.kernel_us().items()},
             "communication_ms": total(merged(communication)) / 1e3 / steps,
             "exposed_ms": total(without(merged(communication), merged(rest))) / 1e3 / steps,
+            "state_ms": total(merged(state)) / 1e3 / steps,
+            "state_exposed_ms": total(without(merged(state), merged(rest))) / 1e3 / steps,
             "idle_ms": total(without([(busy[0][0], busy[-1][1])], busy)) / 1e3 / steps if busy else 0.0,
             "launches": sum(call.name in LAUNCHES for call in self.calls) / steps,
             "copies": sum(call.name in COPIES for call in self.calls) / steps,
@@ -101,6 +106,12 @@ class Timeline:
                 for (call, cause), us in sorted(waits.items(), key=lambda item: -sum(item[1]))
             ],
         }
+
+    def state_exchanges(self) -> list[Interval]:
+        """Communication on streams of the ``symmetric`` transport's gradients and weights, barriers included."""
+        streams = {span.thread for span in self.device if span.name.startswith(STATE_KERNELS)}
+        mine = [span for span in self.device if span.thread in streams]
+        return [span.interval for span in mine if kind_of(span.name) == "communication"]
 
     def kernel_us(self) -> dict[str, float]:
         """Device time by kind, largest first; kernels that run at once count each."""
@@ -116,6 +127,16 @@ class Timeline:
         for call, cause in zip(waits, causes(waits, self.labels), strict=True):
             found[call.name, cause].append(call.end - call.start)
         return dict(found)
+
+
+def within_steps(calls: Sequence[Span], labels: Sequence[Span]) -> list[Span]:
+    """Without those before the first step and behind the last, where the profiler itself waits; all without steps."""
+    steps = [label for label in labels if label.name.startswith(STEP)]
+    if not steps:
+        return list(calls)
+    first = min(step.start for step in steps)
+    last = max(step.end for step in steps)
+    return [call for call in calls if first <= call.start < last]
 
 
 def correlation(event: Mapping[str, Any]) -> Any:
