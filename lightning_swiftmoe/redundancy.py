@@ -7,7 +7,9 @@ others agree on a step (``Rescue``), and the first of them makes an ordinary che
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +35,8 @@ Values = dict[str, Any]  # of one Parameter: "weight", and what the optimizer ke
 FOLDER = "rescue"
 STEPS_TAKEN = "swiftmoe_steps_taken"  # in a checkpoint: by its weights and optimizer state, behind all else in it
 _WEIGHT = "weight"
+_PERIOD_S = 0.01
+_PATIENCE_S = 2.0  # with the device, for what was asked of it at the head of a step
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,11 @@ class Redundancy:
                 "a folder on a file system that all ranks see"
             )
         self._folder = root / FOLDER
-        self._rescue = Rescue(self._folder, rank, num_ranks, self._held, self._save, _tell)
+        self._rescue = Rescue(self._folder, rank, num_ranks, self._held, self._save, _tell, self._aside)
+        self._marks: list[torch.cuda.Event] = []  # newest first: what is held is complete when one has passed
+        self._stream: torch.cuda.Stream | None = None
+        if parallelism.device.type == "cuda":
+            self._stream = torch.cuda.Stream(parallelism.device)
         self._copies: dict[Optimizer, ShardCopies] = {}
         if parallelism.state_replicas is None:  # other expert groups have them
             per_node = trainer.strategy.num_processes  # type: ignore[attr-defined]
@@ -94,20 +102,26 @@ class Redundancy:
             }
 
     def begin(self) -> None:
-        """Training starts. Collective.
+        """Training starts: every shard gets its second owner. Collective.
 
         Raises:
             OSError: the folder cannot be written to.
         """
         on_all_ranks(lambda: Rescue.prepare(self._folder) if self._control.rank == 0 else None)
         self._rescue.hold()
+        for copies in self._copies.values():
+            copies.receive_all()
+            copies.install()
+        self._marks = self._mark()
         self._meet()
         self._rescue.watch()
 
     def before_batch(self) -> None:
-        """Note where Lightning is, unless gradients of earlier batches wait for the step. Collective."""
+        """Note where Lightning is, unless gradients of earlier batches wait for the step."""
         if self._boundary is None or self._boundary[0] != self._rescue.steps:
             self._boundary = self._rescue.steps, progress_of(self._trainer)
+            self._marks = [*self._mark(), *self._marks[:1]]
+        self._rescue.begin_step()
 
     def step(self, optimizer: Optimizer, on_copies: Callable[[], Any], on_shards: Callable[[], T]) -> T:
         """Both steps, on all ranks or on none. Collective.
@@ -119,16 +133,24 @@ class Redundancy:
         """
         copies = self._copies.get(optimizer)
         if copies is not None:
-            copies.receive()
-        if self._parallelism.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # gradients are here, and not only on their way
+            copies.receive_gradients()
+
+        def vote() -> None:
+            # Who says how its copies are has the gradients too.
+            if copies is not None and copies.are_as_owners():
+                return
+            if copies is not None:
+                copies.receive_all()
+            self._meet()
 
         def both() -> T:
             if copies is not None:
                 copies.step(on_copies)
-            return on_shards()
+            result = on_shards()
+            self._marks = self._mark()
+            return result
 
-        return self._rescue.commit(self._meet, both)
+        return self._rescue.commit(vote, both)
 
     def wait_if_ranks_are_lost(self) -> None:
         """See ``Rescue``."""
@@ -140,7 +162,32 @@ class Redundancy:
 
     # -- when a rank is lost -----------------------------------------------------------------------------------------
 
+    def _mark(self) -> list[torch.cuda.Event]:
+        """Of what the device was asked for so far; none on a host, which has done it."""
+        if self._stream is None:
+            return []
+        mark = torch.cuda.Event()
+        mark.record()
+        return [mark]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A stream of its own: kernels on the main thread's may wait for the dead rank forever.
+
+        The newest mark can be behind such a kernel too, of a hook's own exchange. The one before it is not.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            if self._marks and not any(_passes(mark) for mark in self._marks):
+                raise TimeoutError("the device has not ended the last step")
+            yield
+
     def _meet(self) -> None:
+        """All ranks have come here, and their devices have done what they were asked for."""
+        if self._stream is not None:
+            torch.cuda.current_stream().synchronize()
         self._control.gather_counts(torch.zeros(1, dtype=torch.int64), "redundancy")
 
     def _held(self) -> list[list[dict[int, Values]]]:
@@ -197,6 +244,16 @@ def _put_together(shards: Mapping[int, Values], num_ranks: int) -> Values:
         else value
         for name, value in shards[0].items()
     }
+
+
+def _passes(mark: torch.cuda.Event) -> bool:
+    """Soon. A thread that waits in the driver could keep the main thread from its last words."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not mark.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PERIOD_S)
+    return True
 
 
 def _tell(line: str) -> None:

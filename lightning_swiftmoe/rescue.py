@@ -8,7 +8,8 @@ takes the step that others have taken already, and puts what this rank holds int
 checkpoint of it all. Then the process ends.
 
 A step is taken by all or by none. Ranks vote when they have all that the step needs; who has heard all votes takes it,
-and then everybody that is left has voted, and can take it too.
+and then everybody that is left has voted, and can take it too. What a user does between two steps is part of the first:
+the thread waits until the main thread is at the head of the next, where it stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ T = TypeVar("T")
 EXIT_CODE = 75  # of ranks that were left, once all is saved: try again, in the words of sysexits.h
 _RANKS = ".ranks"
 _PERIOD_S = 0.1
-_SOON_S = 2.0  # between the end of a rank's connections and that of its lock
+_SOON_S = 2.0  # between the end of a rank's connections and that of its lock; for what hooks do between two steps
 _PATIENCE_S = 120.0
 
 
@@ -73,6 +75,7 @@ class Rescue:
         held: gives what this rank holds, to be saved by ``torch.save``.
         save: makes a checkpoint of what all have; on the first rank that is left.
         tell: hears, in a line, what was done, before this process ends.
+        aside: around all that the thread does of it.
     """
 
     def __init__(
@@ -83,13 +86,16 @@ class Rescue:
         held: Callable[[], Any],
         save: Callable[[Survivors], Path],
         tell: Callable[[str], None],
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._folder = folder / _RANKS
         self._rank, self._num_ranks = rank, num_ranks
         self._held, self._save, self._tell = held, save, tell
+        self._aside = aside
         self._steps = 0
         self._unfinished: Callable[[], Any] | None = None
         self._stepping = threading.Lock()
+        self._in_step = threading.Event()  # and not in hooks between two, which may edit what is held
         self._began = threading.Event()
         self._gave_up = threading.Event()
         self._stops = threading.Event()
@@ -129,6 +135,12 @@ class Rescue:
         """Taken since the fit began."""
         return self._steps
 
+    def begin_step(self) -> None:
+        """Whatever comes between two steps is over. Does not return where training is."""
+        self._in_step.set()
+        if self._began.is_set():
+            threading.Event().wait()
+
     def commit(self, vote: Callable[[], Any], step: Callable[[], T]) -> T:
         """Take a step on all ranks or on none.
 
@@ -144,6 +156,7 @@ class Rescue:
             result = step()
             self._steps += 1
             self._unfinished = None
+            self._in_step.clear()
         return result
 
     def wait_if_ranks_are_lost(self) -> None:
@@ -166,7 +179,10 @@ class Rescue:
                     self._began.set()
                     steps, unfinished = self._steps, self._unfinished
                 try:
-                    self._go(steps, unfinished)
+                    self._alarm.touch()
+                    self._in_step.wait(_SOON_S)  # in vain where a hook waits for the rank that is gone
+                    with self._aside():
+                        self._go(steps, unfinished)
                 except Exception as error:
                     self._tell(f"rank {self._rank} cannot save what it holds: {type(error).__name__}: {error}")
                 self._file("left").touch()
@@ -174,7 +190,6 @@ class Rescue:
                 return
 
     def _go(self, steps: int, unfinished: Callable[[], Any] | None) -> None:
-        self._alarm.touch()
         self._write("met", json.dumps(asdict(Standing(steps, unfinished is not None))))
         met = self._everybody_left()
         most = max(standing.steps for standing in met.values())

@@ -567,6 +567,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         Args:
             line: which one, and for how long.
         """
+        if self._redundant is not None:
+            self._redundant.wait_if_ranks_are_lost()
         if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)):
             self._launcher.ends_now(self.global_rank, ExchangeError(line))
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ def work(folder, rank, num_ranks, ready, does):
     mine.rescue.hold()
     ready.wait()
     mine.rescue.watch()
+    mine.rescue.begin_step()
     mine.rescue.commit(lambda: None, mine.step)
+    if does is not edits_between_steps:
+        mine.rescue.begin_step()
     does(mine)
 
 
@@ -67,7 +71,23 @@ def waits_forever(*_):
 
 def takes_another(mine):
     mine.rescue.commit(lambda: None, mine.step)
+    mine.rescue.begin_step()
     waits_forever()
+
+
+def edits_between_steps(mine):
+    """The rank next to it is lost, and its own thread knows; which would have saved long ago if it did not wait."""
+    ranks = mine.folder / ".ranks"
+    appears(ranks / "alarm", 30)
+    appears(ranks / f"part-{mine.rank}", 1)
+    mine.count = 100
+    mine.rescue.begin_step()
+
+
+def appears(path, within_s):
+    deadline = time.monotonic() + within_s
+    while not path.exists() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
 
 
 def hears_no_vote(mine):
@@ -98,6 +118,8 @@ KILLED = -signal.SIGKILL
         # Nobody has: nobody does.
         ((hears_no_vote, dies, hears_no_vote), "(0, 2) 1 [1, 1]"),
         ((dies, dies, waits_forever), "(2,) 1 [1]"),
+        # What a user does between two steps is part of the first.
+        ((edits_between_steps, dies, waits_forever), "(0, 2) 1 [100, 1]"),
     ],
 )
 def test_those_left_agree(tmp_path, does, said):

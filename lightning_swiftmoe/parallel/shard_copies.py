@@ -59,16 +59,46 @@ class ShardCopies:
             local = local_part(param)
             self._copies[param] = nn.Parameter(local.new_empty(experts, stop - start, cols), param.requires_grad)
             self._states[self._copies[param]] = {}
+        self._arrived: dict[nn.Parameter, tuple[Tensor, State]] = {}
 
-    def receive(self) -> None:
-        """Bring the copies up to the owners' shards, and the gradients of the step that comes. Collective."""
-        mine = _sum_of_bits(self._own_tensors())
-        held = _sum_of_bits(self._held_tensors())
-        everybody = self._control.gather_counts(torch.tensor([mine, held]), "copies").tolist()
-        owned = [sums[0] for sums in everybody]
+    def are_as_owners(self) -> bool:
+        """Whether every copy has the bits of its owner's shard, weights and state. Collective, and waits for the device.
+
+        All have what was received before.
+        """
+        sums = torch.stack([_sum_of_bits(self._own_tensors()), _sum_of_bits(self._held_tensors())])
+        everybody = self._control.gather_counts(sums.cpu(), "copies").tolist()
+        owned = [mine for mine, _ in everybody]
         copied = [everybody[(rank + self._holder - self._state.rank) % len(everybody)][1] for rank in range(len(owned))]
-        if owned != copied:
-            self._receive_all()
+        return owned == copied
+
+    def receive_all(self) -> None:
+        """Weights and state, for ``install``. Collective.
+
+        What of the state is no part of a tensor is the same on all ranks.
+        """
+        kept = {param: self.optimizer.state.get(param, {}) for param in self._copies}
+        like = [held for param, held in self._copies.items() for _ in range(1 + len(_parts(kept[param])))]
+        arrived = iter(self._swap(self._own_tensors(), like))
+        self._arrived = {}
+        for param, held in self._copies.items():
+            weight = next(arrived)
+            parts = {name: next(arrived) for name in _parts(kept[param])}
+            rest = {name: copy.deepcopy(value) for name, value in kept[param].items() if name not in parts}
+            self._arrived[held] = weight, {name: parts.get(name, rest.get(name)) for name in kept[param]}
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """What has arrived takes the place of the copies, which until then are whole."""
+        for held, (weight, state) in self._arrived.items():
+            held.copy_(weight)
+            self._states[held] = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+            }
+        self._arrived = {}
+
+    def receive_gradients(self) -> None:
+        """Of the step that comes. Collective."""
         wanted = [param for param in self._copies if param.grad is not None]
         grads = [local_part(param.grad) for param in wanted if param.grad is not None]
         copies = [self._copies[param] for param in wanted]
@@ -78,7 +108,8 @@ class ShardCopies:
             copied_param.grad = grad
 
     def step(self, step: Callable[[], T]) -> T:
-        """``step()`` of the optimizer on the copies."""
+        """``step()`` of the optimizer on the copies, once what has arrived is in its place."""
+        self.install()
         with self._in_place_of_shards():
             return step()
 
@@ -106,26 +137,11 @@ class ShardCopies:
                 group.clear()
                 group.update(before)
 
-    @torch.no_grad()
-    def _receive_all(self) -> None:
-        """Weights and state. What of the state is no part of a tensor is the same on all ranks."""
-        for param, held in self._copies.items():
-            self._states[held] = {
-                name: held.new_empty(held.shape, dtype=value.dtype)
-                if isinstance(value, ExpertTensor)
-                else copy.deepcopy(value)
-                for name, value in self.optimizer.state.get(param, {}).items()
-            }
-        held_tensors = self._held_tensors()
-        for held_tensor, value in zip(held_tensors, self._swap(self._own_tensors(), held_tensors), strict=True):
-            held_tensor.copy_(value)
-
     def _own_tensors(self) -> list[Tensor]:
         return [
             local_part(tensor).detach()
             for param in self._copies
-            for tensor in (param, *self.optimizer.state.get(param, {}).values())
-            if isinstance(tensor, ExpertTensor)
+            for tensor in (param, *_parts(self.optimizer.state.get(param, {})).values())
         ]
 
     def _held_tensors(self) -> list[Tensor]:
@@ -156,14 +172,19 @@ def sharded(optimizer: Optimizer) -> list[nn.Parameter]:
     return [param for param in params if isinstance(param, ExpertTensor)]
 
 
+def _parts(state: State) -> dict[str, ExpertTensor]:
+    """Of which every rank holds its own."""
+    return {name: value for name, value in state.items() if isinstance(value, ExpertTensor)}
+
+
 def _is_part(value: Any, held: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == held.shape
 
 
-def _sum_of_bits(tensors: Sequence[Tensor]) -> int:
-    """Of integers with the same bits, modulo 2**63: equal tensors have equal sums. Each counts with its place."""
-    total = 0
-    for place, tensor in enumerate(tensors, start=1):
-        bits = tensor.contiguous().view(_BITS[tensor.element_size()])
-        total += place * int(bits.sum(dtype=torch.int64))
-    return total % 2**63
+def _sum_of_bits(tensors: Sequence[Tensor]) -> Tensor:
+    """Of integers with the same bits, modulo 2**64: equal tensors have equal sums. Each counts with its place."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.int64)
+    sums = [tensor.contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    places = torch.arange(1, len(sums) + 1, device=sums[0].device)
+    return (torch.stack(sums) * places).sum()

@@ -17,13 +17,16 @@ from tests.settings import settings_of
 
 def main(argv: list[str]) -> int:
     """Run trials ``seed`` to ``seed + kills - 1``."""
-    defaults = {"kills": 500, "seed": 0, "redundancy": 1, "launchers": "", "folders": tempfile.gettempdir()}
+    defaults = {
+        **{"kills": 500, "seed": 0, "redundancy": 1, "transport": ""},
+        **{"launchers": "", "folders": tempfile.gettempdir()},
+    }
     try:
         options = settings_of(argv, defaults)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    expected = expected_weights()
+    expected = expected_weights(options["transport"])
     folders = options["folders"].split(",")
     # torchrun ends all ranks where one dies: none is left to save anything.
     usual = LAUNCHERS if options["redundancy"] == 1 else LAUNCHERS[:3]
@@ -34,7 +37,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     for seed in range(first, first + kills):
         with tempfile.TemporaryDirectory(dir=folders[seed % len(folders)]) as place:
-            trial = Trial.of(seed, Path(place), launchers, options["redundancy"])
+            trial = Trial.of(seed, Path(place), launchers, options["redundancy"], options["transport"])
             faults = faults_of(trial, expected, Path(place))
         trials[trial.launcher] += 1
         wrong[trial.launcher] += bool(faults)

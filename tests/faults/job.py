@@ -15,7 +15,7 @@ import torch
 
 from lightning_swiftmoe import SwiftMoEStrategy
 from lightning_swiftmoe.checkpoint.periodic import PeriodicCheckpoint
-from tests.jobs import Job, Net, data
+from tests.jobs import Job, Net, adamw, data, sgd
 
 # Where in a step a rank is killed.
 PHASES = ("batch start", "forward", "before backward", "after backward", "optimizer step", "batch end", "saving")
@@ -37,6 +37,7 @@ class Plan:
         resume: a checkpoint; None: from the start.
         redundancy: owners of every shard.
         expert_parallel_size: of the strategy.
+        transport: between GPUs, one a rank, in fp32; empty: ranks have no GPU, and compute in fp64.
     """
 
     folder: str
@@ -49,11 +50,13 @@ class Plan:
     resume: str | None = None
     redundancy: int = 1
     expert_parallel_size: int | None = None
+    transport: str = ""
 
     @property
     def job(self) -> Job:
-        """The same for any plan, so that all end with the same weights."""
-        return Job(num_experts=6, slots=6, batch=24, steps=self.steps)
+        """The same for all plans on GPUs and for all others, so that all end with the same weights."""
+        optimizer = sgd if self.transport else adamw  # which takes rounding in small gradients for a direction
+        return Job(num_experts=6, slots=6, batch=24, steps=self.steps, optimizer=optimizer)
 
 
 class Killer(pl.Callback):
@@ -109,10 +112,10 @@ def run(plan: Plan) -> None:
     """Train by ``plan``, in a process that Lightning may start again for further ranks."""
     torch.set_num_threads(1)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if plan.transport else "cpu",
         devices=plan.num_ranks,
         max_steps=plan.steps,
-        precision="64-true",
+        precision="32-true" if plan.transport else "64-true",
         logger=False,
         use_distributed_sampler=False,
         default_root_dir=plan.folder,
@@ -125,6 +128,7 @@ def run(plan: Plan) -> None:
             start_method=plan.start_method,
             redundancy=plan.redundancy,
             expert_parallel_size=plan.expert_parallel_size,
+            transport=plan.transport or "auto",
         ),
     )
     trainer.fit(Module(plan.job), ckpt_path=plan.resume)

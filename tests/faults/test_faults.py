@@ -20,6 +20,12 @@ def test_those_left_go_on(tmp_path, expected):
 
 
 @pytest.mark.timeout(200)
+def test_the_first_step_has_second_owners(tmp_path, expected):
+    trial = Trial.of(4, tmp_path, ("fork",), redundancy=2)
+    assert faults_of(Trial(replace(trial.plan, killed=(0, 0, "forward")), "fork", 1), expected, tmp_path) == []
+
+
+@pytest.mark.timeout(200)
 def test_expert_groups_are_each_others_second_owners(tmp_path, expected):
     trial = Trial.of(4, tmp_path, ("fork",), redundancy=2)
     plan = replace(trial.plan, num_ranks=4, killed=(2, 3, "after backward"), expert_parallel_size=2)

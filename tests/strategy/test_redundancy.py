@@ -105,6 +105,36 @@ def test_copies_are_as_their_owners(tmp_path, case, num_ranks):
         assert largest_error(results[0][0], train_alone(dataclasses.replace(CASES[case]))) < bound
 
 
+class ReceivesWithoutAStep(pl.Callback):
+    """Edits this rank's shards, and sends them to the holder of their copies, who takes no step."""
+
+    def on_train_end(self, trainer, module):
+        (copies,) = trainer.strategy._redundant._copies.values()
+        before = weights_of(copies)
+        for param in sharded(copies.optimizer):
+            local_part(param).data.add_(1)
+        copies.receive_all()
+        self.kept = all(map(torch.equal, before, weights_of(copies)))
+        copies.step(lambda: None)
+        self.moved = all(torch.equal(one + 1, two) for one, two in zip(before, weights_of(copies), strict=True))
+
+
+def weights_of(copies):
+    return [weight.clone() for weight, _ in copies.parts().values()]
+
+
+def receive_without_a_step(job):
+    receives = ReceivesWithoutAStep()
+    train(dataclasses.replace(job, callbacks=lambda: [receives]), default_root_dir=job.trainer["default_root_dir"])
+    return receives.kept, receives.moved
+
+
+def test_what_arrives_counts_with_the_step(tmp_path):
+    """The owner may die while it sends: what was there before is whole."""
+    job = dataclasses.replace(JOB, trainer={"default_root_dir": str(tmp_path)})
+    assert run_ranks(2, receive_without_a_step, job) == [(True, True)] * 2
+
+
 def sent(job):
     """Bytes of the copies, step by step."""
 

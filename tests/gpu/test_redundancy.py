@@ -1,0 +1,56 @@
+"""``redundancy=2`` on GPUs: the same bits as without, and a fit that loses a rank is saved from the other's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.faults.job import BEHIND_THE_VOTE
+from tests.faults.trials import Trial, expected_weights, faults_of
+from tests.gpu.cases import HOPPER, TRANSPORTS, GpuJob, fit
+from tests.gpu.rank_pool import DEVICE
+from tests.gpu.test_same_bits import assert_same_bits
+from tests.jobs import adamw
+
+pytestmark = pytest.mark.gpu
+
+# Rank 0 waits for rank 1 in a kernel; it has all votes, and rank 1 had them too.
+PHASES = ("forward", "after backward", BEHIND_THE_VOTE)
+KILLS = [(transport, phase) for transport in TRANSPORTS for phase in PHASES]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_nothing_changes(two, tmp_path, precision, transport):
+    job = GpuJob(width=64, moe=HOPPER, precision=precision, transport=transport, optimizer=adamw)
+    once = two.run(fit, job)
+    options = {"strategy": {"redundancy": 2}, "trainer": {"default_root_dir": str(tmp_path)}}
+    twice = two.run(fit, dataclasses.replace(job, **options))
+    assert_same_bits(once, twice)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """Of all trials, at once: each spends most of its time starting."""
+    on_gpus = DEVICE == "cuda"
+    expected = expected_weights("nccl" if on_gpus else "")
+
+    def of(number):
+        transport, phase = KILLS[number]
+        folder = tmp_path_factory.getbasetemp() / f"redundancy-{number}"
+        folder.mkdir()
+        trial = Trial.of(number, folder, ("popen",), 2, transport if on_gpus else "")
+        plan = dataclasses.replace(trial.plan, num_ranks=2, killed=(1, 3 + number % 3, phase))
+        return faults_of(Trial(plan, "popen", 1), expected, folder)
+
+    with ThreadPoolExecutor(len(KILLS)) as pool:
+        return dict(zip(KILLS, pool.map(of, range(len(KILLS))), strict=True))
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("kill", KILLS, ids="-".join)
+def test_the_other_rank_saves_what_both_held(faults, kill):
+    assert faults[kill] == []
