@@ -62,9 +62,9 @@ class ShardCopies:
         self._arrived: dict[nn.Parameter, tuple[Tensor, State]] = {}
 
     def are_as_owners(self) -> bool:
-        """Whether every copy has the bits of its owner's shard, weights and state. Collective, and waits for the device.
+        """Whether every copy has the bits of its owner's shard, weights and state.
 
-        All have what was received before.
+        Collective, and waits for the device: where it returns, all ranks have what was received before.
         """
         sums = torch.stack([_sum_of_bits(self._own_tensors()), _sum_of_bits(self._held_tensors())])
         everybody = self._control.gather_counts(sums.cpu(), "copies").tolist()
@@ -185,6 +185,13 @@ def _sum_of_bits(tensors: Sequence[Tensor]) -> Tensor:
     """Of integers with the same bits, modulo 2**64: equal tensors have equal sums. Each counts with its place."""
     if not tensors:
         return torch.zeros((), dtype=torch.int64)
-    sums = [tensor.contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    sums = [_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
     places = torch.arange(1, len(sums) + 1, device=sums[0].device)
     return (torch.stack(sums) * places).sum()
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """The same bits, eight bytes at a time where they can be: memory is read as fast as it goes."""
+    flat = tensor.contiguous().view(-1)
+    in_eights = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return flat.view(torch.int64 if in_eights else _BITS[flat.element_size()])

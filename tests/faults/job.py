@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ import torch
 
 from lightning_swiftmoe import SwiftMoEStrategy
 from lightning_swiftmoe.checkpoint.periodic import PeriodicCheckpoint
-from tests.jobs import Job, Net, adamw, data, sgd
+from tests.jobs import Job, Net, data, sgd
 
 # Where in a step a rank is killed.
 PHASES = ("batch start", "forward", "before backward", "after backward", "optimizer step", "batch end", "saving")
@@ -37,7 +37,7 @@ class Plan:
         resume: a checkpoint; None: from the start.
         redundancy: owners of every shard.
         expert_parallel_size: of the strategy.
-        transport: between GPUs, one a rank, in fp32; empty: ranks have no GPU, and compute in fp64.
+        transport: in fp32, and on GPUs but for ``"gloo"``; empty: ranks have no GPU, and compute in fp64.
     """
 
     folder: str
@@ -54,9 +54,10 @@ class Plan:
 
     @property
     def job(self) -> Job:
-        """The same for all plans on GPUs and for all others, so that all end with the same weights."""
-        optimizer = sgd if self.transport else adamw  # which takes rounding in small gradients for a direction
-        return Job(num_experts=6, slots=6, batch=24, steps=self.steps, optimizer=optimizer)
+        """The same for all plans in fp32 and for all others, so that all end with the same weights."""
+        job = Job(num_experts=6, slots=6, batch=24, steps=self.steps)
+        # AdamW takes rounding in small gradients for a direction.
+        return replace(job, precision="32-true", optimizer=sgd) if self.transport else job
 
 
 class Killer(pl.Callback):
@@ -112,10 +113,10 @@ def run(plan: Plan) -> None:
     """Train by ``plan``, in a process that Lightning may start again for further ranks."""
     torch.set_num_threads(1)
     trainer = pl.Trainer(
-        accelerator="gpu" if plan.transport else "cpu",
+        accelerator="gpu" if plan.transport in ("nccl", "symmetric") else "cpu",
         devices=plan.num_ranks,
         max_steps=plan.steps,
-        precision="32-true" if plan.transport else "64-true",
+        precision=plan.job.precision,
         logger=False,
         use_distributed_sampler=False,
         default_root_dir=plan.folder,

@@ -10,7 +10,6 @@ import pytest
 from tests.faults.job import BEHIND_THE_VOTE
 from tests.faults.trials import Trial, expected_weights, faults_of
 from tests.gpu.cases import HOPPER, TRANSPORTS, GpuJob, fit
-from tests.gpu.rank_pool import DEVICE
 from tests.gpu.test_same_bits import assert_same_bits
 from tests.jobs import adamw
 
@@ -34,14 +33,13 @@ def test_nothing_changes(two, tmp_path, precision, transport):
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     """Of all trials, at once: each spends most of its time starting."""
-    on_gpus = DEVICE == "cuda"
-    expected = expected_weights("nccl" if on_gpus else "")
+    expected = expected_weights(TRANSPORTS[0])
 
     def of(number):
         transport, phase = KILLS[number]
         folder = tmp_path_factory.getbasetemp() / f"redundancy-{number}"
         folder.mkdir()
-        trial = Trial.of(number, folder, ("popen",), 2, transport if on_gpus else "")
+        trial = Trial.of(number, folder, ("popen",), 2, transport)
         plan = dataclasses.replace(trial.plan, num_ranks=2, killed=(1, 3 + number % 3, phase))
         return faults_of(Trial(plan, "popen", 1), expected, folder)
 

@@ -84,7 +84,7 @@ class Timeline:
         """All of it, a step: milliseconds and counts.
 
         ``exposed_ms`` is the time in which communication ran and nothing else did, ``state_exposed_ms`` the same of
-        expert state alone. ``idle_ms`` is the time between the first and the last event of the GPU in which nothing ran.
+        expert state alone. ``idle_ms`` is the time between the first and the last event of the GPU without any.
         """
         communication = [span.interval for span in self.device if kind_of(span.name) == "communication"]
         state = self.state_exchanges()
