@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ from lightning_swiftmoe.checkpoint.checks import on_all_ranks
 from lightning_swiftmoe.checkpoint.full import Owner
 from lightning_swiftmoe.checkpoint.io import local_path
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
+from lightning_swiftmoe.parallel.copies_aside import CopiesAside
 from lightning_swiftmoe.parallel.expert_tensor import local_part
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.parallel.shard_copies import ShardCopies, sharded
@@ -89,9 +91,9 @@ class Redundancy:
         self._folder = root / FOLDER
         self._rescue = Rescue(self._folder, rank, num_ranks, self._held, self._save, _tell, self._aside)
         self._marks: list[torch.cuda.Event] = []  # newest first: what is held is complete when one has passed
-        self._stream: torch.cuda.Stream | None = None
+        self._copies_aside: CopiesAside | None = None
         if parallelism.device.type == "cuda":
-            self._stream = torch.cuda.Stream(parallelism.device)
+            self._copies_aside = CopiesAside(parallelism.device)
         self._copies: dict[Optimizer, ShardCopies] = {}
         if parallelism.state_replicas is None:  # other expert groups have them
             per_node = trainer.strategy.num_processes  # type: ignore[attr-defined]
@@ -164,7 +166,7 @@ class Redundancy:
 
     def _mark(self) -> list[torch.cuda.Event]:
         """Of what the device was asked for so far; none on a host, which has done it."""
-        if self._stream is None:
+        if self._copies_aside is None:
             return []
         mark = torch.cuda.Event()
         mark.record()
@@ -176,17 +178,17 @@ class Redundancy:
 
         The newest mark can be behind such a kernel too, of a hook's own exchange. The one before it is not.
         """
-        if self._stream is None:
+        if self._copies_aside is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._copies_aside.stream):
             if self._marks and not any(_passes(mark) for mark in self._marks):
                 raise TimeoutError("the device has not ended the last step")
             yield
 
     def _meet(self) -> None:
         """All ranks have come here, and their devices have done what they were asked for."""
-        if self._stream is not None:
+        if self._copies_aside is not None:
             torch.cuda.current_stream().synchronize()
         self._control.gather_counts(torch.zeros(1, dtype=torch.int64), "redundancy")
 
@@ -197,19 +199,28 @@ class Redundancy:
     def _shards(self, optimizer: Optimizer, param: nn.Parameter) -> dict[int, Values]:
         state = optimizer.state.get(param, {})
         own = {_WEIGHT: param, **state}
-        found = {self._parallelism.state.rank: {name: _on_host(value) for name, value in own.items()}}
+        found = {self._parallelism.state.rank: self._on_host(own)}
         copies = self._copies.get(optimizer)
         if copies is not None:
             weight, copied = copies.parts()[param]
-            found[copies.owner] = {name: _on_host(value) for name, value in {_WEIGHT: weight, **copied}.items()}
+            found[copies.owner] = self._on_host({_WEIGHT: weight, **copied})
         return found
+
+    def _on_host(self, values: Any) -> Any:
+        """With every tensor on the host, of shards this rank's part."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            local = local_part(tensor).detach()
+            return local if self._copies_aside is None else self._copies_aside.to_host(local)
+
+        return apply_to_collection(values, Tensor, moved)
 
     def _save(self, survivors: Survivors) -> Path:
         assert self._boundary is not None
         steps, progress = self._boundary
         files = [torch.load(file, weights_only=True) for file in survivors.files.values()]
         assembled = self._assembled(files)
-        checkpoint = {**self._dump(assembled), **progress, STEPS_TAKEN: survivors.steps - steps}
+        checkpoint = self._on_host({**self._dump(assembled), **progress, STEPS_TAKEN: survivors.steps - steps})
         path = self._folder / f"step-{progress['global_step']}.ckpt"
         self._trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
         for older in set(checkpoints_in(self._folder)) - {path}:
@@ -258,7 +269,3 @@ def _passes(mark: torch.cuda.Event) -> bool:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _on_host(value: Any) -> Any:
-    return local_part(value).detach().cpu() if isinstance(value, Tensor) else value
