@@ -177,7 +177,10 @@ class _Replay:
         if self._system.sees_current_load:
             for state, load in zip(states, loads, strict=True):
                 state.decide(load)
-        routed = [route(part, state.residency, self._capacity) for part, state in zip(counts, states, strict=True)]
+        split = self._system.split
+        routed = [
+            route(part, state.residency, self._capacity, split) for part, state in zip(counts, states, strict=True)
+        ]
         offered_load = np.concatenate([part.offered_load for part in routed])
         rank_load = np.concatenate([part.rank_load for part in routed])
         self._kept[at], self._routed[at] = sum(part.kept.sum() for part in routed), sum(load.sum() for load in loads)

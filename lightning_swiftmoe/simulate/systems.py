@@ -18,6 +18,10 @@ DIRECT = "direct"  # ours: one all-to-all from the residents to N even shards, w
 PUBLISHED = "published"  # SwiftMoE as printed: all-reduce among the hosts, then collect slices; weights once per slot
 BOUND = "bound"  # state on the hosts: all-reduce among them, weights gathered among them; it moves with the experts
 
+# How an expert's assignments are split over its hosts.
+EVEN = "even"  # over its replicas; a slot has a capacity
+EXACT = "exact"  # as evenly over the ranks as the placement allows; a rank has a capacity
+
 
 @dataclass(frozen=True)
 class System:
@@ -29,6 +33,7 @@ class System:
         every_n_steps: how often, from the loads added up since the last decision.
         state: ``DIRECT``, ``PUBLISHED`` or ``BOUND``.
         sees_current_load: the placement of a step comes from the very load of that step (simulation only).
+        split: ``EVEN`` or ``EXACT``.
     """
 
     name: str
@@ -36,6 +41,7 @@ class System:
     every_n_steps: int = 1
     state: str = DIRECT
     sees_current_load: bool = False
+    split: str = EVEN
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def resolve_system(name: str, slot_capacity: int) -> System:
     """The system of that name.
 
     ``static``, ``flexmoe`` (its own trigger), ``flexmoe_N`` (forced every N steps): state bound to the hosts.
-    ``oracle``; ``swiftmoe_published`` (``proportional`` with the published exchange); else any registered policy.
+    ``oracle``; ``swiftmoe_published`` (``proportional`` with the published exchange); ``exact`` (``balanced``, with an
+    exact split over the hosts and the slots of a rank pooled); else any registered policy.
 
     Raises:
         ValueError: no such system.
@@ -100,7 +107,9 @@ def resolve_system(name: str, slot_capacity: int) -> System:
         return System(name, Oracle(slot_capacity), sees_current_load=True)
     if name == "swiftmoe_published":
         return System(name, get_policy("proportional"), state=PUBLISHED)
+    if name == "exact":
+        return System(name, get_policy("balanced"), split=EXACT)
     if name not in policy_names():
-        there_are = sorted({*policy_names(), "flexmoe", "flexmoe_N", "oracle", "swiftmoe_published"})
+        there_are = sorted({*policy_names(), "exact", "flexmoe", "flexmoe_N", "oracle", "swiftmoe_published"})
         raise ValueError(f"unknown policy {name!r}; there are {', '.join(there_are)}")
     return System(name, get_policy(name))

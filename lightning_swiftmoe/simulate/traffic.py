@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement import Placement, keep_within_capacity
 from lightning_swiftmoe.placement.bound_shards import BoundShards
+from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.placement.transfer import (
@@ -22,7 +23,7 @@ from lightning_swiftmoe.placement.transfer import (
     weight_plan,
 )
 from lightning_swiftmoe.simulate.model import ModelShape
-from lightning_swiftmoe.simulate.systems import DIRECT, PUBLISHED
+from lightning_swiftmoe.simulate.systems import DIRECT, EVEN, EXACT, PUBLISHED
 
 FloatArray = NDArray[np.floating]
 
@@ -82,7 +83,7 @@ class Routed:
     received: FloatArray
 
 
-def route(counts: IntArray, residency: Residency, slot_capacity: int) -> Routed:
+def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str = EVEN) -> Routed:
     """Drop what is over capacity and spread the rest over the replicas, ranks serving themselves first.
 
     Args:
@@ -90,22 +91,38 @@ def route(counts: IntArray, residency: Residency, slot_capacity: int) -> Routed:
             route an equal part of each expert's load (sent and received are then within one assignment per expert).
         residency: of the placement in force.
         slot_capacity: assignments per slot; 0 drops nothing.
+        split: ``EVEN`` over the replicas, each slot with its own capacity; or ``EXACT``: as evenly over the ranks as
+            the placement allows, the slots of a rank sharing their room.
     """
     load = counts.sum(axis=0, dtype=np.int64)
-    capacity = slot_capacity * residency.placement.replicas if slot_capacity else load
-    kept = np.minimum(load, capacity)
-    share = residency.share(kept)
+    offered, share = (_split_exactly if split == EXACT else _split_evenly)(load, residency, slot_capacity)
+    kept = np.bincount(residency.expert, weights=share, minlength=load.size).astype(np.int64)
     num_ranks = residency.placement.num_ranks
     if len(counts) == num_ranks:
-        by_source = keep_within_capacity(counts, capacity)
+        by_source = keep_within_capacity(counts, kept)
         local = np.minimum(by_source[residency.rank, residency.expert], share)
         from_rank = by_source.sum(axis=1)
     else:
         local = np.minimum(kept[residency.expert] / num_ranks, share)
         from_rank = np.full(num_ranks, kept.sum() / num_ranks)
     rank_load, stays = residency.sum_by_rank(share), residency.sum_by_rank(local)
-    offered = residency.sum_by_rank(residency.share(load)) if slot_capacity else rank_load
-    return Routed(kept, rank_load, offered, from_rank - stays, rank_load - stays)
+    return Routed(kept, rank_load, residency.sum_by_rank(offered), from_rank - stays, rank_load - stays)
+
+
+def _split_evenly(load: IntArray, residency: Residency, slot_capacity: int) -> tuple[IntArray, IntArray]:
+    """``[R]`` assignments that each pair would process without drops, and does."""
+    offered = residency.share(load)
+    if not slot_capacity:
+        return offered, offered
+    return offered, residency.share(np.minimum(load, slot_capacity * residency.placement.replicas))
+
+
+def _split_exactly(load: IntArray, residency: Residency, slot_capacity: int) -> tuple[IntArray, IntArray]:
+    placement = residency.placement
+    offered = exact_split(load, placement)
+    kept = keep_within_ranks(offered, slot_capacity * placement.slots_per_rank) if slot_capacity else offered
+    pairs = residency.rank, residency.expert
+    return offered[pairs], kept[pairs]
 
 
 def gradient_flow(residency: Residency, model: ModelShape, state: str, all_reduce: bool) -> Flow:

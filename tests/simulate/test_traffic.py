@@ -12,9 +12,10 @@ from lightning_swiftmoe.placement import (
     plan_dispatch,
     uniform,
 )
+from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.simulate import ModelShape
-from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, PUBLISHED
+from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, EXACT, PUBLISHED
 from lightning_swiftmoe.simulate.traffic import gradient_flow, migration_flow, owned_params, route, weight_flow
 
 MODEL = ModelShape(dim=10, ffn_dim=30, num_layers=1, num_moe_layers=1, num_experts=5)  # P = 600, G = W = 1200 B
@@ -57,6 +58,24 @@ def test_dispatch_counts_equal_the_plan_that_training_runs(shape, capacity):
         assert routed.rank_load.tolist() == plans[0].rank_load.tolist()
         assert routed.sent.tolist() == [p.send.sum() - p.send[r].sum() for r, p in enumerate(plans)]
         assert routed.received.tolist() == [p.recv.sum() - p.recv[r].sum() for r, p in enumerate(plans)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("capacity", [0, 7])
+def test_an_exact_split_fills_ranks_and_not_slots(shape, capacity):
+    num_ranks, slots = shape
+    counts = np.random.default_rng(1).integers(0, 20, (num_ranks, 5))
+    for placement in placements(*shape):
+        routed = route(counts, Residency.of(placement), capacity, EXACT)
+        split = exact_split(counts.sum(0), placement)
+        processed = keep_within_ranks(split, capacity * slots) if capacity else split
+        by_source = keep_within_capacity(counts, processed.sum(0))
+        assert routed.offered_load.tolist() == split.sum(1).tolist()
+        assert routed.rank_load.tolist() == processed.sum(1).tolist()
+        assert routed.kept.tolist() == processed.sum(0).tolist()
+        at_home = np.minimum(by_source, processed).sum(1)
+        assert routed.sent.tolist() == (by_source.sum(1) - at_home).tolist()
+        assert routed.received.tolist() == (processed.sum(1) - at_home).tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
