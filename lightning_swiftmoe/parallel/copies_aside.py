@@ -1,9 +1,9 @@
 """Tensors to the host by one thread while another waits in the driver, perhaps forever.
 
 A copy from a GPU to pageable memory, such as ``tensor.item()`` is, waits for all before it on its stream, and while it
-waits no other thread makes one. A copy to pinned memory only goes into a queue. So this thread copies to a piece of
-memory that was pinned in time, on a stream of its own, asks now and then whether it has arrived, and makes nothing
-anew on the device.
+waits those of other threads seem to wait too. A copy to pinned memory only goes into a queue. So this thread copies to
+a piece of memory that was pinned in time, on a stream of its own, asks now and then whether it has arrived, and makes
+nothing anew on the device.
 """
 
 from __future__ import annotations

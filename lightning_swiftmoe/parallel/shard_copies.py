@@ -67,8 +67,8 @@ class ShardCopies:
         Collective, and waits for the device: where it returns, all ranks have what was received before.
         """
         sums = torch.stack([_sum_of_bits(self._own_tensors()), _sum_of_bits(self._held_tensors())])
-        if sums.is_cuda:
-            # Not in the copy to the host: no other thread copies while it waits.
+        if self._state.device.type == "cuda":
+            # Without experts of this optimizer too. Not in the copy to the host: no other thread copies while it waits.
             torch.cuda.current_stream().synchronize()
         everybody = self._control.gather_counts(sums.cpu(), "copies").tolist()
         owned = [mine for mine, _ in everybody]

@@ -18,8 +18,12 @@ from tests.settings import settings_of
 def main(argv: list[str]) -> int:
     """Run trials ``seed`` to ``seed + kills - 1``."""
     defaults = {
-        **{"kills": 500, "seed": 0, "redundancy": 1, "transport": ""},
-        **{"launchers": "", "folders": tempfile.gettempdir()},
+        "kills": 500,
+        "seed": 0,
+        "redundancy": 1,
+        "transport": "",
+        "launchers": "",
+        "folders": tempfile.gettempdir(),
     }
     try:
         options = settings_of(argv, defaults)

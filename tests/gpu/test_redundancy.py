@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 # Rank 0 waits for rank 1 in a kernel; it has all votes, and rank 1 had them too.
 PHASES = ("forward", "after backward", BEHIND_THE_VOTE)
 KILLS = [(transport, phase) for transport in TRANSPORTS for phase in PHASES]
-# The main thread waits in a copy to pageable memory, and copies of the thread that saves waited for it.
+# The main thread waits in a copy to pageable memory, and copies of the thread that saves, it seems, waited for it.
 HUNG = [("nccl", "after backward"), ("symmetric", "forward"), ("symmetric", "after backward")]
 NOT_RUN = pytest.mark.xfail(reason="hung with pageable copies; not run since they are pinned (decision 18)")
 
