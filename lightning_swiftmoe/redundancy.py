@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,9 +89,9 @@ class Redundancy:
                 "a folder on a file system that all ranks see"
             )
         self._folder = root / FOLDER
-        self._rescue = Rescue(self._folder, rank, num_ranks, self._held, self._save, _tell, self._aside)
         self._marks: list[torch.cuda.Event] = []  # newest first: what is held is complete when one has passed
         self._copies_aside: CopiesAside | None = None
+        self._rescue = Rescue(self._folder, rank, num_ranks, self._held, self._save, _tell, self._aside, self._stuck)
         if parallelism.device.type == "cuda":
             self._copies_aside = CopiesAside(parallelism.device)
         self._copies: dict[Optimizer, ShardCopies] = {}
@@ -146,10 +146,11 @@ class Redundancy:
             self._meet()
 
         def both() -> T:
-            if copies is not None:
-                copies.step(on_copies)
-            result = on_shards()
-            self._marks = self._mark()
+            with self._calls():
+                if copies is not None:
+                    copies.step(on_copies)
+                result = on_shards()
+                self._marks = self._mark()
             return result
 
         return self._rescue.commit(vote, both)
@@ -182,9 +183,22 @@ class Redundancy:
             yield
             return
         with torch.cuda.stream(self._copies_aside.stream):
-            if self._marks and not any(_passes(mark) for mark in self._marks):
+            with self._calls():
+                passed = not self._marks or any(_passes(mark) for mark in self._marks)
+            if not passed:
                 raise TimeoutError("the device has not ended the last step")
             yield
+
+    def _calls(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._copies_aside is None else self._copies_aside.calls()
+
+    def _stuck(self) -> str | None:
+        if self._copies_aside is None or not self._copies_aside.is_stuck:
+            return None
+        return (
+            "another thread of it waits in CUDA's driver for the rank that is gone, as tensor.cpu() and "
+            "tensor.tolist() do; tensor.item() and copies to pinned memory let others go on"
+        )
 
     def _meet(self) -> None:
         """All ranks have come here, and their devices have done what they were asked for."""

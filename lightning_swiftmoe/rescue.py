@@ -76,6 +76,7 @@ class Rescue:
         save: makes a checkpoint of what all have; on the first rank that is left.
         tell: hears, in a line, what was done, before this process ends.
         aside: around all that the thread does of it.
+        stuck: why the thread will not end what it does; None: it may.
     """
 
     def __init__(
@@ -87,11 +88,12 @@ class Rescue:
         save: Callable[[Survivors], Path],
         tell: Callable[[str], None],
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        stuck: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._folder = folder / _RANKS
         self._rank, self._num_ranks = rank, num_ranks
         self._held, self._save, self._tell = held, save, tell
-        self._aside = aside
+        self._aside, self._stuck = aside, stuck
         self._steps = 0
         self._unfinished: Callable[[], Any] | None = None
         self._stepping = threading.Lock()
@@ -160,14 +162,21 @@ class Rescue:
         return result
 
     def wait_if_ranks_are_lost(self) -> None:
-        """An error came up. Does not return where it is that of a lost rank, and those left can go on."""
+        """An error came up. Does not return where it is that of a lost rank, and those left can go on.
+
+        For any thread but the one that saves.
+        """
         if self._lock is None:
             return
         deadline = time.monotonic() + _SOON_S
         while not self._began.wait(_PERIOD_S):
             if time.monotonic() > deadline:
                 return
-        self._gave_up.wait()
+        while not self._gave_up.wait(_PERIOD_S):
+            reason = self._stuck()
+            if reason is not None:
+                self._tell(self._cannot_save(reason))
+                self._gave_up.set()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
@@ -184,7 +193,7 @@ class Rescue:
                     with self._aside():
                         self._go(steps, unfinished)
                 except Exception as error:
-                    self._tell(f"rank {self._rank} cannot save what it holds: {type(error).__name__}: {error}")
+                    self._tell(self._cannot_save(f"{type(error).__name__}: {error}"))
                 self._file("left").touch()
                 self._gave_up.set()
                 return
@@ -214,6 +223,9 @@ class Rescue:
         else:
             self._wait(self._file("saved", first).exists, f"rank {first} to save", first)
         os._exit(EXIT_CODE)
+
+    def _cannot_save(self, reason: str) -> str:
+        return f"rank {self._rank} cannot save what it holds: {reason}"
 
     def _everybody_left(self) -> dict[int, Standing]:
         """Every other rank is heard of, or gone."""

@@ -20,10 +20,14 @@ class Rank:
 
     def __init__(self, folder: Path, rank: int, num_ranks: int) -> None:
         self.folder, self.rank, self.count = folder, rank, 0
-        self.rescue = Rescue(folder, rank, num_ranks, lambda: self.count, self.save, self.told)
+        self.reason = None
+        self.rescue = Rescue(folder, rank, num_ranks, self.held, self.save, self.told, stuck=lambda: self.reason)
 
     def step(self) -> None:
         self.count += 1
+
+    def held(self):
+        return self.count
 
     def save(self, survivors):
         counts = [torch.load(file, weights_only=True) for file in survivors.files.values()]
@@ -161,3 +165,21 @@ def takes_another_and_fails(mine):
     mine.rescue.commit(lambda: None, mine.step)
     mine.rescue.wait_if_ranks_are_lost()
     os._exit(3)
+
+
+def test_a_thread_that_is_stuck_is_waited_for_until_it_says_so(tmp_path):
+    """What it holds cannot be read: the process ends with its error all the same."""
+
+    def cannot_read(mine):
+        mine.rescue.wait_if_ranks_are_lost()
+        os._exit(3)
+
+    def starts_to_read(self):
+        self.reason = "it waits for the device"
+        waits_forever()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rank, "held", starts_to_read)
+        codes = run(tmp_path, cannot_read, dies)
+    assert codes == [3, KILLED]
+    assert (tmp_path / "told-by-0.txt").read_text() == "rank 0 cannot save what it holds: it waits for the device"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_swiftmoe.kernels.to_host import to_host
+
 _FAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,7 +30,7 @@ def kept_in(out: Tensor | None, result: Tensor) -> Tensor:
 
 def _segments(ends: Tensor) -> list[tuple[int, int]]:
     """Start and end row of every expert, on the host: synchronises on an accelerator."""
-    bounds = [0, *ends.tolist()]
+    bounds = [0, *to_host(ends).tolist()]
     return list(itertools.pairwise(bounds))
 
 

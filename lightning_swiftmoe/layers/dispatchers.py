@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import count_by_expert, positions_within
 from lightning_swiftmoe.layers.router import Routing
@@ -131,7 +132,7 @@ class VirtualDispatcher:
         rank_of_token = torch.arange(idx.shape[0], device=idx.device) // max(idx.shape[0] // num_ranks, 1)
         group = idx + rank_of_token[:, None] * num_experts
         counts = count_by_expert(group, num_ranks * num_experts)
-        counts_host = counts.cpu().numpy().reshape(num_ranks, num_experts)
+        counts_host = to_host(counts).numpy().reshape(num_ranks, num_experts)
         kept = kept_counts(counts_host, self.placement, capacity_factor, self.capacity_scope)
         if capacity_factor is not None:
             idx = drop_beyond(idx, group, counts, torch.from_numpy(kept).to(idx.device).flatten())

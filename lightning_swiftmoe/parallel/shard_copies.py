@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
@@ -66,11 +67,9 @@ class ShardCopies:
 
         Collective, and waits for the device: where it returns, all ranks have what was received before.
         """
-        sums = torch.stack([_sum_of_bits(self._own_tensors()), _sum_of_bits(self._held_tensors())])
-        if self._state.device.type == "cuda":
-            # Without experts of this optimizer too. Not in the copy to the host: no other thread copies while it waits.
-            torch.cuda.current_stream().synchronize()
-        everybody = self._control.gather_counts(sums.cpu(), "copies").tolist()
+        device = self._state.device  # without experts of this optimizer too: who waits for it has what was received
+        sums = torch.stack([_sum_of_bits(self._own_tensors(), device), _sum_of_bits(self._held_tensors(), device)])
+        everybody = self._control.gather_counts(to_host(sums), "copies").tolist()
         owned = [mine for mine, _ in everybody]
         copied = [everybody[(rank + self._holder - self._state.rank) % len(everybody)][1] for rank in range(len(owned))]
         return owned == copied
@@ -184,10 +183,10 @@ def _is_part(value: Any, held: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == held.shape
 
 
-def _sum_of_bits(tensors: Sequence[Tensor]) -> Tensor:
+def _sum_of_bits(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Of integers with the same bits, modulo 2**64: equal tensors have equal sums. Each counts with its place."""
     if not tensors:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device=device)
     sums = [_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
     places = torch.arange(1, len(sums) + 1, device=sums[0].device)
     return (torch.stack(sums) * places).sum()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.router import Routing
@@ -50,7 +51,7 @@ class HostDispatcher:
         self.layer.before_tokens(self.name, x_TD)
         idx, rank = routing.topk_idx, self.communicator.rank
         counts = self.communicator.gather_counts(routing.counts, self.name)
-        counts_host = counts.cpu().numpy()
+        counts_host = to_host(counts).numpy()
         placement = self.layer.placement
         kept = kept_counts(counts_host, placement, capacity_factor, self.capacity_scope)
         plan = plan_dispatch(kept, placement, rank)

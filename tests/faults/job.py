@@ -37,6 +37,7 @@ class Plan:
         resume: a checkpoint; None: from the start.
         redundancy: owners of every shard.
         expert_parallel_size: of the strategy.
+        meets_in_copy: all ranks do after every backward, in one to pageable memory.
         transport: in fp32, and on GPUs but for ``"gloo"``; empty: ranks have no GPU, and compute in fp64.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     resume: str | None = None
     redundancy: int = 1
     expert_parallel_size: int | None = None
+    meets_in_copy: bool = False
     transport: str = ""
 
     @property
@@ -100,6 +102,14 @@ class Killer(pl.Callback):
 class Module(Net):
     """With a loader that knows which part of a batch is this rank's, whoever started the rank."""
 
+    meets_in_copy = False
+
+    def on_after_backward(self):
+        if self.meets_in_copy:
+            met = torch.ones((), device=self.device)
+            torch.distributed.all_reduce(met)
+            met.cpu()
+
     def train_dataloader(self):
         return data(self.job, self.global_rank, self.trainer.world_size)
 
@@ -132,7 +142,9 @@ def run(plan: Plan) -> None:
             transport=plan.transport or "auto",
         ),
     )
-    trainer.fit(Module(plan.job), ckpt_path=plan.resume)
+    module = Module(plan.job)
+    module.meets_in_copy = plan.meets_in_copy
+    trainer.fit(module, ckpt_path=plan.resume)
 
 
 if __name__ == "__main__":

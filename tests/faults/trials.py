@@ -96,7 +96,7 @@ def expected_weights(transport: str = "") -> dict[str, torch.Tensor]:
 def faults_of(trial: Trial, expected: dict[str, torch.Tensor], folder: Path) -> list[str]:
     """What was wrong; empty where nothing was lost."""
     faults = []
-    code, seconds, output = _run(trial.plan, trial.launcher, folder / "killed")
+    code, seconds, output = run_job(trial.plan, trial.launcher, folder / "killed")
     if code is None:
         return [f"still running after {seconds:.0f} s: {output[-2000:]}"]
     if code == 0:
@@ -118,7 +118,7 @@ def faults_of(trial: Trial, expected: dict[str, torch.Tensor], folder: Path) -> 
         resume=str(saved[-1]) if saved else None,
         expert_parallel_size=None,
     )
-    code, seconds, output = _run(goes_on, trial.launcher, folder / "resumed")
+    code, seconds, output = run_job(goes_on, trial.launcher, folder / "resumed")
     if code != 0:
         return [*faults, f"going on ended with {code} after {seconds:.0f} s: {output[-2000:]}"]
     final = read_checkpoint(Path(trial.plan.folder) / f"step-{trial.plan.steps}.ckpt")["state_dict"]
@@ -143,7 +143,7 @@ def _not_rescued(plan: Plan, saved: list[Path], output: str) -> list[str]:
     return [] if taken >= step and found["global_step"] >= least else [f"they have saved step {taken} of {step}"]
 
 
-def _run(plan: Plan, launcher: str, folder: Path) -> tuple[int | None, float, str]:
+def run_job(plan: Plan, launcher: str, folder: Path) -> tuple[int | None, float, str]:
     """Exit code (None: it did not end), seconds and output of a job, all of whose processes have ended."""
     folder.mkdir(parents=True)
     on_gpus = NO_MULTICAST if plan.transport else {}

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from lightning_swiftmoe.kernels.to_host import to_host
+from lightning_swiftmoe.parallel import copies_aside
 from lightning_swiftmoe.parallel.copies_aside import CopiesAside
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +24,7 @@ def values():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("waits", [lambda one: one.item(), lambda one: one.cpu(), lambda one: torch.cuda.synchronize()])
+@pytest.mark.parametrize("waits", [torch.Tensor.item, to_host, lambda one: torch.cuda.synchronize()])
 def test_while_another_thread_waits(values, waits):
     aside = CopiesAside(values.device)
     one = torch.ones((), device="cuda")
@@ -45,3 +47,30 @@ def test_while_another_thread_waits(values, waits):
         copied.result()
     assert len(seconds) > 2
     assert max(seconds) < WAIT_S / 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_while_another_thread_copies_to_pageable_memory(values, monkeypatch):
+    """The driver lets no thread do anything meanwhile, and who asks hears of it."""
+    monkeypatch.setattr(copies_aside, "_STUCK_S", WAIT_S / 10)
+    aside = CopiesAside(values.device)
+    one = torch.ones((), device="cuda")
+    asked, over = [], threading.Event()
+
+    def ask():
+        while not over.wait(0.01):
+            asked.append(aside.is_stuck)
+
+    def copy():
+        while not over.is_set():
+            aside.to_host(one)
+
+    torch.cuda._sleep(int(WAIT_S * CYCLES_PER_S))
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(ask), pool.submit(copy)]
+        one.cpu()
+        over.set()
+        for thread in threads:
+            thread.result()
+    assert any(asked)
+    assert not aside.is_stuck
