@@ -135,7 +135,7 @@ def run(plan: Plan) -> None:
         callbacks=[Killer(plan), PeriodicCheckpoint(plan.folder, plan.save_every, None, keep=2)],
         strategy=SwiftMoEStrategy(
             slots_per_rank=plan.job.slots,
-            timeout=20,
+            timeout=60 if plan.transport else 20,  # many jobs that import CUDA at once start slowly
             start_method=plan.start_method,
             redundancy=plan.redundancy,
             expert_parallel_size=plan.expert_parallel_size,
