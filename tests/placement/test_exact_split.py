@@ -7,7 +7,7 @@ from scipy.sparse import coo_matrix
 
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement import Placement, RandomPolicy, get_policy, host_share, uniform
-from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks, poured
+from lightning_swiftmoe.placement.exact_split import exact_split, further, keep_within_ranks, poured, turns_of
 
 # Ranks, slots of each, experts.
 SHAPES = [(2, 2, 3), (4, 4, 8), (8, 6, 32), (16, 3, 32), (16, 4, 32), (3, 5, 5), (64, 8, 256)]
@@ -106,3 +106,22 @@ def test_poured_one_by_one(amount, levels):
     for _ in range(amount):
         heights[heights.index(min(heights))] += 1
     assert sorted(given + levels) == sorted(heights)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_groups_share_no_host(shape):
+    """Every expert that has a choice is in one, and there are few of them: a rank's residents need one each."""
+    for _, placement in cases(shape):
+        groups = turns_of(placement)
+        choices = [expert for expert in range(placement.num_experts) if placement.hosts(expert).size > 1]
+        assert sorted(expert for group in groups for expert in group) == choices
+        for group in groups:
+            hosts = np.concatenate([placement.hosts(expert) for expert in group])
+            assert np.unique(hosts).size == hosts.size
+        assert len(groups) <= 2 * placement.num_residents.max()
+
+
+def test_further_keeps_the_sum_and_stays_above_zero():
+    """By hand: 10 leave the first for the others, and 4 more can; then only 3 are left, and none does."""
+    assert further(np.array([20, 5, 5]), np.array([10, 12, 8])).tolist() == [6, 14, 10]
+    assert further(np.array([13, 5, 5]), np.array([3, 12, 8])).tolist() == [3, 12, 8]
