@@ -8,7 +8,7 @@ def to_host(tensor: Tensor) -> Tensor:
     """The same values on the host; waits for the device.
 
     The copy goes to pinned memory. One to pageable memory (``cpu()``, ``tolist()``) keeps a lock of CUDA's driver until
-    it is over, and no other thread can even ask an event: none that watches exchanges, none that saves what is held.
+    it is over: other threads may ask an event, and not even record one, so none of them saves what is held.
     """
     if not tensor.is_cuda:
         return tensor

@@ -2,8 +2,8 @@
 
 Nothing of the other's comes before what is on this thread's own stream, and a copy to memory that was pinned in time
 only goes into a queue. Where the other waits in a copy to pageable memory (``cpu()``, ``tolist()``), CUDA's driver
-lets no other thread do anything, and where a kernel runs for the first time, its loading waits for the device. Either
-may be forever: whoever waits for this thread asks whether it is stuck.
+lets other threads ask events and little else, and where a kernel runs for the first time, its loading waits for the
+device. Either may be forever: whoever waits for this thread asks whether it is stuck.
 """
 
 from __future__ import annotations
