@@ -31,14 +31,20 @@ COMMANDS = {
     "bench network": ("lightning_swiftmoe.cli.bench_network", "measured against modelled steps on links of a rate"),
 }
 
+HELP = ("-h", "--help")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``argv`` (default: the command line); returns the exit status, 2 for a mistake of the user's."""
     args = list(sys.argv[1:] if argv is None else argv)
     if "LOCAL_RANK" in os.environ and args and args[0] not in {name.split()[0] for name in COMMANDS}:
         args.insert(0, "train")  # Lightning starts further ranks with Hydra's overrides alone
-    if not args or args[0] in ("-h", "--help", "help"):
-        print_help()
+    if not args or args[0] in (*HELP, "help"):
+        print_help(list(COMMANDS))
+        return 0
+    parts = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if parts and any(word in HELP for word in args[1:2]):
+        print_help(parts)
         return 0
     if args[0] == "--version":
         from lightning_swiftmoe import __version__
@@ -66,11 +72,11 @@ def unknown(args: list[str]) -> str:
     return f"unknown command {given!r}; {hint}"
 
 
-def print_help() -> None:
-    """All commands, a line each."""
+def print_help(names: list[str]) -> None:
+    """These commands, a line each."""
     print("usage: swiftmoe COMMAND [OVERRIDE ...]\n")
-    for name, (_, about) in COMMANDS.items():
-        print(f"  {name:22} {about}")
+    for name in names:
+        print(f"  {name:22} {COMMANDS[name][1]}")
     print("\n  swiftmoe COMMAND --help shows what can be overridden; --version prints the version.")
     print("  SWIFTMOE_TRACEBACK=1 swiftmoe COMMAND shows where an error came from.")
 

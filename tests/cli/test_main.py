@@ -20,6 +20,14 @@ def test_help_names_every_command(capsys):
         assert all(any(line.startswith(f"  {command} ") for line in lines) for command in cli.COMMANDS)
 
 
+def test_help_on_a_family_names_its_members(capsys):
+    for word in ("-h", "--help"):
+        assert cli.main(["checkpoint", word]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        named = [name for name in cli.COMMANDS if any(line.startswith(f"  {name} ") for line in lines)]
+        assert named == ["checkpoint info", "checkpoint verify", "checkpoint consolidate"]
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"swiftmoe {__version__}\n"
