@@ -16,7 +16,7 @@ from lightning_swiftmoe.placement.placement import IntArray, Placement
 
 ROUNDS = 8
 # 1.4 of the way in all rounds but the last: the best of 1.0, 1.2, 1.4 and 1.6 on a real trace.
-_FURTHER = (2, 5)
+FURTHER = (2, 5)
 
 
 def exact_split(load: IntArray, placement: Placement, rounds: int = ROUNDS) -> IntArray:
@@ -28,15 +28,22 @@ def exact_split(load: IntArray, placement: Placement, rounds: int = ROUNDS) -> I
         rounds: turns of every expert; 0 is ``host_share``, even over the slots.
     """
     quota = host_share(load, placement)
-    turns = [expert for together in turns_of(placement) for expert in together]
-    hosts = {expert: placement.hosts(expert) for expert in turns}
+    turns = [(expert, placement.hosts(expert)) for together in turns_of(placement) for expert in together]
+    pour_in_turns(quota, load, turns, rounds)
+    return quota
+
+
+def pour_in_turns(quota: IntArray, load: IntArray, turns: list[tuple[int, IntArray]], rounds: int = ROUNDS) -> None:
+    """Change ``quota[N, E]`` in place: experts of ``turns``, beside their hosts, pour out their ``load`` anew.
+
+    As often as there are rounds, or until no rank is above the mean.
+    """
     rank_load = quota.sum(axis=1)
-    least = -(-int(load.sum()) // placement.num_ranks)
+    least = -(-int(rank_load.sum()) // rank_load.size)
     for number in range(rounds):
         if rank_load.max() <= least:
-            break
-        for expert in turns:
-            ranks = hosts[expert]
+            return
+        for expert, ranks in turns:
             before = quota[ranks, expert]
             others = rank_load[ranks] - before
             after = poured(int(load[expert]), others)
@@ -44,7 +51,6 @@ def exact_split(load: IntArray, placement: Placement, rounds: int = ROUNDS) -> I
                 after = further(before, after)
             quota[ranks, expert] = after
             rank_load[ranks] = others + after
-    return quota
 
 
 def turns_of(placement: Placement) -> list[list[int]]:
@@ -71,6 +77,27 @@ def turns_of(placement: Placement) -> list[list[int]]:
         for rank in hosts[expert]:
             taken[rank] |= first_free
     return groups
+
+
+def turn_table(placement: Placement) -> IntArray:
+    """``[C, 3, N]``: the groups of ``turns_of`` as lanes of a device, of which each stands for one host of a group.
+
+    The hosts of an expert stand side by side, ascending. By lane: ``rank * E + expert``, -1 beyond the last; where its
+    expert's hosts begin and end, ``first + (last << 16)``; and by rank its lane, -1 where it has no part in the turn.
+    """
+    groups = turns_of(placement)
+    num_ranks, num_experts = placement.num_ranks, placement.num_experts
+    table = np.full((len(groups), 3, num_ranks), -1, dtype=np.int64)
+    table[:, 1] = np.arange(num_ranks) * (1 + (1 << 16))
+    for (pairs, spans, lanes), experts in zip(table, groups, strict=True):
+        hosts = [placement.hosts(expert) for expert in experts]
+        sizes = np.array([ranks.size for ranks in hosts])
+        ranks = np.concatenate(hosts)
+        last = np.cumsum(sizes) - 1
+        pairs[: ranks.size] = ranks * num_experts + np.repeat(experts, sizes)
+        spans[: ranks.size] = np.repeat(last - sizes + 1 + (last << 16), sizes)
+        lanes[ranks] = np.arange(ranks.size)
+    return table
 
 
 def poured(amount: int, levels: IntArray) -> IntArray:
@@ -101,7 +128,7 @@ def keep_within_ranks(share: IntArray, capacity: int) -> IntArray:
 
 def further(before: IntArray, after: IntArray) -> IntArray:
     """Beyond ``after`` on the way from ``before``, with the same sum; ``after`` where one would fall below zero."""
-    numerator, denominator = _FURTHER
+    numerator, denominator = FURTHER
     way = np.cumsum(after - before)  # ends at zero, and so does every part of it
     there = after + np.diff(way * numerator // denominator, prepend=0)
     return there if there.min() >= 0 else after

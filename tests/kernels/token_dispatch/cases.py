@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.token_dispatch.split import split_exactly
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.token_dispatcher import send_order
 from lightning_swiftmoe.placement import Placement, host_share, kept_counts, plan_dispatch
+from lightning_swiftmoe.placement.exact_split import exact_split, turn_table
 
 
 @dataclass
@@ -55,6 +57,17 @@ def random_placement(rng: np.random.Generator, num_ranks: int, slots: int, num_e
     """Every expert once, the other slots by chance: hosts come in any order and may hold an expert more than once."""
     table = np.concatenate([np.arange(num_experts), rng.integers(num_experts, size=num_ranks * slots - num_experts)])
     return Placement(rng.permutation(table).reshape(num_ranks, slots), num_experts)
+
+
+def check_same_split(load: np.ndarray, placement: Placement, device: str) -> None:
+    """The device's exact split is the host's; without an expert that has a choice there is nothing to do."""
+    table = turn_table(placement)
+    room = np.full((2, 3, placement.num_ranks), -9)  # a device keeps the table where there is room for others
+    turns = torch.tensor(np.concatenate([table, room]), dtype=torch.int32, device=device)
+    share = torch.tensor(host_share(load, placement), dtype=torch.int32, device=device)
+    found = split_exactly(torch.tensor(load, device=device), share, turns, turns.new_tensor([len(table)]))
+    assert found is share
+    assert torch.equal(share.cpu().long(), torch.tensor(exact_split(load, placement)))
 
 
 def random_case(seed: int) -> Case:

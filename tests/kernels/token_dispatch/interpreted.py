@@ -14,7 +14,14 @@ from lightning_swiftmoe.kernels.token_dispatch.move import peer_addresses
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
-from tests.kernels.token_dispatch.cases import Case, check_plan, check_send_order, random_case, random_placement
+from tests.kernels.token_dispatch.cases import (
+    Case,
+    check_plan,
+    check_same_split,
+    check_send_order,
+    random_case,
+    random_placement,
+)
 from tests.kernels.token_dispatch.end_to_end import Cluster, check_packed, check_padded
 
 CPU = torch.device("cpu")
@@ -107,7 +114,16 @@ def check_barrier() -> None:
     assert all(torch.equal(table, want) for table in tables)
 
 
+def check_split(seed: int) -> None:
+    """Loads the placement was made for and others, at most one expert, none."""
+    case = random_case(seed)
+    placement = case.placement
+    for load in (case.counts.sum(axis=0), case.counts[0], np.bincount([0], minlength=placement.num_experts) * 999):
+        check_same_split(load, placement, "cpu")
+
+
 CHECKS = {
+    "split": lambda: [check_split(seed) for seed in range(12)],
     "plan": lambda: [check_plans(seed) for seed in range(6)],
     "many_ranks": lambda: [check_many_ranks(c) for c in (None, Capacity(1.1, 57), Capacity(1.0, 57, "rank"))],
     "too_few_rows": check_too_few_rows,

@@ -15,6 +15,7 @@ from lightning_swiftmoe.kernels.token_dispatch import (  # noqa: E402
     barrier_triton,
     move_triton,
     plan_triton,
+    split_triton,
 )
 from tests.kernels.test_aot import MAX_SPILL_BYTES, TARGETS, compile_kernel, spill_bytes  # noqa: E402
 
@@ -64,6 +65,15 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             4,
         )
         for packed in (False, True)
+    ),
+    *(
+        (
+            split_triton.exact_split_kernel,
+            {"load": LONGS} | dict.fromkeys(("share", "turns", "num_turns"), INTS),
+            {"ROUNDS": 8, "NUMERATOR": 2, "DENOMINATOR": 5, "LANES": lanes, "EXPERTS": experts},
+            warps,
+        )
+        for lanes, experts, warps in ((64, 16, 1), (2048, 1, 8))
     ),
     (
         address_triton.count_blocks_kernel,

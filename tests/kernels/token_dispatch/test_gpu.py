@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.kernels.token_dispatch import move
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens, address_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.barrier import Signals, barrier, exchange_counts, pad_size
@@ -16,7 +17,8 @@ from lightning_swiftmoe.kernels.token_dispatch.move_reference import pull_rows_r
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
-from tests.kernels.token_dispatch.cases import Case, check_plan, random_case, random_placement
+from lightning_swiftmoe.placement import RandomPolicy, get_policy, uniform
+from tests.kernels.token_dispatch.cases import Case, check_plan, check_same_split, random_case, random_placement
 from tests.kernels.token_dispatch.end_to_end import Cluster, check_packed, check_padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,6 +63,29 @@ def test_large_plans(num_ranks: int, num_experts: int, slots: int, scope: str | 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         check_same(plan, plan_tokens_reference(*tensors, rank, size, capacity))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_small_splits(seed: int) -> None:
+    case = random_case(seed)
+    for load in (case.counts.sum(axis=0), case.counts[0]):
+        check_same_split(load, case.placement, "cuda")
+
+
+@pytest.mark.parametrize("policy", ["balanced", "proportional", "random"])
+@pytest.mark.parametrize(("num_ranks", "slots", "num_experts"), [(2, 8, 16), (16, 3, 32), (64, 8, 256), (300, 2, 512)])
+def test_large_splits(num_ranks: int, slots: int, num_experts: int, policy: str) -> None:
+    """Of a step's drift, of another load altogether, and of one expert alone."""
+    rng = np.random.default_rng(0)
+    cluster = ClusterShape(num_ranks, slots, num_experts, False)
+    zipf = 1 / np.arange(1, num_experts + 1)
+    load = rng.multinomial(10_000 * num_ranks, rng.permutation(zipf) / zipf.sum())
+    choose = RandomPolicy(1) if policy == "random" else get_policy(policy)
+    placement = choose(load, cluster, uniform(cluster))
+    drifted = rng.poisson(load * rng.uniform(0.8, 1.25, num_experts))
+    alone = np.bincount([num_experts // 2], minlength=num_experts) * 2**29
+    for asked in (load, drifted, load[::-1], alone):
+        check_same_split(asked, placement, "cuda")
 
 
 def case_tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,36 @@
+"""The launch of the exact split. Nothing depends on loads or on how many turns there are.
+
+Shape legend: N ranks, E experts, C turns.
+"""
+
+from torch import Tensor
+
+from lightning_swiftmoe.kernels.launch import Launcher, next_power_of_2
+from lightning_swiftmoe.kernels.token_dispatch import split_triton
+from lightning_swiftmoe.placement.exact_split import FURTHER, ROUNDS
+
+_TILE = 1024  # shares that are added up at a time, in registers
+
+_exact_split = Launcher(split_triton.exact_split_kernel)
+
+
+def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor) -> None:
+    """`split.split_exactly` in one program."""
+    num_ranks, num_experts = share.shape
+    lanes = next_power_of_2(num_ranks)
+    numerator, denominator = FURTHER
+    _exact_split(
+        (1, 1, 1),
+        load,
+        share,
+        turns,
+        num_turns,
+        num_ranks,
+        num_experts,
+        num_warps=max(1, min(lanes // 128, 8)),
+        ROUNDS=ROUNDS,
+        NUMERATOR=numerator,
+        DENOMINATOR=denominator,
+        LANES=lanes,
+        EXPERTS=max(_TILE // lanes, 1),
+    )
