@@ -9,7 +9,7 @@ from lightning_swiftmoe.kernels.launch import Launcher, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import split_triton
 from lightning_swiftmoe.placement.exact_split import FURTHER, ROUNDS
 
-_TILE = 1024  # shares that are added up at a time, in registers
+_TILE = 512  # shares that are added up at a time, in registers
 
 _exact_split = Launcher(split_triton.exact_split_kernel)
 
