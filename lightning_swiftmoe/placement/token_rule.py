@@ -1,0 +1,80 @@
+"""Which assignments are kept and which host processes them: the capacity of experts and the split over replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lightning_swiftmoe.arguments import check_choice
+from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope, keep_within_capacity, slot_capacity
+from lightning_swiftmoe.placement.dispatch import host_share
+from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
+from lightning_swiftmoe.placement.placement import IntArray, Placement
+
+Split = Literal["even", "exact"]
+"""Over the hosts of an expert: ``"even"`` by their slots (SwiftMoE), ``"exact"`` so that the busiest rank has least."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of one dispatch, in assignments; the columns of both add up to the same.
+
+    Args:
+        kept: ``[N, E]`` of expert ``e`` that rank ``j`` has routed and keeps.
+        hosted: ``[N, E]`` of expert ``e`` that rank ``j`` processes.
+    """
+
+    kept: IntArray
+    hosted: IntArray
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """How a layer treats its tokens; the same on all ranks.
+
+    Args:
+        capacity_scope: where capacity counts. ``"cluster"``: an expert has that of its replicas, whoever routed to
+            it. ``"rank"``: every rank drops on its own, as DeepSpeed does. ``"pooled"``: the slots of a rank share
+            their room, whichever experts they hold.
+        split: over the hosts of an expert.
+
+    Raises:
+        ValueError: for a scope or split that does not exist.
+    """
+
+    capacity_scope: CapacityScope = "cluster"
+    split: Split = "even"
+
+    def __post_init__(self) -> None:
+        check_scope(self.capacity_scope)
+        check_choice("split", self.split, get_args(Split))
+
+    def share_out(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> Shares:
+        """What every rank keeps and processes of ``counts[N, E]``.
+
+        Without a capacity all is kept. Else:
+
+        * ``"cluster"``: an expert keeps ``slot_capacity * replicas`` in all, whoever routed them.
+        * ``"rank"``: every rank keeps ``ceil(capacity_factor * its assignments / E)`` of each expert, whatever its
+          replicas; room that one rank leaves unused helps no other.
+        * ``"pooled"``: a rank processes at most ``slot_capacity * s``; what it has no room for is missing from its
+          experts in proportion, and from their sources in proportion.
+        """
+        spread = host_share if self.split == "even" else exact_split
+        if capacity_factor is None or self.capacity_scope != "pooled":
+            kept = self._kept(counts, placement, capacity_factor)
+            return Shares(kept, spread(kept.sum(axis=0), placement))
+        slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
+        hosted = keep_within_ranks(spread(counts.sum(axis=0), placement), slot * placement.slots_per_rank)
+        return Shares(keep_within_capacity(counts, hosted.sum(axis=0)), hosted)
+
+    def _kept(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:
+        if capacity_factor is None:
+            return counts
+        if self.capacity_scope == "cluster":
+            slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
+            return keep_within_capacity(counts, slot * placement.replicas)
+        limit = [slot_capacity(capacity_factor, int(routed), placement.num_experts) for routed in counts.sum(axis=1)]
+        return np.minimum(counts, np.array(limit)[:, None])
