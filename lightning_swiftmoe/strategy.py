@@ -68,8 +68,7 @@ from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
-from lightning_swiftmoe.placement import try_policy
-from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
+from lightning_swiftmoe.placement import CapacityScope, Split, TokenRule, try_policy
 from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
@@ -99,7 +98,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             ranks are one group.
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
         capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
-            (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does.
+            (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does; ``"pooled"``: the slots of a rank
+            share their capacity, whichever experts they hold.
         optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
             expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
@@ -118,6 +118,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             shard, and a message of gradients a step.
         async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
             once it is whole; the next save, and the end of ``fit``, wait for it and raise what went wrong.
+        split: of an expert's tokens over its hosts: ``"even"`` by their slots (SwiftMoE); ``"exact"`` on the loads of
+            this very step, so that the busiest rank has as little as the placement allows.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:
@@ -140,10 +142,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         checkpoint: str = "full",
         async_save: bool = False,
         redundancy: int = 1,
+        split: Split = "even",
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
-        check_scope(capacity_scope)
+        self.rule = TokenRule(capacity_scope, split)
         check_transport(transport)
         check_choice("optimizer_state", optimizer_state, _STATES)
         check_group_size(expert_parallel_size)
@@ -163,7 +166,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         super().__init__(sharded=sharded, async_save=async_save, timeout=_as_timedelta(timeout), **kwargs)
         self.slots_per_rank = slots_per_rank
         self.offload_optimizer = offload_optimizer
-        self.capacity_scope = capacity_scope
         self.state_place = optimizer_state
         self.transport = transport
         self.expert_parallel_size = expert_parallel_size
@@ -342,7 +344,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             accumulates=self._accumulates,
             gradient_dtype=_GRADIENT_DTYPES[self.gradient_dtype],
             offload=self.offload_optimizer,
-            capacity_scope=self.capacity_scope,
+            rule=self.rule,
             state_place=self.state_place,
             masters=self._masters,
         )

@@ -16,8 +16,7 @@ from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
 from lightning_swiftmoe.layers.moe import MoE, moe_layers
-from lightning_swiftmoe.placement import Placement, try_policy
-from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope
+from lightning_swiftmoe.placement import CapacityScope, Placement, Split, TokenRule, try_policy
 
 
 class VirtualCluster(ExpertRebalancer):
@@ -28,7 +27,7 @@ class VirtualCluster(ExpertRebalancer):
 
     Args:
         num_ranks: ranks to act as.
-        slots_per_rank, capacity_scope: as for ``SwiftMoEStrategy``.
+        slots_per_rank, capacity_scope, split: as for ``SwiftMoEStrategy``.
         **kwargs: as for ``ExpertRebalancer``.
 
     Raises:
@@ -41,13 +40,14 @@ class VirtualCluster(ExpertRebalancer):
         num_ranks: int,
         slots_per_rank: int | str = "auto",
         capacity_scope: CapacityScope = "cluster",
+        split: Split = "even",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         resolve_slots(slots_per_rank, 1, 1)
         check_count("num_ranks", num_ranks)
-        check_scope(capacity_scope)
-        self.num_ranks, self.slots_per_rank, self.capacity_scope = num_ranks, slots_per_rank, capacity_scope
+        self.num_ranks, self.slots_per_rank = num_ranks, slots_per_rank
+        self.rule = TokenRule(capacity_scope, split)
         self._virtual: ExpertEngine | None = None
         self._last_step = 0
 
@@ -61,9 +61,7 @@ class VirtualCluster(ExpertRebalancer):
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
             cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
             try_policy(self.rebalancing.policy, cluster)
-            layers.append(
-                VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.capacity_scope)
-            )
+            layers.append(VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.rule))
         self._virtual = ExpertEngine(layers, self.rebalancing, self.state)
         self.follow(self._virtual)
 
@@ -106,17 +104,15 @@ class VirtualLayer:
         moe: the layer.
         cluster: the shape it acts as.
         placement: the first one.
-        capacity_scope: whose assignments an expert's capacity counts.
+        rule: which assignments are kept, and who processes them.
     """
 
-    def __init__(
-        self, name: str, moe: MoE, cluster: ClusterShape, placement: Placement, capacity_scope: CapacityScope
-    ) -> None:
+    def __init__(self, name: str, moe: MoE, cluster: ClusterShape, placement: Placement, rule: TokenRule) -> None:
         self.name = name
         self.moes: Mapping[str, MoE] = {name: moe}
         self.cluster = cluster
         self.placement = placement
-        self._dispatcher = VirtualDispatcher(placement, capacity_scope)
+        self._dispatcher = VirtualDispatcher(placement, rule)
         moe.attach(self._dispatcher)
 
     def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 
 
 def plan_tokens(
@@ -18,10 +18,12 @@ def plan_tokens(
     rank: int,
     size: PlanSize,
     capacity: Capacity | None = None,
+    turns: Turns | None = None,
 ) -> TokenPlan:
-    """This rank's plan: the numbers of `placement.kept_counts` and `plan_dispatch`, without the host.
+    """This rank's plan: the numbers of `placement.TokenRule` and `plan_dispatch`, without the host.
 
-    Three kernels on a GPU, four with a capacity. Neither launches nor compiled forms depend on counts.
+    Three kernels on a GPU, one more each with a capacity, an exact split, and a capacity of ranks or both of these.
+    Neither launches nor compiled forms depend on counts.
 
     Args:
         counts: `[N, E]` int64 assignments that every rank routed, before drops.
@@ -30,6 +32,7 @@ def plan_tokens(
         rank: whose plan.
         size: sizes that are known on the host.
         capacity: None keeps all.
+        turns: of the experts in an exact split over their hosts; None splits evenly over slots.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit.
@@ -48,8 +51,8 @@ def plan_tokens(
         raise ValueError(f"rank must be in 0 .. {num_ranks - 1}, got {rank}")
     tensors = (counts.contiguous(), multiplicity.contiguous(), replicas.contiguous())
     if not uses_triton(counts):
-        return plan_tokens_reference(*tensors, rank, size, capacity)
+        return plan_tokens_reference(*tensors, rank, size, capacity, turns)
     from lightning_swiftmoe.kernels.token_dispatch import plan_launch
 
     with on_device(counts):
-        return plan_launch.plan_tokens(*tensors, rank, size, capacity)
+        return plan_launch.plan_tokens(*tensors, rank, size, capacity, turns)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import plan_triton
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.split_launch import split_exactly
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 
 _CHUNK = 512  # ranks that one step of the scan takes
 _INTERPRETER_CHUNK = 4  # several steps also in small tests
@@ -16,15 +17,23 @@ _LANES = 128  # elements of a scan's tile, where ranks are few
 _BLOCK = 1024  # arrivals cleared at a time by one program
 
 _rank_totals = Launcher(plan_triton.rank_totals_kernel)
+_even_shares = Launcher(plan_triton.even_shares_kernel)
+_keep_within_ranks = Launcher(plan_triton.keep_within_ranks_kernel)
 _scan_ranks = Launcher(plan_triton.scan_ranks_kernel)
 _plan_hosts = Launcher(plan_triton.plan_hosts_kernel)
 _name_rows = Launcher(plan_triton.name_rows_kernel)
 
 
 def plan_tokens(
-    counts: Tensor, multiplicity: Tensor, replicas: Tensor, rank: int, size: PlanSize, capacity: Capacity | None
+    counts: Tensor,
+    multiplicity: Tensor,
+    replicas: Tensor,
+    rank: int,
+    size: PlanSize,
+    capacity: Capacity | None,
+    turns: Turns | None = None,
 ) -> TokenPlan:
-    """`plan.plan_tokens` in three kernels, four with a capacity."""
+    """`plan.plan_tokens` in three kernels and more."""
     num_ranks, num_experts = counts.shape
     ints = torch.empty(10, num_ranks, num_experts, dtype=torch.int32, device=counts.device)
     kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base = ints.unbind()
@@ -39,7 +48,29 @@ def plan_tokens(
     if capacity is not None:
         ranks = max(2048 // bins, 1)
         _rank_totals((cdiv(num_ranks, ranks), 1, 1), counts, totals, num_ranks, num_experts, RANKS=ranks, BINS=bins)
-    _scan(counts, multiplicity, replicas, totals, kept, share, source_start, host_start, capacity)
+    pooled = capacity is not None and capacity.scope == "pooled"
+    if turns is not None or pooled:
+        load = torch.empty(num_experts, dtype=torch.int64, device=counts.device)
+        _scan(_even_shares, (counts, multiplicity, replicas, totals, load, share), capacity)
+        if turns is not None:
+            split_exactly(load, share, turns)
+        if pooled:
+            assert capacity is not None
+            _keep_within_ranks(
+                (num_ranks, 1, 1),
+                share,
+                totals,
+                capacity.factor_bits,
+                num_ranks,
+                num_experts,
+                capacity.num_slots,
+                capacity.num_slots // num_ranks,
+                BINS=bins,
+                CHUNK=min(_CHUNK, next_power_of_2(num_ranks)),
+            )
+    given = turns is not None or pooled
+    tensors = (counts, multiplicity, replicas, totals, kept, share, source_start, host_start)
+    _scan(_scan_ranks, tensors, capacity, GIVEN=given)
     _plan_hosts(
         (num_ranks, 1, 1),
         multiplicity,
@@ -109,33 +140,18 @@ def _row_tensors(size: PlanSize, device: torch.device) -> tuple[Tensor, ...]:
     return empty(most), empty(most + 1), empty(most), empty(size.max_rows // size.tile), order, inverse
 
 
-def _scan(
-    counts: Tensor,
-    multiplicity: Tensor,
-    replicas: Tensor,
-    totals: Tensor,
-    kept: Tensor,
-    share: Tensor,
-    source_start: Tensor,
-    host_start: Tensor,
-    capacity: Capacity | None,
-) -> None:
+def _scan(kernel: Launcher, tensors: tuple[Tensor, ...], capacity: Capacity | None, **constants: bool) -> None:
+    """One of the kernels that go along the rank axis, a few experts a program."""
+    counts = tensors[0]
     num_ranks, num_experts = counts.shape
     scope = None if capacity is None else capacity.scope
     most = _CHUNK if counts.device.type == "cuda" else _INTERPRETER_CHUNK
     chunk = min(most, next_power_of_2(num_ranks))
     # Two experts a program keep most multiprocessors busy where the scan is long.
     experts = max(2, _LANES // chunk)
-    _scan_ranks(
+    kernel(
         (cdiv(num_experts, experts), 1, 1),
-        counts,
-        multiplicity,
-        replicas,
-        totals,
-        kept,
-        share,
-        source_start,
-        host_start,
+        *tensors,
         0 if capacity is None else capacity.factor_bits,
         num_ranks,
         num_experts,
@@ -145,4 +161,5 @@ def _scan(
         RANK_SCOPE=scope == "rank",
         EXPERTS=experts,
         CHUNK=chunk,
+        **constants,
     )

@@ -7,7 +7,8 @@ whose rank is the host, the source or both.
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import ROUNDING, Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.split import split_exactly_reference
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import ROUNDING, Capacity, PlanSize, TokenPlan, Turns
 
 
 def slot_capacity(factor: float, assignments: Tensor, num_slots: int) -> Tensor:
@@ -22,16 +23,15 @@ def slot_capacity(factor: float, assignments: Tensor, num_slots: int) -> Tensor:
 
 
 def kept_counts(counts: Tensor, replicas: Tensor, capacity: Capacity | None) -> Tensor:
-    """`[N, E]` int64 assignments that every rank keeps."""
-    if capacity is None:
+    """`[N, E]` int64 assignments that every rank keeps, but for what ranks that pool their slots have no room for."""
+    if capacity is None or capacity.scope == "pooled":
         return counts
     if capacity.scope == "rank":
         limit = slot_capacity(capacity.factor, counts.sum(dim=1), counts.shape[1])
         return torch.minimum(counts, limit[:, None])
     load = counts.sum(dim=0)
     limit = slot_capacity(capacity.factor, counts.sum(), capacity.num_slots) * replicas.long()
-    upper = counts.cumsum(dim=0) * torch.minimum(limit, load) // load.clamp_min(1)
-    return _differences(upper)
+    return _in_proportion(counts, torch.minimum(limit, load), dim=0)
 
 
 def host_share(load: Tensor, multiplicity: Tensor, replicas: Tensor) -> Tensor:
@@ -41,11 +41,24 @@ def host_share(load: Tensor, multiplicity: Tensor, replicas: Tensor) -> Tensor:
 
 
 def plan_tokens_reference(
-    counts: Tensor, multiplicity: Tensor, replicas: Tensor, rank: int, size: PlanSize, capacity: Capacity | None
+    counts: Tensor,
+    multiplicity: Tensor,
+    replicas: Tensor,
+    rank: int,
+    size: PlanSize,
+    capacity: Capacity | None,
+    turns: Turns | None = None,
 ) -> TokenPlan:
-    """`plan.plan_tokens` in plain torch."""
+    """`plan.plan_tokens` in plain torch; the exact split is made on the host."""
     kept = kept_counts(counts, replicas, capacity)
-    share = host_share(kept.sum(dim=0), multiplicity, replicas)
+    load = kept.sum(dim=0)
+    share = host_share(load, multiplicity, replicas)
+    if turns is not None:
+        share = split_exactly_reference(load, share.int(), turns).long()
+    if capacity is not None and capacity.scope == "pooled":
+        room = slot_capacity(capacity.factor, counts.sum(), capacity.num_slots) * (capacity.num_slots // len(counts))
+        share = _in_proportion(share, torch.minimum(share.sum(dim=1, keepdim=True), room), dim=1)
+        kept = _in_proportion(counts, share.sum(dim=0), dim=0)
     local = torch.minimum(kept, share)
     # What does not stay is matched in rank order: ranges of sources beside ranges of hosts.
     source_end, host_end = (kept - local).cumsum(dim=0), (share - local).cumsum(dim=0)
@@ -123,5 +136,11 @@ def _before(values: Tensor, dim: int) -> Tensor:
     return values.cumsum(dim=dim) - values
 
 
-def _differences(upper: Tensor) -> Tensor:
-    return upper.diff(dim=0, prepend=torch.zeros_like(upper[:1]))
+def _in_proportion(parts: Tensor, wanted: Tensor, dim: int) -> Tensor:
+    """Parts along `dim` that add up to what is wanted, at most their sum, each in proportion (cumulative rounding)."""
+    upper = parts.cumsum(dim) * wanted // parts.sum(dim, keepdim=True).clamp_min(1)
+    return _differences(upper, dim)
+
+
+def _differences(upper: Tensor, dim: int = 0) -> Tensor:
+    return upper.diff(dim=dim, prepend=torch.zeros_like(upper.narrow(dim, 0, 1)))

@@ -1,4 +1,5 @@
-"""The plan in three or four kernels: totals of ranks, one scan over ranks, one pass over hosts, names of rows.
+"""The plan in three or four kernels: totals of ranks, one scan over ranks, one pass over hosts, names of rows. Up to
+three more where who processes what is not the even split within the capacity of experts.
 
 Only the scan goes along the rank axis. It leaves four running numbers per rank and expert, and what this rank sends
 to host j, what of it goes to hosts before j, and what stands before it at host j are all overlaps of two ranges.
@@ -50,14 +51,72 @@ def _counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCO
     return count
 
 
+@triton.jit
+def _sum_of_ranks(share, expert, there, N, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    total = tl.zeros([EXPERTS], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        at = rank.to(tl.int64)[:, None] * E + expert[None, :]
+        total += tl.sum(tl.load(share + at, mask=(rank < N)[:, None] & there[None, :], other=0).to(tl.int64), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["factor_bits", "num_slots"])
+def even_shares_kernel(
+    counts, multiplicity, replicas, totals, load, share, factor_bits, N, E, num_slots,
+    CLUSTER_SCOPE: tl.constexpr, RANK_SCOPE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What is to be processed of each expert, within its capacity if it has one, and that evenly over its slots."""
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    there = expert < E
+    cap = tl.zeros([EXPERTS], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        at = rank.to(tl.int64)[:, None] * E + expert[None, :]
+        mask = (rank < N)[:, None] & there[None, :]
+        cap += tl.sum(_counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCOPE), axis=0)
+    slots = tl.load(replicas + expert, mask=there, other=1).to(tl.int64)
+    if CLUSTER_SCOPE:
+        cap = tl.minimum(cap, _slot_capacity(factor_bits, _sum_totals(totals, N, CHUNK), num_slots) * slots)
+    tl.store(load + expert, cap, mask=there)
+    hosted = tl.zeros([EXPERTS], tl.int64)
+    for first in range(0, N, CHUNK):
+        rank = first + tl.arange(0, CHUNK)
+        at = rank.to(tl.int64)[:, None] * E + expert[None, :]
+        mask = (rank < N)[:, None] & there[None, :]
+        here = tl.load(multiplicity + at, mask=mask, other=0).to(tl.int64)
+        until = tl.cumsum(here, axis=0) + hosted[None, :]
+        part = until * cap[None, :] // slots[None, :] - (until - here) * cap[None, :] // slots[None, :]
+        hosted += tl.sum(here, axis=0)
+        tl.store(share + at, part.to(tl.int32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["factor_bits", "num_slots", "slots_per_rank"])
+def keep_within_ranks_kernel(
+    share, totals, factor_bits, N, E, num_slots, slots_per_rank, BINS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """What rank = program has room for of its `share`, from all its experts in proportion."""
+    room = _slot_capacity(factor_bits, _sum_totals(totals, N, CHUNK), num_slots) * slots_per_rank
+    expert = tl.arange(0, BINS)
+    at = share + tl.program_id(0).to(tl.int64) * E + expert
+    offered = tl.load(at, mask=expert < E, other=0).to(tl.int64)
+    until = tl.cumsum(offered, axis=0)
+    total = tl.sum(offered, axis=0)
+    room = tl.minimum(total, room)
+    total = tl.maximum(total, 1)
+    tl.store(at, (until * room // total - (until - offered) * room // total).to(tl.int32), mask=expert < E)
+
+
 @triton.jit(do_not_specialize=["factor_bits", "num_slots"])
 def scan_ranks_kernel(
     counts, multiplicity, replicas, totals, kept, share, source_start, host_start, factor_bits, N, E, num_slots,
     CLUSTER_SCOPE: tl.constexpr, RANK_SCOPE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What every rank keeps and processes of each expert, and how much of that comes before it in rank order.
 
-    `source_start` counts kept assignments that leave their rank, `host_start` the places that they find.
+    `source_start` counts kept assignments that leave their rank, `host_start` the places that they find. `GIVEN`: who
+    processes what is there already, and what of an expert nobody processes is not kept.
     """
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     there = expert < E
@@ -70,7 +129,9 @@ def scan_ranks_kernel(
 
     slots = tl.load(replicas + expert, mask=there, other=1).to(tl.int64)
     cap = load
-    if CLUSTER_SCOPE:
+    if GIVEN:
+        cap = _sum_of_ranks(share, expert, there, N, E, EXPERTS, CHUNK)
+    elif CLUSTER_SCOPE:
         cap = tl.minimum(load, _slot_capacity(factor_bits, _sum_totals(totals, N, CHUNK), num_slots) * slots)
     divisor = tl.maximum(load, 1)
 
@@ -84,19 +145,23 @@ def scan_ranks_kernel(
         mask = (rank < N)[:, None] & there[None, :]
         count = _counted(counts, totals, factor_bits, rank, at, mask, N, num_slots, RANK_SCOPE)
         keep = count
-        if CLUSTER_SCOPE:
+        if CLUSTER_SCOPE or GIVEN:
             until = tl.cumsum(count, axis=0) + routed[None, :]
             keep = until * cap[None, :] // divisor[None, :] - (until - count) * cap[None, :] // divisor[None, :]
             routed += tl.sum(count, axis=0)
-        here = tl.load(multiplicity + at, mask=mask, other=0).to(tl.int64)
-        until = tl.cumsum(here, axis=0) + hosted[None, :]
-        part = until * cap[None, :] // slots[None, :] - (until - here) * cap[None, :] // slots[None, :]
-        hosted += tl.sum(here, axis=0)
+        if GIVEN:
+            part = tl.load(share + at, mask=mask, other=0).to(tl.int64)
+        else:
+            here = tl.load(multiplicity + at, mask=mask, other=0).to(tl.int64)
+            until = tl.cumsum(here, axis=0) + hosted[None, :]
+            part = until * cap[None, :] // slots[None, :] - (until - here) * cap[None, :] // slots[None, :]
+            hosted += tl.sum(here, axis=0)
 
         local = tl.minimum(keep, part)
         leave, place = keep - local, part - local
         tl.store(kept + at, keep.to(tl.int32), mask=mask)
-        tl.store(share + at, part.to(tl.int32), mask=mask)
+        if not GIVEN:
+            tl.store(share + at, part.to(tl.int32), mask=mask)
         before = tl.cumsum(leave, axis=0) - leave + leaving[None, :]
         tl.store(source_start + at, before.to(tl.int32), mask=mask)
         before = tl.cumsum(place, axis=0) - place + places[None, :]

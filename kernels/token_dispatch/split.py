@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import on_device, uses_triton
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Turns
 from lightning_swiftmoe.placement.exact_split import pour_in_turns
 
 
-def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor) -> Tensor:
+def split_exactly(load: Tensor, share: Tensor, turns: Turns) -> Tensor:
     """`share`, changed in place from even over the slots to as even over the ranks as the placement allows.
 
     One program on a GPU; nothing depends on the loads but how long it takes.
@@ -18,8 +19,7 @@ def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor)
     Args:
         load: `[E]` int64 assignments of each expert, below 2**30 together.
         share: `[N, E]` int32 of `placement.host_share(load)`.
-        turns: `[C or more, 3, N]` int32 of `placement.turn_table`.
-        num_turns: `[1]` int32, C.
+        turns: of the placement's experts.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit.
@@ -29,22 +29,23 @@ def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor)
         raise ValueError(f"share must be contiguous int32, got {share.dtype} with strides {share.stride()}")
     if load.shape != (num_experts,) or load.dtype != torch.int64:
         raise ValueError(f"load must be int64 [{num_experts}], got {load.dtype} {list(load.shape)}")
-    if turns.dim() != 3 or turns.shape[1:] != (3, num_ranks) or turns.dtype != torch.int32:
-        raise ValueError(f"turns must be int32 [C, 3, {num_ranks}], got {turns.dtype} {list(turns.shape)}")
+    table = turns.table
+    if table.dim() != 3 or table.shape[1:] != (3, num_ranks) or table.dtype != torch.int32 or not table.is_contiguous():
+        raise ValueError(f"turns must be contiguous int32 [C, 3, {num_ranks}], got {table.dtype} {list(table.shape)}")
     if not uses_triton(share):
-        return split_exactly_reference(load, share, turns, num_turns)
+        return split_exactly_reference(load, share, turns)
     from lightning_swiftmoe.kernels.token_dispatch import split_launch
 
     with on_device(share):
-        split_launch.split_exactly(load, share, turns.contiguous(), num_turns)
+        split_launch.split_exactly(load, share, turns)
     return share
 
 
-def split_exactly_reference(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor) -> Tensor:
+def split_exactly_reference(load: Tensor, share: Tensor, turns: Turns) -> Tensor:
     """`split_exactly` on the host."""
     num_experts = share.shape[1]
     in_turn = []
-    for pairs in turns[: int(num_turns)].cpu()[:, 0]:
+    for pairs in turns.table[: int(turns.number)].cpu()[:, 0]:
         pairs = pairs[pairs >= 0]
         experts = pairs % num_experts
         in_turn += [(int(e), (pairs[experts == e] // num_experts).numpy()) for e in experts.unique_consecutive()]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.launch import Launcher, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import split_triton
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Turns
 from lightning_swiftmoe.placement.exact_split import FURTHER, ROUNDS
 
 _TILE = 512  # shares that are added up at a time, in registers
@@ -14,7 +15,7 @@ _TILE = 512  # shares that are added up at a time, in registers
 _exact_split = Launcher(split_triton.exact_split_kernel)
 
 
-def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor) -> None:
+def split_exactly(load: Tensor, share: Tensor, turns: Turns) -> None:
     """`split.split_exactly` in one program."""
     num_ranks, num_experts = share.shape
     lanes = next_power_of_2(num_ranks)
@@ -23,8 +24,8 @@ def split_exactly(load: Tensor, share: Tensor, turns: Tensor, num_turns: Tensor)
         (1, 1, 1),
         load,
         share,
-        turns,
-        num_turns,
+        turns.table,
+        turns.number,
         num_ranks,
         num_experts,
         num_warps=max(1, min(lanes // 128, 8)),

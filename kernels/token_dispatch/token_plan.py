@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 LAYOUTS = ("padded", "packed")
-SCOPES = ("cluster", "rank")
+SCOPES = ("cluster", "rank", "pooled")
 # Fair shares are rounded to six decimals before they are rounded up: 1.1 * 100 / 10 is 11.000000000000002.
 ROUNDING = 5e-7
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many assignments an expert may process; the device twin of `placement.kept_counts`.
+    """How many assignments an expert or a rank may process; the device twin of `placement.TokenRule`.
 
     Args:
         factor: 1.0 gives every slot exactly its fair share.
         num_slots: `N * s`, the slots of the whole cluster.
-        scope: "cluster" counts an expert's capacity over all ranks, "rank" on each alone.
+        scope: "cluster" counts an expert's capacity over all ranks, "rank" on each alone; "pooled" counts a rank's.
 
     Raises:
         ValueError: for a scope that does not exist or a factor that is not positive.
@@ -43,6 +43,19 @@ class Capacity:
     def factor_bits(self) -> int:
         """The factor's fp64 pattern: Triton would hand a float to a kernel as fp32."""
         return struct.unpack("<q", struct.pack("<d", self.factor))[0]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Of experts in the exact split, on the device.
+
+    Args:
+        table: `[C or more, 3, N]` int32 of `placement.exact_split.turn_table`.
+        number: `[1]` int32, C.
+    """
+
+    table: Tensor
+    number: Tensor
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
             config.cluster.virtual_ranks,
             strategy.slots_per_rank,
             strategy.capacity_scope,
+            strategy.split,
             policy=policy if isinstance(policy := config.policy.name, str) else instantiate(policy),
             every_n_steps=config.policy.every_n_steps,
             trace=config.callbacks.rebalancer.trace,

@@ -21,13 +21,7 @@ from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import count_by_expert, positions_within
 from lightning_swiftmoe.layers.router import Routing
-from lightning_swiftmoe.placement import (
-    CapacityScope,
-    Placement,
-    host_share,
-    kept_counts,
-    slot_capacity,
-)
+from lightning_swiftmoe.placement import CapacityScope, Placement, TokenRule, slot_capacity
 
 
 class Dispatcher(Protocol):
@@ -58,7 +52,8 @@ class LocalDispatcher:
     Args:
         num_experts: experts of the layer.
         placement: a placement of one rank; None means one slot for each expert.
-        capacity_scope: ``"cluster"``: an expert's capacity grows with its replicas; ``"rank"``: it does not.
+        capacity_scope: ``"cluster"``: an expert's capacity grows with its replicas; ``"rank"``: it does not;
+            ``"pooled"``: all share the capacity of all slots.
         residents: gives the weights to compute with; None: those of the experts themselves.
     """
 
@@ -93,19 +88,26 @@ class LocalDispatcher:
         idx = routing.topk_idx
         kept = counts = routing.counts
         if capacity_factor is not None:
-            capacity = self._capacity(capacity_factor, idx.numel()).to(idx.device, non_blocking=True)
+            capacity = self._capacity(capacity_factor, idx.numel(), counts)
             kept = torch.minimum(counts, capacity)
             idx = drop_beyond(idx, idx, counts, capacity)
         residents = None if self.residents is None else self.residents()
         y_TD = experts(x_TD, idx, routing.topk_weights, residents)
         return y_TD, counts[None], kept.sum()[None]
 
-    def _capacity(self, capacity_factor: float, num_assignments: int) -> Tensor:
-        """``[E]`` most assignments of each expert, by the rules of ``placement.kept_counts``."""
+    def _capacity(self, capacity_factor: float, num_assignments: int, counts: Tensor) -> Tensor:
+        """``[E]`` most assignments of each expert, by the rules of ``placement.TokenRule``."""
+        if self.capacity_scope == "pooled":
+            room = slot_capacity(capacity_factor, num_assignments, self._slots) * self._slots
+            total = counts.sum()
+            upper = counts.cumsum(0) * total.clamp_max(room) // total.clamp_min(1)
+            return upper.diff(prepend=upper.new_zeros(1))
         if self.capacity_scope == "rank":
             limit = slot_capacity(capacity_factor, num_assignments, self._placement.num_experts)
-            return torch.full_like(self._replicas, limit)
-        return slot_capacity(capacity_factor, num_assignments, self._slots) * self._replicas
+            capacity = torch.full_like(self._replicas, limit)
+        else:
+            capacity = slot_capacity(capacity_factor, num_assignments, self._slots) * self._replicas
+        return capacity.to(counts.device, non_blocking=True)
 
 
 class VirtualDispatcher:
@@ -116,8 +118,8 @@ class VirtualDispatcher:
 
     num_processes = 1
 
-    def __init__(self, placement: Placement, capacity_scope: CapacityScope = "cluster") -> None:
-        self.placement, self.capacity_scope = placement, capacity_scope
+    def __init__(self, placement: Placement, rule: TokenRule) -> None:
+        self.placement, self.rule = placement, rule
 
     @torch.compiler.disable  # decides on the host
     def __call__(
@@ -133,11 +135,11 @@ class VirtualDispatcher:
         group = idx + rank_of_token[:, None] * num_experts
         counts = count_by_expert(group, num_ranks * num_experts)
         counts_host = to_host(counts).numpy().reshape(num_ranks, num_experts)
-        kept = kept_counts(counts_host, self.placement, capacity_factor, self.capacity_scope)
+        shares = self.rule.share_out(counts_host, self.placement, capacity_factor)
         if capacity_factor is not None:
-            idx = drop_beyond(idx, group, counts, torch.from_numpy(kept).to(idx.device).flatten())
+            idx = drop_beyond(idx, group, counts, torch.from_numpy(shares.kept).to(idx.device).flatten())
         y_TD = experts(x_TD, idx, routing.topk_weights)
-        rank_load = torch.from_numpy(host_share(kept.sum(axis=0), self.placement).sum(axis=1))
+        rank_load = torch.from_numpy(shares.hosted.sum(axis=1))
         return y_TD, counts.view(num_ranks, num_experts), rank_load.to(idx.device)
 
 

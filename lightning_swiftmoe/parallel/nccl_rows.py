@@ -12,7 +12,6 @@ from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import Indirect
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
 from lightning_swiftmoe.kernels.token_dispatch.move import clear_padding, pack_rows, unpack_rows
-from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.row_exchange import (
@@ -45,7 +44,7 @@ class NcclRows(RowExchange):
         most = self.communicator.num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         rows = tables.max_rows(most, tile)
         size = PlanSize(tables.max_residents, rows, tile, "packed", most)
-        plan = plan_tokens(gathered, *tables.unpacked(tables.packed), self.communicator.rank, size, tables.capacity)
+        plan = tables.plan(gathered, self.communicator.rank, size)
         splits = _HostSplits(plan)
         address = address_tokens(routed.topk_idx, plan)
         return NcclTrip(self.communicator, plan, address, splits, gathered, routed.dtype, name)

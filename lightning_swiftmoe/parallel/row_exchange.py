@@ -20,9 +20,12 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity
+from lightning_swiftmoe.kernels.launch import next_power_of_2
+from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.placement import CapacityScope, Placement, slot_capacity
+from lightning_swiftmoe.placement import Placement, TokenRule, slot_capacity
+from lightning_swiftmoe.placement.exact_split import turn_table
 
 T = TypeVar("T")
 OfTokens: TypeAlias = Tensor | Indirect
@@ -193,55 +196,76 @@ class PlacementTables:
 
     Args:
         placement: which.
-        packed: ``[N E + E]`` int32 on the device, ``multiplicity`` and ``replicas``.
+        packed: ``[N E + E]`` int32 on the device, ``multiplicity`` and ``replicas``; with an exact split, the number of
+            turns and their table ``[C, 3, N]`` behind them.
         capacity_factor: None processes every token.
-        capacity_scope: whose assignments an expert's capacity counts.
+        rule: which assignments are kept, and who processes them.
     """
 
     placement: Placement
     packed: Tensor
     capacity_factor: float | None
-    capacity_scope: CapacityScope
+    rule: TokenRule
 
     @classmethod
     def on(
-        cls, device: torch.device, placement: Placement, capacity_factor: float | None, capacity_scope: CapacityScope
+        cls, device: torch.device, placement: Placement, capacity_factor: float | None, rule: TokenRule
     ) -> PlacementTables:
         """Copies to the device without waiting for it."""
-        packed = np.concatenate([placement.multiplicity.ravel(), placement.replicas]).astype(np.int32)
-        return cls(placement, to_device(torch.from_numpy(packed), device), capacity_factor, capacity_scope)
+        parts = [placement.multiplicity, placement.replicas]
+        if rule.split == "exact":
+            turns = turn_table(placement)
+            # Room for more, so that another placement seldom needs memory of another size.
+            rows = max(next_power_of_2(len(turns)), 2 * placement.slots_per_rank)
+            parts += [np.array([len(turns)]), turns, np.zeros((rows - len(turns), *turns.shape[1:]))]
+        packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
+        return cls(placement, to_device(torch.from_numpy(packed), device), capacity_factor, rule)
 
-    def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, E]`` slots of expert ``e`` on rank ``j`` and ``[E]`` replicas, from ``packed`` or a copy of it."""
-        num_experts = self.placement.num_experts
-        return packed[:-num_experts].view(-1, num_experts), packed[-num_experts:]
+    def plan(self, counts: Tensor, rank: int, size: PlanSize, packed: Tensor | None = None) -> TokenPlan:
+        """The plan of a rank for ``counts[N, E]``, by the tables or a copy of them on the device."""
+        packed = self.packed if packed is None else packed
+        num_ranks, num_experts = counts.shape
+        pairs = num_ranks * num_experts
+        multiplicity = packed[:pairs].view(num_ranks, num_experts)
+        replicas = packed[pairs : pairs + num_experts]
+        turns = None
+        if self.rule.split == "exact":
+            number, table = packed[pairs + num_experts :].split([1, packed.numel() - pairs - num_experts - 1])
+            turns = Turns(table.view(-1, 3, num_ranks), number)
+        return plan_tokens(counts, multiplicity, replicas, rank, size, self.capacity, turns)
 
     @property
     def capacity(self) -> Capacity | None:
         """For ``plan_tokens``."""
         if self.capacity_factor is None:
             return None
-        return Capacity(self.capacity_factor, self.placement.table.size, self.capacity_scope)
+        return Capacity(self.capacity_factor, self.placement.table.size, self.rule.capacity_scope)
 
     @property
     def max_residents(self) -> int:
         """The most distinct experts that a rank may host."""
         return min(self.placement.slots_per_rank, self.placement.num_experts)
 
+    @property
+    def _slots_bound_ranks(self) -> bool:
+        scope = self.rule.capacity_scope
+        return scope == "pooled" or (scope == "cluster" and self.rule.split == "even")
+
     def max_rows(self, num_assignments: int, tile: int) -> int:
         """Rows, in whole tiles, that no rank can exceed whatever is routed: a bound known without the counts.
 
-        A rank with ``m`` of the ``r`` replicas of an expert processes at most ``ceil(m / r)`` of its assignments, so
-        all of them together at most the largest ``m / r`` of all assignments, and one more for each resident. With a
-        capacity counted over the cluster its slots bound it too.
+        Split evenly, a rank with ``m`` of the ``r`` replicas of an expert processes at most ``ceil(m / r)`` of its
+        assignments, so all of them together at most the largest ``m / r`` of all assignments, and one more for each
+        resident; split exactly, it may get all. With a capacity counted over the cluster or a rank's slots together,
+        the slots bound it too.
 
         Args:
             num_assignments: ``tokens * top_k`` of all ranks, or more.
             tile: rows to which each resident is padded.
         """
-        share = (self.placement.multiplicity / self.placement.replicas).max()
+        share = (self.placement.multiplicity / self.placement.replicas).max() if self.rule.split == "even" else 1.0
         rows = int(np.ceil(share * num_assignments)) + self.max_residents
-        if self.capacity_factor is not None and self.capacity_scope == "cluster":
+        if self.capacity_factor is not None and self._slots_bound_ranks:
             slot = slot_capacity(self.capacity_factor, num_assignments, self.placement.table.size)
             rows = min(rows, slot * self.placement.slots_per_rank)
         rows = min(rows, num_assignments) + self.max_residents * (tile - 1)

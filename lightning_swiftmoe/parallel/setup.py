@@ -31,7 +31,7 @@ from lightning_swiftmoe.parallel.token_dispatcher import DeviceDispatcher, HostD
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.transports import choose_transport
 from lightning_swiftmoe.parallel.watchdog import Watchdog, end_process
-from lightning_swiftmoe.placement import CapacityScope, Placement
+from lightning_swiftmoe.placement import Placement, TokenRule
 
 _HOSTED: dict[str, type[HostedExperts]] = {"decoupled": DecoupledExperts, "bound": BoundExperts}
 _COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -197,7 +197,7 @@ def build_layers(
     accumulates: bool,
     gradient_dtype: torch.dtype | None,
     offload: bool,
-    capacity_scope: CapacityScope,
+    rule: TokenRule,
     state_place: str,
     masters: Mapping[str, Tensor],
 ) -> list[ExpertLayer]:
@@ -212,7 +212,7 @@ def build_layers(
         first: where experts start.
         compute_dtype: Lightning's precision.
         accumulates, gradient_dtype, offload: as for ``HostedExperts``.
-        capacity_scope: whose assignments an expert's capacity counts.
+        rule: which assignments are kept, and who processes them.
         state_place: ``"decoupled"`` or ``"bound"``.
         masters: canonical weights of a checkpoint by name in ``module``.
     """
@@ -242,7 +242,7 @@ def build_layers(
             },
         )
         layer = ExpertLayer(name, moes, cluster, hosted)
-        _attach(layer, parallelism, capacity_scope)
+        _attach(layer, parallelism, rule)
         layers.append(layer)
     return layers
 
@@ -327,19 +327,19 @@ def _by_experts(module: nn.Module) -> list[dict[str, MoE]]:
     return list(groups.values())
 
 
-def _attach(layer: ExpertLayer, parallelism: Parallelism, capacity_scope: CapacityScope) -> None:
+def _attach(layer: ExpertLayer, parallelism: Parallelism, rule: TokenRule) -> None:
     for name, moe in layer.moes.items():
         replicas = parallelism.token_replicas
         all_groups = None if replicas is None else CountsOfAllGroups(replicas, parallelism.num_ranks, name)
         if parallelism.group_size > 1:
-            dispatcher = HostDispatcher(layer, parallelism.tokens, name, capacity_scope)
+            dispatcher = HostDispatcher(layer, parallelism.tokens, name, rule)
             if parallelism.rows is not None:
-                on_device = DeviceDispatcher(layer, parallelism.rows, name, capacity_scope, dispatcher)
+                on_device = DeviceDispatcher(layer, parallelism.rows, name, rule, dispatcher)
                 moe.attach(on_device, all_groups)
             else:
                 moe.attach(dispatcher, all_groups)
             continue
         residents = None if layer.hosted.computes_with_parameters else torch.compiler.disable(layer.residents)
-        local = LocalDispatcher(moe.num_experts, layer.placement, capacity_scope, residents)
+        local = LocalDispatcher(moe.num_experts, layer.placement, rule.capacity_scope, residents)
         layer.local_dispatchers.append(local)
         moe.attach(local, all_groups)

@@ -33,7 +33,6 @@ from lightning_swiftmoe.kernels.token_dispatch.move import (
     pull_scalars,
     push_rows,
 )
-from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import PlanSize, TokenPlan
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
@@ -381,8 +380,7 @@ class SymmetricTrip(RowTrip):
         counts, rank_load = facts[:-num_ranks].view(num_ranks, num_experts), facts[-num_ranks:]
         # Peers write the next counts when this trip's first barrier has passed.
         counts.copy_(self._all_counts.local)
-        tables = self._tables.unpacked(inputs.tables)
-        plan = plan_tokens(counts, *tables, self._exchange.communicator.rank, self._size, self._tables.capacity)
+        plan = self._tables.plan(counts, self._exchange.communicator.rank, self._size, inputs.tables)
         rank_load.copy_(plan.rank_load)
         return _Planned(plan, address_tokens(inputs.topk_idx, plan), facts)
 

@@ -21,7 +21,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
 from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip
-from lightning_swiftmoe.placement import CapacityScope, kept_counts, plan_dispatch
+from lightning_swiftmoe.placement import TokenRule, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
 
 
@@ -32,16 +32,14 @@ class HostDispatcher:
         layer: whose experts.
         communicator: for tokens.
         name: of the MoE layer, for error messages.
-        capacity_scope: whose assignments an expert's capacity counts.
+        rule: which assignments are kept, and who processes them.
     """
 
-    def __init__(
-        self, layer: ExpertLayer, communicator: Communicator, name: str, capacity_scope: CapacityScope = "cluster"
-    ) -> None:
+    def __init__(self, layer: ExpertLayer, communicator: Communicator, name: str, rule: TokenRule) -> None:
         self.layer = layer
         self.communicator = communicator
         self.name = name
-        self.capacity_scope = capacity_scope
+        self.rule = rule
         self.num_processes = communicator.num_ranks
 
     @torch.compiler.disable  # decides on the host, and communicates
@@ -53,8 +51,8 @@ class HostDispatcher:
         counts = self.communicator.gather_counts(routing.counts, self.name)
         counts_host = to_host(counts).numpy()
         placement = self.layer.placement
-        kept = kept_counts(counts_host, placement, capacity_factor, self.capacity_scope)
-        plan = plan_dispatch(kept, placement, rank)
+        shares = self.rule.share_out(counts_host, placement, capacity_factor)
+        plan = plan_dispatch(shares.kept, shares.hosted, rank)
         order = send_order(idx.reshape(-1), counts_host[rank], plan.send)
 
         rows = x_TD.to(compute_dtype(x_TD))[order // idx.shape[1]]
@@ -75,7 +73,7 @@ class DeviceDispatcher:
         layer: whose experts.
         rows: carries rows.
         name: of the MoE layer, for error messages.
-        capacity_scope: whose assignments an expert's capacity counts.
+        rule: which assignments are kept, and who processes them.
         fallback: for dtypes that the kernels do not take.
     """
 
@@ -84,13 +82,13 @@ class DeviceDispatcher:
         layer: ExpertLayer,
         rows: RowExchange,
         name: str,
-        capacity_scope: CapacityScope,
+        rule: TokenRule,
         fallback: HostDispatcher,
     ) -> None:
         self.layer = layer
         self.rows = rows
         self.name = name
-        self.capacity_scope = capacity_scope
+        self.rule = rule
         self.num_processes = fallback.num_processes
         self._fallback = fallback
         self._tables: PlacementTables | None = None
@@ -125,7 +123,7 @@ class DeviceDispatcher:
         placement = self.layer.placement
         known = self._tables
         if known is None or known.capacity_factor != capacity_factor or not known.placement.same_residents(placement):
-            known = self._tables = PlacementTables.on(device, placement, capacity_factor, self.capacity_scope)
+            known = self._tables = PlacementTables.on(device, placement, capacity_factor, self.rule)
         return known
 
 

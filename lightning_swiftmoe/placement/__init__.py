@@ -1,6 +1,6 @@
 """Where experts sit: placements, policies, capacities, dispatch plans, shard maps. Integers, no communication."""
 
-from lightning_swiftmoe.placement.capacity import CapacityScope, keep_within_capacity, kept_counts, slot_capacity
+from lightning_swiftmoe.placement.capacity import CapacityScope, keep_within_capacity, slot_capacity
 from lightning_swiftmoe.placement.dispatch import DispatchPlan, host_share, plan_dispatch
 from lightning_swiftmoe.placement.placement import Placement
 from lightning_swiftmoe.placement.policies import (
@@ -14,6 +14,7 @@ from lightning_swiftmoe.placement.policies import (
     uniform,
 )
 from lightning_swiftmoe.placement.shards import EvenShards
+from lightning_swiftmoe.placement.token_rule import Shares, Split, TokenRule
 
 __all__ = [
     "CapacityScope",
@@ -22,10 +23,12 @@ __all__ = [
     "Placement",
     "PlacementPolicy",
     "RandomPolicy",
+    "Shares",
+    "Split",
+    "TokenRule",
     "get_policy",
     "host_share",
     "keep_within_capacity",
-    "kept_counts",
     "next_placement",
     "plan_dispatch",
     "policy_names",

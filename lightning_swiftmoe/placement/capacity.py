@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from lightning_swiftmoe.arguments import check_choice
-from lightning_swiftmoe.placement.placement import IntArray, Placement
+from lightning_swiftmoe.placement.placement import IntArray
 
-CapacityScope = Literal["cluster", "rank"]
-"""Where an expert's capacity counts: ``"cluster"`` over all ranks (SwiftMoE), ``"rank"`` on each alone (DeepSpeed)."""
+CapacityScope = Literal["cluster", "rank", "pooled"]
+"""What has room for how much: ``"cluster"`` an expert, by its replicas (SwiftMoE); ``"rank"`` an expert, by what each
+rank routes (DeepSpeed); ``"pooled"`` a rank, by its slots."""
 
 
 def check_scope(scope: str) -> None:
@@ -46,22 +47,3 @@ def keep_within_capacity(counts: IntArray, capacity: IntArray) -> IntArray:
     cap = np.minimum(capacity, load)
     upper = np.cumsum(counts, axis=0) * cap // np.maximum(load, 1)
     return np.diff(upper, axis=0, prepend=0)
-
-
-def kept_counts(
-    counts: IntArray, placement: Placement, capacity_factor: float | None, scope: CapacityScope = "cluster"
-) -> IntArray:
-    """``[N, E]`` assignments each rank keeps.
-
-    * Without a capacity: all.
-    * ``"cluster"``: an expert keeps ``slot_capacity * replicas`` in all, whoever routed them.
-    * ``"rank"``: every rank keeps ``ceil(capacity_factor * its assignments / E)`` of each expert, whatever its
-      replicas, as DeepSpeed's gate does; room that one rank leaves unused helps no other.
-    """
-    if capacity_factor is None:
-        return counts
-    if scope == "cluster":
-        slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
-        return keep_within_capacity(counts, slot * placement.replicas)
-    limit = [slot_capacity(capacity_factor, int(routed), placement.num_experts) for routed in counts.sum(axis=1)]
-    return np.minimum(counts, np.array(limit)[:, None])

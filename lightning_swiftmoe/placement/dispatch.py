@@ -24,33 +24,34 @@ class DispatchPlan:
     rank_load: IntArray
 
 
-def plan_dispatch(kept: IntArray, placement: Placement, rank: int) -> DispatchPlan:
-    """Spread each expert's kept assignments evenly over its replicas, on the rank they come from where possible.
+def plan_dispatch(kept: IntArray, hosted: IntArray, rank: int) -> DispatchPlan:
+    """Bring every expert's kept assignments to its hosts, on the rank they come from where possible.
 
-    A host with ``m`` of the ``r`` replicas of an expert takes ``m/r`` of its assignments, whoever routed them, so
-    the load of a rank does not depend on where tokens start. Within that share a rank serves itself first (**ours**:
-    those tokens never travel); the remaining sources and the remaining shares are matched in rank order.
+    Within its share a rank serves itself first (**ours**: those tokens never travel); the remaining sources and the
+    remaining shares are matched in rank order.
 
     Args:
         kept: ``[N, E]`` assignments that each rank keeps.
-        placement: the placement in force.
+        hosted: ``[N, E]`` assignments that each rank processes, as many of each expert.
         rank: whose plan.
     """
-    share = host_share(kept.sum(axis=0), placement)
-    local = np.minimum(kept, share)
+    local = np.minimum(kept, hosted)
     source_end = np.cumsum(kept - local, axis=0)
-    host_end = np.cumsum(share - local, axis=0)
+    host_end = np.cumsum(hosted - local, axis=0)
     source_start = source_end - (kept - local)
-    host_start = host_end - (share - local)
+    host_start = host_end - (hosted - local)
     send = _overlap(source_start[rank], source_end[rank], host_start, host_end)
     recv = _overlap(host_start[rank], host_end[rank], source_start, source_end)
     send[rank] += local[rank]
     recv[rank] += local[rank]
-    return DispatchPlan(send, recv, share.sum(axis=1))
+    return DispatchPlan(send, recv, hosted.sum(axis=1))
 
 
 def host_share(load: IntArray, placement: Placement) -> IntArray:
     """``[N, E]`` assignments each rank processes when ``load[e]`` are spread evenly over the replicas of ``e``.
+
+    A host with ``m`` of the ``r`` replicas takes ``m/r``, whoever routed them, so the load of a rank does not depend on
+    where tokens start.
 
     Example: 10 assignments over replicas on ranks 0, 0 and 1 give 6 and 4 (cumulative rounding down).
     """

@@ -49,6 +49,7 @@ def fit(c: Configuration) -> Outcome:
             c.optimizer_state,
             timeout=TIMEOUT_S,
             expert_parallel_size=c.group_size,
+            split=c.split,  # type: ignore[arg-type]
             find_unused_parameters=c.find_unused,
         )
         rebalancer = ExpertRebalancer(c.make_policy(), c.every_n_steps)

@@ -54,6 +54,7 @@ class Configuration:
     group_size: int | None = None
     spare_slots: int | str = 0
     capacity_scope: str = "cluster"
+    split: str = "even"
     optimizer_state: str = "decoupled"
     offload: bool = False
     transport: str = "auto"
@@ -176,7 +177,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
         rolls=draw(st.booleans()),
         group_size=group_size,
         spare_slots=one_of("auto", 0, 1, 2),
-        capacity_scope=one_of("cluster", "rank"),
+        capacity_scope=one_of("cluster", "rank", "pooled"),
+        split=one_of("even", "exact"),
         # Refused with groups: asked for now and then.
         optimizer_state=one_of("decoupled", "decoupled", "bound") if group_size is None else draw(rarely("bound")),
         offload=draw(st.booleans()),

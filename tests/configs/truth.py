@@ -18,6 +18,7 @@ from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.placement import Placement, uniform
+from lightning_swiftmoe.placement.exact_split import exact_split
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.step import LayerStep, Step
 from lightning_swiftmoe.virtual import VirtualCluster
@@ -89,7 +90,7 @@ def truth(c: Configuration, steps: Sequence[Step]) -> Outcome:
     callbacks: list[pl.Callback] = [watch]
     if virtual:
         options = {"policy": c.make_policy(), "every_n_steps": c.every_n_steps}
-        callbacks = [recorder, VirtualCluster(c.num_ranks, c.slots, c.capacity_scope, **options)]
+        callbacks = [recorder, VirtualCluster(c.num_ranks, c.slots, c.capacity_scope, c.split, **options)]
     trainer = pl.Trainer(callbacks=callbacks, **trainer_options(c))
     trainer.fit(module, batches(c), held_out(c))
     counted = [list(map(of_record, step.layers)) for step in recorder.steps] if virtual else watch.counted
@@ -186,16 +187,33 @@ class Parts:
         assert self.placement is not None
         for first in range(0, c.num_ranks, c.sharers):
             group = slice(first, first + c.sharers)
-            hosts = self.placement.multiplicity[group].tolist()
-            kept = room(counts[group].tolist(), hosts, capacity_factor, c.capacity_scope)
+            kept, hosted = self._shares(counts[group], self.placement.table[group], capacity_factor)
             for part, left in zip(parts[group], kept, strict=True):
                 drop(part, list(left))
-            processed += shared_out(kept, hosts)
+            processed += map(sum, hosted)
         load = np.array(processed)
         if experts.training and not in_backward():
             self._routed, self._processed = self._routed + counts, self._processed + load
         y_TD = experts(x_TD, idx, routing.topk_weights)
         return y_TD, torch.from_numpy(counts), torch.from_numpy(load)
+
+    def _shares(self, counts: IntArray, table: IntArray, factor: float | None) -> tuple[Table, Table]:
+        """What every rank of a group keeps and processes of every expert."""
+        placement = Placement(table, self.c.num_experts)
+        hosts = placement.multiplicity.tolist()
+
+        def split(loads: list[int]) -> Table:
+            if self.c.split == "exact":  # whose own tests hold it against a linear program
+                return exact_split(np.array(loads), placement).tolist()
+            return shared_out(loads, hosts)
+
+        if factor is None or self.c.capacity_scope != "pooled":
+            kept = room(counts.tolist(), hosts, factor, self.c.capacity_scope)
+            return kept, split(_of_experts(kept))
+        most = _whole(factor * int(counts.sum()) / table.size) * table.shape[1]
+        hosted = [_shares(row, min(sum(row), most)) for row in split(_of_experts(counts.tolist()))]
+        kept = [_shares(column, total) for column, total in zip(counts.T.tolist(), _of_experts(hosted), strict=True)]
+        return [list(row) for row in zip(*kept, strict=True)], hosted
 
     def count(self, router: torch.nn.Module, args: Any, routing: Routing) -> None:
         """A hook for a router whose layer is left as it is: nothing is dropped there."""
@@ -234,14 +252,14 @@ def room(counts: Table, hosts: Table, factor: float | None, scope: str) -> Table
     return kept
 
 
-def shared_out(kept: Table, hosts: Table) -> list[int]:
-    """What every rank of a group processes."""
-    done = [0] * len(hosts)
-    for expert in range(len(hosts[0])):
-        load = sum(row[expert] for row in kept)
-        for rank, share in enumerate(_shares([row[expert] for row in hosts], load)):
-            done[rank] += share
-    return done
+def shared_out(loads: list[int], hosts: Table) -> Table:
+    """What every rank of a group processes of every expert, by its slots."""
+    columns = [_shares([row[expert] for row in hosts], load) for expert, load in enumerate(loads)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _of_experts(table: Table) -> list[int]:
+    return [sum(column) for column in zip(*table, strict=True)]
 
 
 def _shares(weights: list[int], total: int) -> list[int]:

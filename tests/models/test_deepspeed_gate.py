@@ -14,7 +14,7 @@ import torch
 from lightning_swiftmoe.functional import route_tokens
 from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
 from lightning_swiftmoe.layers.router import Routing
-from lightning_swiftmoe.placement import Placement, slot_capacity
+from lightning_swiftmoe.placement import Placement, TokenRule, slot_capacity
 
 pytest.importorskip("deepspeed", reason="needs lightning-swiftmoe[deepspeed]")
 from deepspeed.moe import sharded_moe
@@ -41,7 +41,7 @@ def our_gate(logits, capacity_factor):
         seen.append((idx.flatten(), weights.flatten()))
         return x
 
-    VirtualDispatcher(placement, capacity_scope="rank")(torch.zeros(len(logits), 1), routing, experts, capacity_factor)
+    VirtualDispatcher(placement, TokenRule("rank"))(torch.zeros(len(logits), 1), routing, experts, capacity_factor)
     return seen[0]
 
 

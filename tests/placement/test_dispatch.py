@@ -29,7 +29,8 @@ def random_case(num_ranks, slots, num_experts, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_sent_is_received(shape, seed):
     counts, placement = random_case(*shape, seed)
-    plans = [plan_dispatch(counts, placement, rank) for rank in range(shape[0])]
+    hosted = host_share(counts.sum(0), placement)
+    plans = [plan_dispatch(counts, hosted, rank) for rank in range(shape[0])]
     for source, plan in enumerate(plans):
         assert (plan.send.sum(axis=0) == counts[source]).all()
         for host, other in enumerate(plans):
@@ -52,7 +53,8 @@ def test_replicas_share_evenly(shape):
 def test_own_tokens_stay_home():
     # Both ranks host both experts, so nothing needs to travel when both route the same load.
     placement = Placement(np.array([[0, 1], [0, 1]]), 2)
-    plan = plan_dispatch(np.array([[4, 2], [4, 2]]), placement, 1)
+    counts = np.array([[4, 2], [4, 2]])
+    plan = plan_dispatch(counts, host_share(counts.sum(0), placement), 1)
     assert plan.send.tolist() == [[0, 0], [4, 2]]
 
 

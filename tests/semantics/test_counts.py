@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_swiftmoe.cluster import ClusterShape
-from lightning_swiftmoe.placement import kept_counts, uniform
+from lightning_swiftmoe.placement import TokenRule, uniform
 from lightning_swiftmoe.trace_file import read_trace
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.jobs import Job, Net, data, make_trainer, sgd
@@ -118,7 +118,7 @@ def test_capacity_scope_rank(system, tmp_path):
     dropped = 0
     for counts, rank_load in zip(trace["counts"], trace["rank_load"], strict=True):
         for layer in range(2):
-            kept = kept_counts(counts[layer].astype(np.int64), placement, 1.0, scope="rank").sum()
+            kept = TokenRule("rank").share_out(counts[layer].astype(np.int64), placement, 1.0).kept.sum()
             assert rank_load[layer].sum() == kept
             dropped += counts[layer].sum() - kept
     assert dropped > 20

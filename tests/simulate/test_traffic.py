@@ -53,7 +53,7 @@ def test_dispatch_counts_equal_the_plan_that_training_runs(shape, capacity):
         routed = route(counts, Residency.of(placement), capacity)
         limit = capacity * placement.replicas if capacity else counts.sum(0)
         kept = keep_within_capacity(counts, limit)
-        plans = [plan_dispatch(kept, placement, rank) for rank in range(shape[0])]
+        plans = [plan_dispatch(kept, host_share(kept.sum(0), placement), rank) for rank in range(shape[0])]
         assert routed.kept.tolist() == kept.sum(0).tolist()
         assert routed.rank_load.tolist() == plans[0].rank_load.tolist()
         assert routed.sent.tolist() == [p.send.sum() - p.send[r].sum() for r, p in enumerate(plans)]

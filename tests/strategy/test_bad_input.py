@@ -87,7 +87,8 @@ def test_names_of_arguments_also_where_ddp_would_not_look_at_them():
         ({"start_method": "threads"}, "start_method must be one of popen, spawn, fork, forkserver, got 'threads'"),
         ({"optimizer_state": "decopled"}, "got 'decopled'; did you mean 'decoupled'"),
         ({"transport": "ncl"}, "got 'ncl'; did you mean 'nccl'"),
-        ({"capacity_scope": None}, "capacity_scope must be one of cluster, rank, got None"),
+        ({"capacity_scope": None}, "capacity_scope must be one of cluster, rank, pooled, got None"),
+        ({"split": "equal"}, "split must be one of even, exact, got 'equal'"),
         ({"expert_parallel_size": 2.0}, "expert_parallel_size must be None .* or a positive integer, got 2.0"),
     ],
 )

@@ -4,15 +4,16 @@ Shape legend: N ranks, E experts, R residents at most, P padded rows, A arrivals
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.token_dispatch.split import split_exactly
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.parallel.token_dispatcher import send_order
-from lightning_swiftmoe.placement import Placement, host_share, kept_counts, plan_dispatch
+from lightning_swiftmoe.placement import DispatchPlan, Placement, Shares, TokenRule, host_share, plan_dispatch
 from lightning_swiftmoe.placement.exact_split import exact_split, turn_table
 
 
@@ -24,16 +25,30 @@ class Case:
     counts: np.ndarray  # [N, E]
     placement: Placement
     capacity: Capacity | None
+    exact: bool = False
+
+    @cached_property
+    def _shares(self) -> Shares:
+        split = "exact" if self.exact else "even"
+        if self.capacity is None:
+            return TokenRule(split=split).share_out(self.counts, self.placement, None)
+        return TokenRule(self.capacity.scope, split).share_out(self.counts, self.placement, self.capacity.factor)
 
     @property
     def kept(self) -> np.ndarray:
-        if self.capacity is None:
-            return kept_counts(self.counts, self.placement, None)
-        return kept_counts(self.counts, self.placement, self.capacity.factor, self.capacity.scope)
+        return self._shares.kept
 
     @property
     def share(self) -> np.ndarray:
-        return host_share(self.kept.sum(axis=0), self.placement)
+        return self._shares.hosted
+
+    def plan(self, rank: int) -> DispatchPlan:
+        """The host's."""
+        return plan_dispatch(self.kept, self.share, rank)
+
+    def turns(self, device: str = "cpu") -> Turns | None:
+        """As `plan_tokens` takes them."""
+        return turns_on(self.placement, device) if self.exact else None
 
     def size(self, layout: str, tile: int, slack: int = 0) -> PlanSize:
         """As many rows as the fullest rank needs, and some more."""
@@ -59,13 +74,19 @@ def random_placement(rng: np.random.Generator, num_ranks: int, slots: int, num_e
     return Placement(rng.permutation(table).reshape(num_ranks, slots), num_experts)
 
 
+def turns_on(placement: Placement, device: str) -> Turns:
+    """With room for others: nobody reads beyond the last turn."""
+    table = turn_table(placement)
+    beyond = np.full((2, 3, placement.num_ranks), -9)
+    on_device = torch.tensor(np.concatenate([table, beyond]), dtype=torch.int32, device=device)
+    return Turns(on_device, on_device.new_tensor([len(table)]))
+
+
 def check_same_split(load: np.ndarray, placement: Placement, device: str) -> None:
     """The device's exact split is the host's; without an expert that has a choice there is nothing to do."""
-    table = turn_table(placement)
-    room = np.full((2, 3, placement.num_ranks), -9)  # a device keeps the table where there is room for others
-    turns = torch.tensor(np.concatenate([table, room]), dtype=torch.int32, device=device)
+    turns = turns_on(placement, device)
     share = torch.tensor(host_share(load, placement), dtype=torch.int32, device=device)
-    found = split_exactly(torch.tensor(load, device=device), share, turns, turns.new_tensor([len(table)]))
+    found = split_exactly(torch.tensor(load, device=device), share, turns)
     assert found is share
     assert torch.equal(share.cpu().long(), torch.tensor(exact_split(load, placement)))
 
@@ -86,15 +107,16 @@ def random_case(seed: int) -> Case:
         idx = np.where(rng.random(idx.shape) < 0.05, -1, idx)
         batches.append(torch.from_numpy(idx))
         counts[rank] = np.bincount(idx[idx >= 0], minlength=num_experts)
-    scope = [None, "cluster", "rank"][seed % 3]
+    scope = [None, "cluster", "rank", "pooled"][seed % 4]
+    exact = seed % 8 > 3
     factor = float(rng.choice([0.5, 1.0, 1.1, 1.25, 2.0]))
     capacity = None if scope is None else Capacity(factor, num_ranks * slots, scope)
-    return Case(batches, counts, placement, capacity)
+    return Case(batches, counts, placement, capacity, exact)
 
 
 def check_plan(case: Case, rank: int, plan: TokenPlan) -> None:
     """Every field against numpy, and loops."""
-    want = plan_dispatch(case.kept, case.placement, rank)
+    want = case.plan(rank)
     assert plan.kept.tolist() == case.kept[rank].tolist()
     assert plan.send.tolist() == want.send.tolist()
     assert plan.recv.tolist() == want.recv.tolist()
@@ -111,7 +133,7 @@ def check_plan(case: Case, rank: int, plan: TokenPlan) -> None:
 def check_layout(case: Case, rank: int, plan: TokenPlan) -> None:
     """This rank as a host: residents one after the other in whole tiles, inside them sources in rank order."""
     size, residents = plan.size, case.placement.residents(rank).tolist()
-    recv = plan_dispatch(case.kept, case.placement, rank).recv
+    recv = case.plan(rank).recv
     missing = size.max_residents - len(residents)
     assert plan.residents.tolist() == residents + [-1] * missing
     arrival_start = (np.cumsum(recv.ravel()) - recv.ravel()).reshape(recv.shape)
@@ -152,12 +174,12 @@ def check_base(case: Case, rank: int, plan: TokenPlan) -> None:
 
 
 def rows_at(case: Case, rank: int, plan: TokenPlan, host: int, expert: int) -> list[int]:
-    send = plan_dispatch(case.kept, case.placement, rank).send
+    send = case.plan(rank).send
     if plan.size.layout == "packed":
         start = int(send.ravel()[: host * send.shape[1] + expert].sum())
     else:
         padded = -(-case.share[host] // plan.size.tile) * plan.size.tile
-        theirs = plan_dispatch(case.kept, case.placement, host).recv
+        theirs = case.plan(host).recv
         start = int(padded[:expert].sum() + theirs[:rank, expert].sum())
     return list(range(start, start + int(send[host, expert])))
 
@@ -167,7 +189,7 @@ def check_send_order(case: Case, rank: int, plan: TokenPlan, rows: Tensor) -> No
     flat = case.topk_idx[rank].flatten()
     if (flat < 0).any():
         return  # that dispatcher knows no drops before it
-    send = plan_dispatch(case.kept, case.placement, rank).send
+    send = case.plan(rank).send
     order = send_order(flat, case.counts[rank], send)
     want = torch.full_like(flat, -1)
     want[order] = torch.arange(order.numel())

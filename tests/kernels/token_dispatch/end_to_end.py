@@ -24,8 +24,8 @@ class Cluster:
         idx = [i.to(device) for i in case.topk_idx]
         self.x = [torch.randn(i.shape[0], width, device=device) for i in idx]
         self.weights = [torch.rand(i.shape, device=device) for i in idx]
-        tensors = case.tensors(device)
-        self.plans = [plan_tokens(*tensors, rank, size, case.capacity) for rank in range(len(idx))]
+        tensors, turns = case.tensors(device), case.turns(device)
+        self.plans = [plan_tokens(*tensors, rank, size, case.capacity, turns) for rank in range(len(idx))]
         self.addresses = [address_tokens(i, plan) for i, plan in zip(idx, self.plans, strict=True)]
 
     def want(self, rank: int) -> Tensor:

@@ -41,8 +41,8 @@ def check_plans(seed: int) -> None:
     for layout in ("padded", "packed"):
         size = case.size(layout, tile=4, slack=seed % 2)
         for rank in range(case.placement.num_ranks):
-            plan = plan_tokens(*case.tensors(), rank, size, case.capacity)
-            check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, case.capacity))
+            plan = plan_tokens(*case.tensors(), rank, size, case.capacity, case.turns())
+            check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, case.capacity, case.turns()))
             check_plan(case, rank, plan)
             address = address_tokens(case.topk_idx[rank], plan)
             want = address_tokens_reference(case.topk_idx[rank], plan)
@@ -52,16 +52,17 @@ def check_plans(seed: int) -> None:
                 check_send_order(case, rank, plan, address.row)
 
 
-def check_many_ranks(capacity: Capacity | None) -> None:
+def check_many_ranks(capacity: Capacity | None, exact: bool = False) -> None:
     """More ranks than the scan takes in several steps."""
     rng = np.random.default_rng(0)
     num_ranks, num_experts = 19, 33
     counts = rng.poisson(3, size=(num_ranks, num_experts))
-    case = Case([], counts, random_placement(rng, num_ranks, 3, num_experts), capacity)
+    case = Case([], counts, random_placement(rng, num_ranks, 3, num_experts), capacity, exact)
     size = case.size("packed", tile=16)
     for rank in (0, 11, 18):
-        plan = plan_tokens(*case.tensors(), rank, size, capacity)
-        check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, capacity))
+        plan = plan_tokens(*case.tensors(), rank, size, capacity, case.turns())
+        check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, capacity, case.turns()))
+        check_plan(case, rank, plan)
 
 
 def check_too_few_rows() -> None:
@@ -71,8 +72,8 @@ def check_too_few_rows() -> None:
     assert whole.max_rows > 4
     for size in (PlanSize(whole.max_residents, 4, 4), PlanSize(whole.max_residents, 4, 4, "packed", 3)):
         for rank in range(case.placement.num_ranks):
-            plan = plan_tokens(*case.tensors(), rank, size, case.capacity)
-            check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, case.capacity))
+            plan = plan_tokens(*case.tensors(), rank, size, case.capacity, case.turns())
+            check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, case.capacity, case.turns()))
             assert plan.needed_rows.max() == whole.max_rows
             assert plan.starts.max() <= 4
             assert plan.ends.max() <= 4
@@ -124,8 +125,11 @@ def check_split(seed: int) -> None:
 
 CHECKS = {
     "split": lambda: [check_split(seed) for seed in range(12)],
-    "plan": lambda: [check_plans(seed) for seed in range(6)],
-    "many_ranks": lambda: [check_many_ranks(c) for c in (None, Capacity(1.1, 57), Capacity(1.0, 57, "rank"))],
+    "plan": lambda: [check_plans(seed) for seed in range(8)],
+    "many_ranks": lambda: (
+        [check_many_ranks(c) for c in (None, Capacity(1.1, 57), Capacity(1.0, 57, "rank"))]
+        + [check_many_ranks(Capacity(1.0, 57, "pooled"), exact) for exact in (False, True)]
+    ),
     "too_few_rows": check_too_few_rows,
     "end_to_end": lambda: [check_end_to_end(seed) for seed in (2, 3, 4)],
     "barrier": check_barrier,

@@ -43,10 +43,23 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (
             plan_triton.scan_ranks_kernel,
             {"counts": LONGS, "totals": LONGS, "factor_bits": "i64", "replicas": INTS} | dict.fromkeys(PLAN_INTS, INTS),
-            {"CLUSTER_SCOPE": scope == "cluster", "RANK_SCOPE": scope == "rank", **SCAN},
+            {"CLUSTER_SCOPE": scope == "cluster", "RANK_SCOPE": scope == "rank", **SCAN, "GIVEN": given},
             8,
         )
-        for scope in (None, "cluster", "rank")
+        for scope, given in ((None, False), ("cluster", False), ("rank", False), ("rank", True))
+    ),
+    (
+        plan_triton.even_shares_kernel,
+        {"counts": LONGS, "totals": LONGS, "load": LONGS, "factor_bits": "i64", "replicas": INTS}
+        | dict.fromkeys(PLAN_INTS, INTS),
+        {"CLUSTER_SCOPE": True, "RANK_SCOPE": False, **SCAN},
+        8,
+    ),
+    (
+        plan_triton.keep_within_ranks_kernel,
+        {"share": INTS, "totals": LONGS, "factor_bits": "i64"},
+        {"BINS": 256, "CHUNK": 512},
+        4,
     ),
     *(
         (
@@ -187,6 +200,6 @@ def test_signals_are_ordered_between_gpus() -> None:
 
 def test_every_kernel_is_compiled() -> None:
     """A new `*_kernel` must join the list above."""
-    modules = (address_triton, barrier_triton, indirect_triton, move_triton, plan_triton)
+    modules = (address_triton, barrier_triton, indirect_triton, move_triton, plan_triton, split_triton)
     known = {case[0].__name__ for case in KERNELS}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

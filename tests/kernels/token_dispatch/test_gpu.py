@@ -16,7 +16,7 @@ from lightning_swiftmoe.kernels.token_dispatch.barrier import Signals, barrier, 
 from lightning_swiftmoe.kernels.token_dispatch.move_reference import pull_rows_reference, push_rows_reference
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
-from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan
+from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.placement import RandomPolicy, get_policy, uniform
 from tests.kernels.token_dispatch.cases import Case, check_plan, check_same_split, random_case, random_placement
 from tests.kernels.token_dispatch.end_to_end import Cluster, check_packed, check_padded
@@ -39,30 +39,32 @@ def test_plan_is_the_hosts(seed: int) -> None:
     case = random_case(seed)
     for layout in ("padded", "packed"):
         for rank in range(case.placement.num_ranks):
-            plan = plan_tokens(*case.tensors("cuda"), rank, case.size(layout, 128, seed % 2), case.capacity)
+            size = case.size(layout, 128, seed % 2)
+            plan = plan_tokens(*case.tensors("cuda"), rank, size, case.capacity, case.turns("cuda"))
             check_plan(case, rank, plan)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("scope", [None, "cluster", "rank"])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("scope", [None, "cluster", "rank", "pooled"])
 @pytest.mark.parametrize(
     ("num_ranks", "num_experts", "slots"), [(2048, 256, 2), (72, 256, 8), (8, 128, 32), (2, 16, 8)]
 )
-def test_large_plans(num_ranks: int, num_experts: int, slots: int, scope: str | None, layout: str) -> None:
+def test_large_plans(num_ranks: int, num_experts: int, slots: int, scope: str | None, exact: bool, layout: str) -> None:
     rng = np.random.default_rng(0)
     skew = 8192 * num_experts * rng.dirichlet(np.full(num_experts, 0.3)) / num_experts
     counts = rng.poisson(skew, size=(num_ranks, num_experts))
     capacity = None if scope is None else Capacity(1.1, num_ranks * slots, scope)
-    case = Case([], counts, random_placement(rng, num_ranks, slots, num_experts), capacity)
+    case = Case([], counts, random_placement(rng, num_ranks, slots, num_experts), capacity, exact)
     size = case.size(layout, tile=128)
     for rank in {0, num_ranks // 3, num_ranks - 1}:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            tensors = case_tensors(case)
-            plan = plan_tokens(*tensors, rank, size, capacity)
+            tensors, turns = case_tensors(case)
+            plan = plan_tokens(*tensors, rank, size, capacity, turns)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        check_same(plan, plan_tokens_reference(*tensors, rank, size, capacity))
+        check_same(plan, plan_tokens_reference(*tensors, rank, size, capacity, turns))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -88,12 +90,12 @@ def test_large_splits(num_ranks: int, slots: int, num_experts: int, policy: str)
         check_same_split(asked, placement, "cuda")
 
 
-def case_tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def case_tensors(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Turns | None]:
     """Copied with the alarm for synchronisations off."""
     torch.cuda.set_sync_debug_mode("default")
-    tensors = case.tensors("cuda")
+    tensors, turns = case.tensors("cuda"), case.turns("cuda")
     torch.cuda.set_sync_debug_mode("error")
-    return tensors
+    return tensors, turns
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5000, 8), (70_000, 2)])

@@ -20,7 +20,7 @@ def test_plan_is_the_hosts(seed: int, layout: str) -> None:
     case = random_case(seed)
     size = case.size(layout, tile=4, slack=seed % 2)
     for rank in range(case.placement.num_ranks):
-        plan = plan_tokens(*case.tensors(), rank, size, case.capacity)
+        plan = plan_tokens(*case.tensors(), rank, size, case.capacity, case.turns())
         check_plan(case, rank, plan)
         address = address_tokens(case.topk_idx[rank], plan)
         assert int((address.row >= 0).sum()) == int(case.kept[rank].sum())
