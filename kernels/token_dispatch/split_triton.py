@@ -23,24 +23,26 @@ def _over_group(values, first, last):
 
 
 @triton.jit
+def _water(amount, levels, low, first, last):
+    """The level that a group's amount reaches over its low lanes, how many of them come before, and what is left."""
+    both = tl.where(low, (levels.to(tl.int64) << _COUNT_BITS) + 1, 0)
+    total, before = _over_group(both, first, last)
+    count = tl.maximum((total & _COUNT_MASK).to(tl.int32), 1)
+    water = amount + (total >> _COUNT_BITS).to(tl.int32)
+    level = water // count
+    return level, (before & _COUNT_MASK).to(tl.int32), water - level * count
+
+
+@triton.jit
 def _poured(amount, levels, there, first, last):
     """`placement.exact_split.poured` for every group at once: what each lane gets of its group's amount."""
     low = there
     again = 1
-    level = levels
-    place = levels
-    rest = levels
     while again > 0:
-        both = tl.where(low, (levels.to(tl.int64) << _COUNT_BITS) + 1, 0)
-        total, before = _over_group(both, first, last)
-        count = tl.maximum((total & _COUNT_MASK).to(tl.int32), 1)
-        water = amount + (total >> _COUNT_BITS).to(tl.int32)
-        level = water // count
-        rest = water - level * count
-        place = (before & _COUNT_MASK).to(tl.int32)
-        high = low & (levels > level)
-        again = tl.max(high.to(tl.int32), axis=0)
+        level, place, rest = _water(amount, levels, low, first, last)
+        again = tl.max((low & (levels > level)).to(tl.int32), axis=0)
         low = low & (levels <= level)
+    level, place, rest = _water(amount, levels, low, first, last)
     return tl.where(low, level - levels + (place < rest).to(tl.int32), 0)
 
 
