@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.launch import Launcher, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import split_triton
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Turns
-from lightning_swiftmoe.placement.exact_split import FURTHER, ROUNDS
+from lightning_swiftmoe.placement.exact_split import EVEN_ENOUGH, FURTHER, ROUNDS
 
 _TILE = 512  # shares that are added up at a time, in registers
 
@@ -32,6 +32,7 @@ def split_exactly(load: Tensor, share: Tensor, turns: Turns) -> None:
         ROUNDS=ROUNDS,
         NUMERATOR=numerator,
         DENOMINATOR=denominator,
+        EVEN_ENOUGH=EVEN_ENOUGH,
         LANES=lanes,
         EXPERTS=max(_TILE // lanes, 1),
     )

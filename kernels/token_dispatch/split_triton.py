@@ -36,14 +36,21 @@ def _water(amount, levels, low, first, last):
 @triton.jit
 def _poured(amount, levels, there, first, last):
     """`placement.exact_split.poured` for every group at once: what each lane gets of its group's amount."""
-    low = there
-    again = 1
-    while again > 0:
+    level, place, rest = _water(amount, levels, there, first, last)
+    low = there & (levels <= level)
+    again = _any(there & (levels > level))
+    if again > 0:  # seldom: most experts reach all of their hosts
+        while again > 0:
+            level, place, rest = _water(amount, levels, low, first, last)
+            again = _any(low & (levels > level))
+            low = low & (levels <= level)
         level, place, rest = _water(amount, levels, low, first, last)
-        again = tl.max((low & (levels > level)).to(tl.int32), axis=0)
-        low = low & (levels <= level)
-    level, place, rest = _water(amount, levels, low, first, last)
     return tl.where(low, level - levels + (place < rest).to(tl.int32), 0)
+
+
+@triton.jit
+def _any(lanes):
+    return tl.max(lanes.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -52,8 +59,11 @@ def _further(before, after, first, last, NUMERATOR: tl.constexpr, DENOMINATOR: t
     change = after - before
     way = tl.cumsum(change, axis=0)  # zero where a group begins, as groups keep their sums
     there = after + _floor_part(way, NUMERATOR, DENOMINATOR) - _floor_part(way - change, NUMERATOR, DENOMINATOR)
-    below, _ = _over_group((there < 0).to(tl.int32), first, last)
-    return tl.where(below > 0, after, there)
+    below = _any(there < 0)
+    if below > 0:
+        of_group, _ = _over_group((there < 0).to(tl.int32), first, last)
+        there = tl.where(of_group > 0, after, there)
+    return there
 
 
 @triton.jit
@@ -66,21 +76,22 @@ def _floor_part(value, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
 @triton.jit
 def exact_split_kernel(
     load, share, turns, num_turns, N, E,
-    ROUNDS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr,
+    ROUNDS: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, EVEN_ENOUGH: tl.constexpr,
     LANES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """`share[N, E]`, even at first, becomes the exact split of `load[E]`; `turns[C, 3, N]` is a `turn_table`."""
     lane = tl.arange(0, LANES)
     mask = lane < N
     level = tl.zeros([LANES], tl.int32)
-    for experts in range(0, E, EXPERTS):
+    for experts in tl.range(0, E, EXPERTS, loop_unroll_factor=4):  # so that loads do not wait for each other
         expert = experts + tl.arange(0, EXPERTS)
         some = mask[:, None] & (expert < E)[None, :]
         level += tl.sum(tl.load(share + lane[:, None] * E + expert[None, :], mask=some, other=0), axis=1)
-    least = (tl.sum(level, axis=0) + N - 1) // N
+    mean = (tl.sum(level, axis=0) + N - 1) // N
+    enough = mean + mean // EVEN_ENOUGH
     end = tl.load(num_turns)
     number = 0
-    while (number < ROUNDS) & (tl.max(level, axis=0) > least):
+    while (number < ROUNDS) & (tl.max(level, axis=0) > enough):
         for turn in range(0, end):
             table = turns + turn * 3 * N
             pair = tl.load(table + lane, mask=mask, other=-1)

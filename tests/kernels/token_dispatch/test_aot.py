@@ -83,7 +83,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (
             split_triton.exact_split_kernel,
             {"load": LONGS} | dict.fromkeys(("share", "turns", "num_turns"), INTS),
-            {"ROUNDS": 8, "NUMERATOR": 2, "DENOMINATOR": 5, "LANES": lanes, "EXPERTS": experts},
+            {"ROUNDS": 8, "NUMERATOR": 2, "DENOMINATOR": 5, "EVEN_ENOUGH": 2048, "LANES": lanes, "EXPERTS": experts},
             warps,
         )
         for lanes, experts, warps in ((64, 8, 1), (2048, 1, 8))
