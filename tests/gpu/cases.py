@@ -150,7 +150,7 @@ def fit_virtually(job: GpuJob, num_ranks: int, where: dict[str, Any]) -> Outcome
         where: Trainer arguments; none for the CPU.
     """
     recorder = Recorder()
-    virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy)
+    virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy, **job.strategy)
     trainer = make_trainer(job, callbacks=[recorder, virtual], **where)
     return _train(job, trainer, recorder, alone=True)
 

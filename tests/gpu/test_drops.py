@@ -10,9 +10,9 @@ pytestmark = pytest.mark.gpu
 PLACES = ("device", "host")
 
 
-def make(policy, top_k, transport="auto"):
+def make(policy, top_k, transport="auto", **rule):
     moe = {**HOPPER, "capacity_factor": 1.0}
-    return GpuJob(width=64, moe=moe, policy=policy, top_k=top_k, transport=transport, steps=4)
+    return GpuJob(width=64, moe=moe, policy=policy, top_k=top_k, transport=transport, steps=4, strategy=rule)
 
 
 def fit_virtually_at(job, place):
@@ -23,10 +23,21 @@ def fit_virtually_at(job, place):
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("policy", ["proportional", "static"])
 def test_the_same_drops_and_weights(one, two, policy, top_k, transport):
-    real = two.run(fit, make(policy, top_k, transport))[0]
+    check_against_virtual_ranks(one, two, policy, top_k, transport)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("rule", [("cluster", "exact"), ("pooled", "even"), ("pooled", "exact")])
+def test_other_rules_drop_the_same(one, two, rule, transport):
+    scope, split = rule
+    check_against_virtual_ranks(one, two, "random", 2, transport, capacity_scope=scope, split=split)
+
+
+def check_against_virtual_ranks(one, two, policy, top_k, transport, **rule):
+    real = two.run(fit, make(policy, top_k, transport, **rule))[0]
     assert min(layer.survival for step in real.steps for layer in step.layers) < 0.95
     for place in PLACES:
-        virtual = one.run(fit_virtually_at, make(policy, top_k), place)[0]
+        virtual = one.run(fit_virtually_at, make(policy, top_k, **rule), place)[0]
         assert len(real.steps) == len(virtual.steps) == 4
         for step, other in zip(real.steps, virtual.steps, strict=True):
             for a, b in zip(step.layers, other.layers, strict=True):

@@ -25,16 +25,30 @@ def train_recorded(job):
 
 def train_virtually(job, num_ranks):
     recorder = Recorder()
-    virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy)
+    virtual = VirtualCluster(num_ranks, job.slots, policy=job.policy, **job.strategy)
     trainer, module = make_trainer(job, callbacks=[recorder, virtual]), Net(job)
     trainer.fit(module.double(), data(job))
     return module.state_dict(), recorder.steps
 
 
-@pytest.mark.parametrize("policy", ["proportional", "static"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_same_drops_and_weights(policy, top_k):
-    job = dataclasses.replace(JOB, policy=policy, top_k=top_k)
+def rule(capacity_scope, split):
+    return {"capacity_scope": capacity_scope, "split": split}
+
+
+@pytest.mark.parametrize(
+    ("policy", "top_k", "strategy"),
+    [
+        ("proportional", 1, {}),
+        ("static", 1, {}),
+        ("proportional", 2, {}),
+        ("static", 2, {}),
+        ("proportional", 1, rule("cluster", "exact")),
+        ("balanced", 2, rule("pooled", "exact")),
+        ("random", 1, rule("pooled", "even")),
+    ],
+)
+def test_same_drops_and_weights(policy, top_k, strategy):
+    job = dataclasses.replace(JOB, policy=policy, top_k=top_k, strategy=strategy)
     real_weights, real = run_ranks(4, train_recorded, job)[0]
     virtual_weights, virtual = train_virtually(job, 4)
     assert min(layer.survival for step in real for layer in step.layers) < 0.9
@@ -78,6 +92,16 @@ def test_proportional_keeps_more_than_static():
         _, steps = train_virtually(job, 4)
         kept[policy] = np.mean([layer.survival for step in steps[1:] for layer in step.layers])
     assert kept["proportional"] > kept["static"] + 0.05
+
+
+def test_pooled_slots_and_the_exact_split_keep_the_most():
+    kept = {}
+    for scope, split in (("cluster", "even"), ("pooled", "even"), ("pooled", "exact")):
+        job = dataclasses.replace(JOB, policy="balanced", slots=4, steps=10, strategy=rule(scope, split))
+        _, steps = train_virtually(job, 4)
+        kept[scope, split] = np.mean([layer.survival for step in steps[1:] for layer in step.layers])
+    assert kept["cluster", "even"] + 0.05 < kept["pooled", "even"] < kept["pooled", "exact"] - 0.01
+    assert kept["pooled", "exact"] > 0.98
 
 
 def test_a_batch_that_does_not_divide_is_refused():
