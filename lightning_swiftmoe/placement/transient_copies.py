@@ -1,0 +1,80 @@
+"""Experts that ranks with room to spare borrow for one step, where splitting tokens over the hosts cannot help.
+
+After the exact split (``exact_split``) the ranks that are still above the mean have no host below it to pour into. Each
+of them lends its largest expert, up to what it has too much. Lent assignments on one side and missing ones on the other
+are both laid out in a row, the largest first, and a rank takes over what lies opposite to it: mostly from one expert. So
+the ranks are even at once, without another round, but for what the most copies of a rank do not cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_swiftmoe.placement.placement import IntArray, Placement
+
+
+@dataclass(frozen=True, eq=False)
+class WithCopies:
+    """A split that also uses copies.
+
+    Args:
+        hosted: ``[N, E]`` assignments of expert ``e`` that rank ``j`` processes.
+        copied: ``[N, E]`` whether rank ``j`` does that with a copy, not being a host.
+    """
+
+    hosted: IntArray
+    copied: NDArray[np.bool_]
+
+
+def with_copies(hosted: IntArray, placement: Placement, most: int, least: int = 1) -> WithCopies:
+    """``hosted[N, E]`` with at most ``most`` copies on every rank; its columns keep their sums.
+
+    Args:
+        hosted: of ``exact_split``.
+        placement: of the hosts.
+        most: copies on a rank.
+        least: assignments that a copy must take over to be worth fetching.
+    """
+    num_ranks, num_experts = hosted.shape
+    rank_load = hosted.sum(axis=1)
+    mean = -(-int(rank_load.sum()) // num_ranks)
+    missing = np.maximum(mean - rank_load, 0)
+    lendable = np.minimum(hosted, np.maximum(rank_load - mean, 0)[:, None])
+    # Of experts that cover as much of a surplus, one that others lend too: fewer copies then do.
+    lent_expert = ((lendable << 31) + lendable.sum(axis=0)).argmax(axis=1)
+    lent = lendable[np.arange(num_ranks), lent_expert]
+
+    lent_in_all = np.bincount(lent_expert, weights=lent, minlength=num_experts).astype(np.int64)
+    lenders = np.lexsort((np.arange(num_ranks), lent_expert, -lent_in_all[lent_expert]))
+    takers = np.argsort(-missing, kind="stable")
+    opposite = np.zeros((num_ranks, num_ranks), dtype=np.int64)  # [who takes, who lends]
+    opposite[np.ix_(takers, lenders)] = _overlaps(missing[takers], lent[lenders])
+
+    taken = np.zeros_like(hosted)
+    np.add.at(taken.T, lent_expert, opposite.T)
+    hosts = placement.multiplicity > 0
+    copied = _largest(np.where(hosts, 0, taken), most) & (taken >= least)
+    opposite *= (copied | hosts)[:, lent_expert]
+    after = hosted.copy()
+    np.add.at(after.T, lent_expert, opposite.T)
+    after[np.arange(num_ranks), lent_expert] -= opposite.sum(axis=0)
+    return WithCopies(after, copied)
+
+
+def _overlaps(rows: IntArray, columns: IntArray) -> IntArray:
+    """``[rows, columns]``: two rows of intervals, each laid end to end from zero, and how much any two share."""
+    row_ends, column_ends = np.cumsum(rows), np.cumsum(columns)
+    first = np.maximum((row_ends - rows)[:, None], (column_ends - columns)[None, :])
+    last = np.minimum(row_ends[:, None], column_ends[None, :])
+    return np.maximum(last - first, 0)
+
+
+def _largest(amounts: IntArray, most: int) -> NDArray[np.bool_]:
+    """Of every row the ``most`` largest that are not zero; of equal ones the first."""
+    order = np.argsort(-amounts, axis=1, kind="stable")[:, :most]
+    chosen = np.zeros(amounts.shape, dtype=bool)
+    np.put_along_axis(chosen, order, True, axis=1)
+    return chosen & (amounts > 0)

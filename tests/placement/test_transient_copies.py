@@ -1,0 +1,78 @@
+"""Copies against a linear program over every choice of them, and what must hold of any."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.placement.exact_split import exact_split
+from lightning_swiftmoe.placement.transient_copies import with_copies
+from tests.placement.test_exact_split import SHAPES, cases, smallest_largest_rank
+
+
+def check(hosted, found, placement, most, least=1):
+    hosts = placement.multiplicity > 0
+    assert (found.hosted >= 0).all()
+    assert (found.hosted.sum(axis=0) == hosted.sum(axis=0)).all()
+    assert not found.hosted[~hosts & ~found.copied].any()
+    assert not (found.copied & hosts).any()
+    assert (found.hosted[found.copied] >= least).all()
+    assert (found.copied.sum(axis=1) <= most).all()
+    mean = -(-int(hosted.sum()) // placement.num_ranks)
+    rank_load, before = found.hosted.sum(axis=1), hosted.sum(axis=1)
+    assert (rank_load <= np.maximum(before, mean)).all()
+    borrows = found.copied.any(axis=1)
+    assert (before[borrows] < mean).all()
+    return rank_load.max() / max(mean, 1)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whatever_comes(shape, most):
+    """Loads of ``cases``: as placed, drifted, one expert alone, none."""
+    worst = []
+    for load, placement in cases(shape):
+        hosted = exact_split(load, placement)
+        found = with_copies(hosted, placement, most)
+        worst.append(check(hosted, found, placement, most))
+        if most == 0:
+            assert (found.hosted == hosted).all()
+    if most == 2:
+        assert np.quantile(worst, 0.9) < 1.01
+
+
+def test_one_expert_alone_is_everywhere():
+    placement = Placement(np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), 8)
+    hosted = exact_split(np.array([0, 0, 0, 82, 0, 0, 0, 0]), placement)
+    found = with_copies(hosted, placement, 1)
+    assert found.hosted[:, 3].tolist() == [21, 21, 21, 19]  # the mean of 20.5, rounded up
+    assert found.copied[:, 3].tolist() == [True, False, True, True]
+
+
+def test_by_hand():
+    """Ranks 0 and 1 lend 30 of expert 0 and 10 of expert 2; rank 2 lacks 25 and rank 3 lacks 15."""
+    placement = Placement(np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), 8)
+    hosted = exact_split(np.array([50, 20, 30, 20, 10, 5, 15, 10]), placement)
+    assert hosted.sum(axis=1).tolist() == [70, 50, 15, 25]
+    found = with_copies(hosted, placement, 1)
+    # Rank 2 takes 25 of expert 0; rank 3 would take 5 of it and 10 of expert 2, and may only have the larger.
+    assert found.hosted[2].tolist() == [25, 0, 0, 0, 10, 5, 0, 0]
+    assert found.hosted[3].tolist() == [0, 0, 10, 0, 0, 0, 15, 10]
+    assert with_copies(hosted, placement, 2).hosted.sum(axis=1).tolist() == [40, 40, 40, 40]
+    assert with_copies(hosted, placement, 2, least=6).hosted[3].tolist() == [0, 0, 10, 0, 0, 0, 15, 10]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_near_the_best_choice_of_copies(seed):
+    """Three ranks, four experts, one copy each: every choice is tried."""
+    rng = np.random.default_rng(seed)
+    placement = Placement(np.array([[0, 1], [2, 3], [1, 3]]), 4)
+    load = rng.multinomial(3000, rng.dirichlet(np.full(4, 0.5)))
+    hosted = exact_split(load, placement)
+    found = with_copies(hosted, placement, 1)
+    best = min(
+        smallest_largest_rank(load, Placement(np.column_stack([placement.table, copies]), 4))
+        for copies in product(range(4), repeat=3)
+    )
+    assert found.hosted.sum(axis=1).max() <= 1.02 * best + 1
