@@ -1,9 +1,9 @@
 """Experts that ranks with room to spare borrow for one step, where splitting tokens over the hosts cannot help.
 
 After the exact split (``exact_split``) the ranks that are still above the mean have no host below it to pour into. Each
-of them lends its largest expert, up to what it has too much. Lent assignments on one side and missing ones on the other
-are both laid out in a row, the largest first, and a rank takes over what lies opposite to it: mostly from one expert. So
-the ranks are even at once, without another round, but for what the most copies of a rank do not cover.
+lends of one expert what it has too much. Lent assignments on one side and missing ones on the other are both laid out
+in a row, the largest first, and a rank takes over what lies opposite to it, mostly of one expert. So the ranks are even
+at once, without another round, but for what the most copies of a rank do not cover.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def _load_simulation(folder: Path) -> list[Run]:
             loads=np.array(history["loads"]),
             replicas=np.array(values["replicas"]),
             rank_load=np.array(values["rank_load"]),
-            phase_ms={phase: 1e3 * values["summary"][f"{phase}_s"] for phase in PHASES},
+            phase_ms={phase: 1e3 * values["summary"].get(f"{phase}_s", 0.0) for phase in PHASES},
             phase_bytes={
                 key.removesuffix("_bytes"): value
                 for key, value in values["summary"].items()

@@ -13,7 +13,7 @@ from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.simulate.hardware import Coefficient, Efficiency, Hardware
 from lightning_swiftmoe.simulate.model import ModelShape
 from lightning_swiftmoe.simulate.systems import BOUND
-from lightning_swiftmoe.simulate.traffic import Flow, Migration, Routed, owned_params
+from lightning_swiftmoe.simulate.traffic import CopyFlow, Flow, Migration, Routed, owned_params
 
 # In the order of a step. ``backward`` holds dispatch, experts and combine on the way back; ``dense`` everything outside
 # the experts, its gradient all-reduce and optimizer included.
@@ -24,6 +24,7 @@ PHASES = (
     "experts",
     "combine",
     "backward",
+    "transient_copies",
     "gradient",
     "optimizer",
     "weight",
@@ -106,23 +107,28 @@ class CostModel:
         num_bytes = self.dense_bytes(self.hardware.num_ranks)
         return compute_s + self.network_s(num_bytes, self.efficiency.all_reduce) + adam_s
 
-    def experts_s(self, rank_load: NDArray, residency: Residency) -> float:
-        """Forward of one layer on the slowest rank: FLOPs, or reading each resident's weights if that takes longer."""
-        compute_s = rank_load * self.model.expert_flops_per_token / self._flops_per_s
-        read_s = residency.num_residents * self.model.weight_expert_bytes / self._hbm_Bps
+    def experts_s(self, routed: Routed, residency: Residency) -> float:
+        """Forward of one layer on the slowest rank: FLOPs, or reading each expert's weights if that takes longer."""
+        compute_s = routed.rank_load * self.model.expert_flops_per_token / self._flops_per_s
+        num_experts = residency.num_residents + routed.copies.fetched
+        read_s = num_experts * self.model.weight_expert_bytes / self._hbm_Bps
         return float(np.maximum(compute_s, read_s).max())
 
     def routing_s(self, routed: Routed, residency: Residency) -> dict[str, float]:
         """Dispatch, experts, combine and backward of one layer."""
         size = self.model.token_bytes
         exchange_s = self.flow_s(Flow(routed.sent * size, routed.received * size))
-        experts_s = self.experts_s(routed.rank_load, residency)
+        experts_s = self.experts_s(routed, residency)
         return {
             "dispatch": exchange_s,
             "experts": experts_s,
             "combine": exchange_s,
             "backward": 2 * exchange_s + 2 * experts_s,
         }
+
+    def copies_s(self, flow: CopyFlow) -> float:
+        """Transient copies of one layer, as if nothing hid them."""
+        return 2 * self.flow_s(flow.weights) + self.flow_s(flow.gradients) if flow.weights.total_bytes else 0.0
 
     def update_s(self, gradient: Flow, weight: Flow, residency: Residency, state: str) -> dict[str, float]:
         """Gradient, optimizer and weight phase of one layer. Offloaded shards cross PCIe in both transfer phases."""

@@ -21,6 +21,7 @@ from lightning_swiftmoe.simulate.systems import System, resolve_system
 from lightning_swiftmoe.simulate.traffic import (
     Flow,
     Routed,
+    copy_flow,
     gradient_flow,
     migration_flow,
     no_flow,
@@ -30,7 +31,17 @@ from lightning_swiftmoe.simulate.traffic import (
 
 # Seconds and bytes sent by all ranks, by phase.
 Costs = tuple[dict[str, float], dict[str, float]]
-BYTE_PHASES = ("load", "dense", "dispatch", "combine", "backward", "gradient", "weight", "migration")
+BYTE_PHASES = (
+    "load",
+    "dense",
+    "dispatch",
+    "combine",
+    "backward",
+    "transient_copies",
+    "gradient",
+    "weight",
+    "migration",
+)
 
 
 @dataclass(frozen=True)
@@ -177,9 +188,10 @@ class _Replay:
         if self._system.sees_current_load:
             for state, load in zip(states, loads, strict=True):
                 state.decide(load)
-        split = self._system.split
+        split, copies = self._system.split, self._system.copies
         routed = [
-            route(part, state.residency, self._capacity, split) for part, state in zip(counts, states, strict=True)
+            route(part, state.residency, self._capacity, split, copies)
+            for part, state in zip(counts, states, strict=True)
         ]
         offered_load = np.concatenate([part.offered_load for part in routed])
         rank_load = np.concatenate([part.rank_load for part in routed])
@@ -301,12 +313,18 @@ class _Layer:
         load_bytes = self._cost.load_bytes(num_ranks)
         if self._gradient_of is not self.residency:
             self._gradient, self._gradient_of = self._gradient_flow(), self.residency
-        seconds = {"load": self._cost.network_s(load_bytes), **self._cost.routing_s(routed, self.residency)}
+        copies = copy_flow(routed.copies, self._cost.model)
+        seconds = {
+            "load": self._cost.network_s(load_bytes),
+            **self._cost.routing_s(routed, self.residency),
+            "transient_copies": self._cost.copies_s(copies),
+        }
         sent = {
             "load": load_bytes * num_ranks,
             "dispatch": exchanged,
             "combine": exchanged,
             "backward": 2 * exchanged,
+            "transient_copies": 2 * copies.weights.total_bytes + copies.gradients.total_bytes,
             "gradient": self._gradient.total_bytes,
         }
         return seconds, sent

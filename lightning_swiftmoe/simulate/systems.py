@@ -34,6 +34,7 @@ class System:
         state: ``DIRECT``, ``PUBLISHED`` or ``BOUND``.
         sees_current_load: the placement of a step comes from the very load of that step (simulation only).
         split: ``EVEN`` or ``EXACT``.
+        copies: transient ones on a rank, at most; with ``EXACT``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class System:
     state: str = DIRECT
     sees_current_load: bool = False
     split: str = EVEN
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def resolve_system(name: str, slot_capacity: int) -> System:
 
     ``static``, ``flexmoe`` (its own trigger), ``flexmoe_N`` (forced every N steps): state bound to the hosts.
     ``oracle``; ``swiftmoe_published`` (``proportional`` with the published exchange); ``exact`` (``balanced``, with an
-    exact split over the hosts and the slots of a rank pooled); else any registered policy.
+    exact split over the hosts and the slots of a rank pooled); ``exact_copies`` (the same with two transient copies on
+    a rank); else any registered policy.
 
     Raises:
         ValueError: no such system.
@@ -109,7 +112,10 @@ def resolve_system(name: str, slot_capacity: int) -> System:
         return System(name, get_policy("proportional"), state=PUBLISHED)
     if name == "exact":
         return System(name, get_policy("balanced"), split=EXACT)
+    if name == "exact_copies":
+        return System(name, get_policy("balanced"), split=EXACT, copies=2)
     if name not in policy_names():
-        there_are = sorted({*policy_names(), "exact", "flexmoe", "flexmoe_N", "oracle", "swiftmoe_published"})
+        ours = {"exact", "exact_copies", "flexmoe", "flexmoe_N", "oracle", "swiftmoe_published"}
+        there_are = sorted({*policy_names(), *ours})
         raise ValueError(f"unknown policy {name!r}; there are {', '.join(there_are)}")
     return System(name, get_policy(name))

@@ -15,6 +15,7 @@ from lightning_swiftmoe.placement.bound_shards import BoundShards
 from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.placement.residency import Residency
+from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.placement.transfer import (
     WeightReplicas,
     changed_experts,
@@ -26,6 +27,9 @@ from lightning_swiftmoe.simulate.model import ModelShape
 from lightning_swiftmoe.simulate.systems import DIRECT, EVEN, EXACT, PUBLISHED
 
 FloatArray = NDArray[np.floating]
+# Of a rank's load: what a transient copy must take over. A public trace then needs one in six layers instead of four in
+# each, and keeps as much (docs/decisions/0020-transient-copies.md).
+LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,24 @@ def no_flow(num_ranks: int) -> Flow:
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """Transient copies of one layer in one step. Each host of an expert serves an equal part of its copies.
+
+    Args:
+        fetched: ``[N]`` copies on each rank.
+        served: ``[N]`` copies that each rank sends, in parts.
+    """
+
+    fetched: FloatArray
+    served: FloatArray
+
+
+def no_copies(num_ranks: int) -> Copies:
+    """Nobody borrows."""
+    return Copies(np.zeros(num_ranks), np.zeros(num_ranks))
+
+
+@dataclass(frozen=True, eq=False)
 class Routed:
     """One layer of one step, in assignments.
 
@@ -74,6 +96,7 @@ class Routed:
         offered_load: ``[N]`` assignments each rank would process without drops.
         sent: ``[N]`` assignments each rank sends to others.
         received: ``[N]`` assignments each rank gets from others.
+        copies: that some of them are processed with.
     """
 
     kept: IntArray
@@ -81,9 +104,10 @@ class Routed:
     offered_load: FloatArray
     sent: FloatArray
     received: FloatArray
+    copies: Copies
 
 
-def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str = EVEN) -> Routed:
+def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str = EVEN, copies: int = 0) -> Routed:
     """Drop what is over capacity and spread the rest over the replicas, ranks serving themselves first.
 
     Args:
@@ -93,9 +117,12 @@ def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str
         slot_capacity: assignments per slot; 0 drops nothing.
         split: ``EVEN`` over the replicas, each slot with its own capacity; or ``EXACT``: as evenly over the ranks as
             the placement allows, the slots of a rank sharing their room.
+        copies: transient ones on a rank, at most, with ``EXACT``; each worth ``LEAST_SHARE`` of a rank's load.
     """
+    if split == EXACT:
+        return _route_exactly(counts, residency.placement, slot_capacity, copies)
     load = counts.sum(axis=0, dtype=np.int64)
-    offered, share = (_split_exactly if split == EXACT else _split_evenly)(load, residency, slot_capacity)
+    offered, share = _split_evenly(load, residency, slot_capacity)
     kept = np.bincount(residency.expert, weights=share, minlength=load.size).astype(np.int64)
     num_ranks = residency.placement.num_ranks
     if len(counts) == num_ranks:
@@ -106,7 +133,8 @@ def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str
         local = np.minimum(kept[residency.expert] / num_ranks, share)
         from_rank = np.full(num_ranks, kept.sum() / num_ranks)
     rank_load, stays = residency.sum_by_rank(share), residency.sum_by_rank(local)
-    return Routed(kept, rank_load, residency.sum_by_rank(offered), from_rank - stays, rank_load - stays)
+    offered_load = residency.sum_by_rank(offered)
+    return Routed(kept, rank_load, offered_load, from_rank - stays, rank_load - stays, no_copies(num_ranks))
 
 
 def _split_evenly(load: IntArray, residency: Residency, slot_capacity: int) -> tuple[IntArray, IntArray]:
@@ -117,12 +145,49 @@ def _split_evenly(load: IntArray, residency: Residency, slot_capacity: int) -> t
     return offered, residency.share(np.minimum(load, slot_capacity * residency.placement.replicas))
 
 
-def _split_exactly(load: IntArray, residency: Residency, slot_capacity: int) -> tuple[IntArray, IntArray]:
-    placement = residency.placement
-    offered = exact_split(load, placement)
-    kept = keep_within_ranks(offered, slot_capacity * placement.slots_per_rank) if slot_capacity else offered
-    pairs = residency.rank, residency.expert
-    return offered[pairs], kept[pairs]
+def _route_exactly(counts: IntArray, placement: Placement, slot_capacity: int, most: int) -> Routed:
+    num_ranks = placement.num_ranks
+    load = counts.sum(axis=0, dtype=np.int64)
+    split = exact_split(load, placement)
+    worth_it = max(1, int(LEAST_SHARE * load.sum() / num_ranks))
+    offered = with_copies(split, placement, most, worth_it)
+    share = offered.hosted
+    if slot_capacity:
+        share = keep_within_ranks(share, slot_capacity * placement.slots_per_rank)
+    kept = share.sum(axis=0)
+    if len(counts) == num_ranks:
+        by_source = keep_within_capacity(counts, kept)
+    else:
+        by_source = np.broadcast_to(kept / num_ranks, share.shape)
+    stays = np.minimum(by_source, share).sum(axis=1)
+    rank_load = share.sum(axis=1)
+    hosts = placement.multiplicity > 0
+    parts = offered.copied.sum(axis=0) / np.maximum(hosts.sum(axis=0), 1)
+    copies = Copies(offered.copied.sum(axis=1).astype(float), hosts @ parts)
+    sent = by_source.sum(axis=1) - stays
+    return Routed(kept, rank_load, offered.hosted.sum(axis=1), sent, rank_load - stays, copies)
+
+
+@dataclass(frozen=True, eq=False)
+class CopyFlow:
+    """What transient copies move.
+
+    Args:
+        weights: from hosts to copies, once; a backward fetches them again.
+        gradients: from copies to the shards of all ranks.
+    """
+
+    weights: Flow
+    gradients: Flow
+
+
+def copy_flow(copies: Copies, model: ModelShape) -> CopyFlow:
+    """Of one layer and step."""
+    num_ranks = copies.fetched.size
+    weights = Flow(copies.served * model.weight_expert_bytes, copies.fetched * model.weight_expert_bytes)
+    slice_bytes = model.grad_expert_bytes / num_ranks
+    others = copies.fetched.sum() - copies.fetched
+    return CopyFlow(weights, Flow(copies.fetched * slice_bytes * (num_ranks - 1), others * slice_bytes))
 
 
 def gradient_flow(residency: Residency, model: ModelShape, state: str, all_reduce: bool) -> Flow:

@@ -30,7 +30,7 @@ from lightning_swiftmoe.simulate.published import (
     worked_example,
 )
 from lightning_swiftmoe.simulate.systems import BOUND, PUBLISHED
-from lightning_swiftmoe.simulate.traffic import Flow, Routed, gradient_flow, weight_flow
+from lightning_swiftmoe.simulate.traffic import Flow, Routed, gradient_flow, no_copies, weight_flow
 
 # Round numbers: 1 TFLOP/s, 100 GB/s memory, 10 GB/s PCIe, 1 GB/s network, no latency.
 PLAIN = Hardware("plain", 1.0, 100.0, 16.0, 10.0, 8.0, 0.0, gpus_per_node=1, num_nodes=4)
@@ -94,12 +94,13 @@ def test_phases_by_hand():
         offered_load=np.zeros(4),
         sent=np.array([400.0, 100, 100, 100]),
         received=np.array([100.0, 300, 300, 0]),
+        copies=no_copies(4),
     )
     seconds = cost().routing_s(routed, residency)
     assert seconds["dispatch"] == seconds["combine"] == pytest.approx(400 * 200 / 1e9)
     assert seconds["experts"] == pytest.approx(500 * 2e5 / 1e12)
     assert seconds["backward"] == pytest.approx(2 * (400 * 200 / 1e9 + 500 * 2e5 / 1e12))
-    idle = Routed(routed.kept, np.zeros(4), np.zeros(4), np.zeros(4), np.zeros(4))
+    idle = Routed(routed.kept, *(np.zeros(4) for _ in range(4)), no_copies(4))
     assert cost().routing_s(idle, residency)["experts"] == pytest.approx(2 * 2e5 / 100e9)  # reads two residents
 
 

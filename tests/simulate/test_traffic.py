@@ -14,9 +14,18 @@ from lightning_swiftmoe.placement import (
 )
 from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.residency import Residency
+from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.simulate import ModelShape
 from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, EXACT, PUBLISHED
-from lightning_swiftmoe.simulate.traffic import gradient_flow, migration_flow, owned_params, route, weight_flow
+from lightning_swiftmoe.simulate.traffic import (
+    LEAST_SHARE,
+    copy_flow,
+    gradient_flow,
+    migration_flow,
+    owned_params,
+    route,
+    weight_flow,
+)
 
 MODEL = ModelShape(dim=10, ffn_dim=30, num_layers=1, num_moe_layers=1, num_experts=5)  # P = 600, G = W = 1200 B
 SHAPES = [(1, 5), (2, 3), (3, 2), (4, 4), (5, 2)]
@@ -76,6 +85,33 @@ def test_an_exact_split_fills_ranks_and_not_slots(shape, capacity):
         at_home = np.minimum(by_source, processed).sum(1)
         assert routed.sent.tolist() == (by_source.sum(1) - at_home).tolist()
         assert routed.received.tolist() == (processed.sum(1) - at_home).tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transient_copies_by_brute_force(shape):
+    num_ranks, slots = shape
+    counts = np.random.default_rng(1).integers(0, 20, (num_ranks, 5)) ** 2
+    borrowed = 0
+    for placement in placements(*shape):
+        routed = route(counts, Residency.of(placement), 0, EXACT, copies=2)
+        share = int(LEAST_SHARE * counts.sum() / num_ranks)
+        found = with_copies(exact_split(counts.sum(0), placement), placement, 2, max(1, share))
+        assert routed.rank_load.tolist() == found.hosted.sum(1).tolist()
+        assert routed.kept.tolist() == counts.sum(0).tolist()
+        sent, received, gradients = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros((num_ranks, num_ranks))
+        for rank, expert in zip(*found.copied.nonzero(), strict=True):
+            hosts = placement.hosts(expert)
+            sent[hosts] += MODEL.weight_expert_bytes / hosts.size
+            received[rank] += MODEL.weight_expert_bytes
+            gradients[rank] += MODEL.grad_expert_bytes / num_ranks
+        np.fill_diagonal(gradients, 0)
+        flow = copy_flow(routed.copies, MODEL)
+        assert flow.weights.sent_bytes == pytest.approx(sent)
+        assert flow.weights.received_bytes == pytest.approx(received)
+        assert flow.gradients.sent_bytes == pytest.approx(gradients.sum(axis=1))
+        assert flow.gradients.received_bytes == pytest.approx(gradients.sum(axis=0))
+        borrowed += found.copied.sum()
+    assert borrowed or num_ranks == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
