@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.simulate.hardware import Coefficient, Efficiency, Hardware

@@ -15,7 +15,6 @@ from lightning_swiftmoe.placement.bound_shards import BoundShards
 from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.placement.residency import Residency
-from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.placement.transfer import (
     WeightReplicas,
     changed_experts,
@@ -23,6 +22,7 @@ from lightning_swiftmoe.placement.transfer import (
     transfer_plan,
     weight_plan,
 )
+from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.simulate.model import ModelShape
 from lightning_swiftmoe.simulate.systems import DIRECT, EVEN, EXACT, PUBLISHED
 
