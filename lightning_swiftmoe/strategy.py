@@ -100,6 +100,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
             (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does; ``"pooled"``: the slots of a rank
             share their capacity, whichever experts they hold.
+        split: of an expert's tokens over its hosts: ``"even"`` by their slots (SwiftMoE); ``"exact"`` on the loads of
+            this very step, so that the busiest rank has as little as the placement allows.
         optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
             expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
@@ -118,8 +120,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             shard, and a message of gradients a step.
         async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
             once it is whole; the next save, and the end of ``fit``, wait for it and raise what went wrong.
-        split: of an expert's tokens over its hosts: ``"even"`` by their slots (SwiftMoE); ``"exact"`` on the loads of
-            this very step, so that the busiest rank has as little as the placement allows.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:

@@ -86,7 +86,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             {"ROUNDS": 8, "NUMERATOR": 2, "DENOMINATOR": 5, "EVEN_ENOUGH": 2048, "LANES": lanes, "EXPERTS": experts},
             warps,
         )
-        for lanes, experts, warps in ((64, 8, 1), (2048, 1, 8))
+        for lanes, experts, warps in ((64, 8, 1), (2048, 2, 8))
     ),
     (
         address_triton.count_blocks_kernel,
