@@ -28,6 +28,7 @@ class VirtualCluster(ExpertRebalancer):
     Args:
         num_ranks: ranks to act as.
         slots_per_rank, capacity_scope, split: as for ``SwiftMoEStrategy``.
+        transient_copies: on a rank, at most, of experts that it borrows for one step; with ``split="exact"``.
         **kwargs: as for ``ExpertRebalancer``.
 
     Raises:
@@ -41,13 +42,14 @@ class VirtualCluster(ExpertRebalancer):
         slots_per_rank: int | str = "auto",
         capacity_scope: CapacityScope = "cluster",
         split: Split = "even",
+        transient_copies: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         resolve_slots(slots_per_rank, 1, 1)
         check_count("num_ranks", num_ranks)
         self.num_ranks, self.slots_per_rank = num_ranks, slots_per_rank
-        self.rule = TokenRule(capacity_scope, split)
+        self.rule = TokenRule(capacity_scope, split, transient_copies)
         self._virtual: ExpertEngine | None = None
         self._last_step = 0
 

@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lightning_swiftmoe.arguments import check_choice
+from lightning_swiftmoe.arguments import check_choice, check_count
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope, keep_within_capacity, slot_capacity
 from lightning_swiftmoe.placement.dispatch import host_share
 from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray, Placement
+from lightning_swiftmoe.placement.transient_copies import with_copies
 
 Split = Literal["even", "exact"]
 """Over the hosts of an expert: ``"even"`` by their slots (SwiftMoE), ``"exact"`` so that the busiest rank has least."""
@@ -39,17 +40,22 @@ class TokenRule:
             it. ``"rank"``: every rank drops on its own, as DeepSpeed does. ``"pooled"``: the slots of a rank share
             their room, whichever experts they hold.
         split: over the hosts of an expert.
+        transient_copies: on a rank, at most, of experts that it borrows for one step; with ``split="exact"``.
 
     Raises:
-        ValueError: for a scope or split that does not exist.
+        ValueError: for a scope or split that does not exist, or copies without the exact split.
     """
 
     capacity_scope: CapacityScope = "cluster"
     split: Split = "even"
+    transient_copies: int = 0
 
     def __post_init__(self) -> None:
         check_scope(self.capacity_scope)
         check_choice("split", self.split, get_args(Split))
+        check_count("transient_copies", self.transient_copies, "an integer, 0 or more", least=0)
+        if self.transient_copies and self.split != "exact":
+            raise ValueError(f"transient_copies={self.transient_copies} needs split='exact', got {self.split!r}")
 
     def share_out(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> Shares:
         """What every rank keeps and processes of ``counts[N, E]``.
@@ -62,13 +68,18 @@ class TokenRule:
         * ``"pooled"``: a rank processes at most ``slot_capacity * s``; what it has no room for is missing from its
           experts in proportion, and from their sources in proportion.
         """
-        spread = host_share if self.split == "even" else exact_split
         if capacity_factor is None or self.capacity_scope != "pooled":
             kept = self._kept(counts, placement, capacity_factor)
-            return Shares(kept, spread(kept.sum(axis=0), placement))
+            return Shares(kept, self._spread(kept.sum(axis=0), placement))
         slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
-        hosted = keep_within_ranks(spread(counts.sum(axis=0), placement), slot * placement.slots_per_rank)
+        hosted = keep_within_ranks(self._spread(counts.sum(axis=0), placement), slot * placement.slots_per_rank)
         return Shares(keep_within_capacity(counts, hosted.sum(axis=0)), hosted)
+
+    def _spread(self, load: IntArray, placement: Placement) -> IntArray:
+        if self.split == "even":
+            return host_share(load, placement)
+        hosted = exact_split(load, placement)
+        return with_copies(hosted, placement, self.transient_copies).hosted if self.transient_copies else hosted
 
     def _kept(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:
         if capacity_factor is None:

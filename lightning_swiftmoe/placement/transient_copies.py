@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
+# Of a rank's mean load: what a copy must take over. A public trace then needs one copy in six layers instead of four in
+# each, and keeps as much (docs/decisions/0020-transient-copies.md).
+LEAST_SHARE = 0.05
+
 
 @dataclass(frozen=True, eq=False)
 class WithCopies:
@@ -29,14 +33,14 @@ class WithCopies:
     copied: NDArray[np.bool_]
 
 
-def with_copies(hosted: IntArray, placement: Placement, most: int, least: int = 1) -> WithCopies:
+def with_copies(hosted: IntArray, placement: Placement, most: int, least_share: float = LEAST_SHARE) -> WithCopies:
     """``hosted[N, E]`` with at most ``most`` copies on every rank; its columns keep their sums.
 
     Args:
         hosted: of ``exact_split``.
         placement: of the hosts.
         most: copies on a rank.
-        least: assignments that a copy must take over to be worth fetching.
+        least_share: of the mean rank load: what a copy must take over to be worth fetching.
     """
     num_ranks, num_experts = hosted.shape
     rank_load = hosted.sum(axis=1)
@@ -56,7 +60,7 @@ def with_copies(hosted: IntArray, placement: Placement, most: int, least: int = 
     taken = np.zeros_like(hosted)
     np.add.at(taken.T, lent_expert, opposite.T)
     hosts = placement.multiplicity > 0
-    copied = _largest(np.where(hosts, 0, taken), most) & (taken >= least)
+    copied = _largest(np.where(hosts, 0, taken), most) & (taken >= least_share * mean)
     opposite *= (copied | hosts)[:, lent_expert]
     after = hosted.copy()
     np.add.at(after.T, lent_expert, opposite.T)

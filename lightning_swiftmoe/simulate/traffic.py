@@ -27,9 +27,6 @@ from lightning_swiftmoe.simulate.model import ModelShape
 from lightning_swiftmoe.simulate.systems import DIRECT, EVEN, EXACT, PUBLISHED
 
 FloatArray = NDArray[np.floating]
-# Of a rank's load: what a transient copy must take over. A public trace then needs one in six layers instead of four in
-# each, and keeps as much (docs/decisions/0020-transient-copies.md).
-LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +114,7 @@ def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str
         slot_capacity: assignments per slot; 0 drops nothing.
         split: ``EVEN`` over the replicas, each slot with its own capacity; or ``EXACT``: as evenly over the ranks as
             the placement allows, the slots of a rank sharing their room.
-        copies: transient ones on a rank, at most, with ``EXACT``; each worth ``LEAST_SHARE`` of a rank's load.
+        copies: transient ones on a rank, at most, with ``EXACT``.
     """
     if split == EXACT:
         return _route_exactly(counts, residency.placement, slot_capacity, copies)
@@ -149,8 +146,7 @@ def _route_exactly(counts: IntArray, placement: Placement, slot_capacity: int, m
     num_ranks = placement.num_ranks
     load = counts.sum(axis=0, dtype=np.int64)
     split = exact_split(load, placement)
-    worth_it = max(1, int(LEAST_SHARE * load.sum() / num_ranks))
-    offered = with_copies(split, placement, most, worth_it)
+    offered = with_copies(split, placement, most)
     share = offered.hosted
     if slot_capacity:
         share = keep_within_ranks(share, slot_capacity * placement.slots_per_rank)

@@ -96,12 +96,23 @@ def test_proportional_keeps_more_than_static():
 
 def test_pooled_slots_and_the_exact_split_keep_the_most():
     kept = {}
-    for scope, split in (("cluster", "even"), ("pooled", "even"), ("pooled", "exact")):
-        job = dataclasses.replace(JOB, policy="balanced", slots=4, steps=10, strategy=rule(scope, split))
+    rules = {"paper": rule("cluster", "even"), "pooled": rule("pooled", "even"), "exact": rule("pooled", "exact")}
+    for name, strategy in rules.items():
+        job = dataclasses.replace(JOB, policy="balanced", slots=4, steps=10, strategy=strategy)
         _, steps = train_virtually(job, 4)
-        kept[scope, split] = np.mean([layer.survival for step in steps[1:] for layer in step.layers])
-    assert kept["cluster", "even"] + 0.05 < kept["pooled", "even"] < kept["pooled", "exact"] - 0.01
-    assert kept["pooled", "exact"] > 0.98
+        kept[name] = np.mean([layer.survival for step in steps[1:] for layer in step.layers])
+    assert kept["paper"] + 0.05 < kept["pooled"] < kept["exact"] - 0.01
+    assert kept["exact"] > 0.98
+
+
+def test_transient_copies_do_without_replicas():
+    kept = []
+    for copies in (0, 1):
+        options = {**rule("pooled", "exact"), "transient_copies": copies}
+        _, steps = train_virtually(dataclasses.replace(JOB, slots=2, steps=10, strategy=options), 4)
+        kept.append(np.mean([layer.survival for step in steps for layer in step.layers]))
+    assert kept[1] > kept[0] + 0.05
+    assert kept[1] > 0.97
 
 
 def test_a_batch_that_does_not_divide_is_refused():
