@@ -194,8 +194,8 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
         callbacks["rebalancer"] = VirtualCluster(
             config.cluster.virtual_ranks,
             strategy.slots_per_rank,
-            strategy.capacity_scope,
-            strategy.split,
+            strategy.rule.capacity_scope,
+            strategy.rule.split,
             policy=policy if isinstance(policy := config.policy.name, str) else instantiate(policy),
             every_n_steps=config.policy.every_n_steps,
             trace=config.callbacks.rebalancer.trace,
