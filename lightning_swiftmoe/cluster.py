@@ -18,7 +18,7 @@ class ClusterShape:
         num_ranks: ranks in the expert-parallel world (``N``).
         slots_per_rank: physical expert positions on one rank (``s``).
         num_experts: logical experts of one layer (``E``); ``N * s >= E``.
-        has_capacity: whether experts drop tokens beyond their capacity. Policies that only balance ranks
+        has_capacity: whether experts drop tokens beyond a capacity of their own. Policies that only balance ranks
             behave differently from those that must give a hot expert room.
 
     Raises:

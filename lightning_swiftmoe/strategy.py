@@ -396,7 +396,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         num_ranks = resolve_group_size(self.expert_parallel_size, self.num_nodes * self.num_processes)
         slots = resolve_slots(self.slots_per_rank, moe.num_experts, num_ranks)
         try:
-            return ClusterShape(num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
+            return ClusterShape(num_ranks, slots, moe.num_experts, self.rule.caps_experts(moe.capacity_factor))
         except ValueError as error:
             where = f"layer {name!r}"
             if self.expert_parallel_size is not None:

@@ -61,7 +61,7 @@ class VirtualCluster(ExpertRebalancer):
         layers = []
         for name, moe in moe_layers(pl_module).items():
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
-            cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, moe.capacity_factor is not None)
+            cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, self.rule.caps_experts(moe.capacity_factor))
             try_policy(self.rebalancing.policy, cluster)
             layers.append(VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.rule))
         self._virtual = ExpertEngine(layers, self.rebalancing, self.state)

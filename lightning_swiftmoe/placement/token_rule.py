@@ -57,6 +57,10 @@ class TokenRule:
         if self.transient_copies and self.split != "exact":
             raise ValueError(f"transient_copies={self.transient_copies} needs split='exact', got {self.split!r}")
 
+    def caps_experts(self, capacity_factor: float | None) -> bool:
+        """Whether an expert drops what is beyond the room of its own, as policies want to know."""
+        return capacity_factor is not None and self.capacity_scope != "pooled"
+
     def share_out(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> Shares:
         """What every rank keeps and processes of ``counts[N, E]``.
 

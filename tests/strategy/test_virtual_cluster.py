@@ -115,6 +115,15 @@ def test_transient_copies_do_without_replicas():
     assert kept[1] > 0.97
 
 
+def test_auto_places_for_the_room_there_is():
+    def placements(policy, scope):
+        _, steps = train_virtually(dataclasses.replace(JOB, policy=policy, strategy=rule(scope, "exact")), 4)
+        return [layer.next_placement for step in steps for layer in step.layers]
+
+    for scope, policy, other in (("cluster", "proportional", "balanced"), ("pooled", "balanced", "proportional")):
+        assert placements("auto", scope) == placements(policy, scope) != placements(other, scope)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="7 virtual ranks cannot share 24 tokens evenly"):
         train_virtually(JOB, 7)
