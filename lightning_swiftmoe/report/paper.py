@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_swiftmoe.report.runs import Run, pick, system_of
 from lightning_swiftmoe.simulate.paper import Comparison, follows
@@ -98,22 +98,29 @@ def group(runs: Sequence[Run], varied: Sequence[str] = ()) -> dict[tuple[Any, ..
 
 def steps_to_loss(run: Run, target: float) -> float:
     """Steps until the mean loss of the last ``WINDOW`` is no more than ``target``; nan if it never is."""
-    means, last_steps = _window_means(run)
+    curve = run.curves["loss"]
+    return steps_until(curve.values, target, curve.steps)
+
+
+def steps_until(losses: ArrayLike, target: float, steps: NDArray[np.floating] | None = None) -> float:
+    """The same of a list of losses, of every step from the first one on, or of ``steps``, from 0."""
+    values = np.asarray(losses, dtype=np.float64)
+    means, last_steps = _window_means(values, np.arange(values.size) if steps is None else steps)
     below = np.flatnonzero(means <= target)
     return float(last_steps[below[0]] + 1) if below.size else math.nan
 
 
 def reached_by_all(runs: Sequence[Run]) -> float:
     """The lowest loss, to three decimals, to which ``steps_to_loss`` finds every run."""
-    return math.ceil(max(_window_means(run)[0].min() for run in runs) * 1000) / 1000
+    curves = [run.curves["loss"] for run in runs]
+    return math.ceil(max(_window_means(curve.values, curve.steps)[0].min() for curve in curves) * 1000) / 1000
 
 
-def _window_means(run: Run) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+def _window_means(values: NDArray[Any], steps: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Means of ``WINDOW`` losses, and the number, from 0, of the last step in each."""
-    curve = run.curves["loss"]
-    window = min(WINDOW, curve.values.size)
-    means = np.convolve(curve.values.astype(np.float64), np.full(window, 1 / window), mode="valid")
-    return means, curve.steps[window - 1 :]
+    window = min(WINDOW, values.size)
+    means = np.convolve(values.astype(np.float64), np.full(window, 1 / window), mode="valid")
+    return means, steps[window - 1 :]
 
 
 def dropped(run: Run, part: float = 0.0) -> float:
@@ -325,7 +332,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 
 def _order(system: str) -> tuple[int, int, str]:
-    """DeepSpeed, FlexMoE from rare to frequent, others, SwiftMoE last, as the paper lists them."""
+    """DeepSpeed, FlexMoE from rare to frequent, others, SwiftMoE last, as the paper lists them; then exact splits."""
     if system.startswith("flexmoe_"):
         return (1, -int(system.split("_")[1]), "")
-    return ({"static": 0, OURS: 3}.get(system, 2), 0, system)
+    return ({"static": 0, OURS: 3, "exact": 4, "exact_copies": 5}.get(system, 2), 0, system)

@@ -323,8 +323,16 @@ def system_of(config: Mapping[str, Any]) -> str:
         every = pick(config, "policy.every_n_steps") or 1
         return f"flexmoe_{every}" if every > 1 else "flexmoe"
     if name == "auto":
-        return "proportional" if pick(config, "model.capacity_factor") is not None else "balanced"
+        name = "proportional" if _experts_have_room_of_their_own(config) else "balanced"
+    exact = pick(config, "strategy.split") == "exact" and pick(config, "strategy.capacity_scope") == "pooled"
+    if name == "balanced" and exact and pick(config, "model.capacity_factor") is not None:
+        return "exact_copies" if pick(config, "strategy.transient_copies") else "exact"
     return str(name)
+
+
+def _experts_have_room_of_their_own(config: Mapping[str, Any]) -> bool:
+    pooled = pick(config, "strategy.capacity_scope") == "pooled"
+    return pick(config, "model.capacity_factor") is not None and not pooled
 
 
 def _with_unique_names(runs: list[Run]) -> list[Run]:

@@ -67,8 +67,8 @@ def llep(hosted: IntArray, placement: Placement) -> WithCopies:
     """LLEP (arXiv 2601.17111): experts, the hottest first, spill what their home has no room for.
 
     A home keeps what fits below the mean, beside its experts whose turn is still to come; the rest goes to the least
-    loaded ranks, as much as they have room for. A spill that is smaller than ``LLEP_LEAST`` is not worth a copy: then the
-    least loaded rank takes all that is left.
+    loaded ranks, as much as they have room for. A spill that is smaller than ``LLEP_LEAST`` is not worth a copy: then
+    the least loaded rank takes all that is left.
 
     Args:
         hosted: ``[N, E]`` assignments by home.

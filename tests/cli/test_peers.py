@@ -3,11 +3,14 @@
 import json
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from lightning_swiftmoe.cli._peers.driver import Row, summary
-from lightning_swiftmoe.cli._peers.job import made_up_text
+from lightning_swiftmoe.cli._peers.job import Plan, made_up_text, write_batches
 from lightning_swiftmoe.cli._peers.meter import Result
 from lightning_swiftmoe.cli._peers.systems import System, expand, parse, slots_of
 from lightning_swiftmoe.cli._peers.table import with_differences
@@ -61,6 +64,36 @@ def test_other_projects_train_alike(tmp_path, peer):
     pytest.importorskip(peer, reason=f"needs lightning-swiftmoe[{peer}]")
     found, _ = run(tmp_path, f"peers=[ours_ep,{peer}]", "trainer.gradient_clip_val=0.5")
     assert found["systems"][peer]["losses"] == pytest.approx(found["systems"]["ours_ep"]["losses"], rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_systems_race_to_a_loss_on_text(tmp_path):
+    found, text = run(tmp_path, "peers=[none,ours_ep]", "text=true", "target_loss=5.3", "steps=40")
+    alone, ours = (found["systems"][name] for name in ("none", "ours_ep"))
+    for result in (alone, ours):
+        means = np.convolve(result["losses"], np.full(20, 1 / 20), mode="valid")
+        assert result["steps_to_loss"] == 20 + np.flatnonzero(means <= 5.3)[0]
+        minutes = result["steps_to_loss"] * result["wall_ms"] / 60e3
+        assert result["minutes_to_loss"] == pytest.approx(minutes)
+    assert "steps to loss" in text
+
+
+def test_text_comes_as_in_training(tmp_path):
+    settings = {"_target_": "lightning_swiftmoe.data.TextData", "seq_len": 32, "batch_size": 8, "limit_bytes": 1500}
+    source = {"_target_": "lightning_swiftmoe.data.FileSource", "paths": [str(tmp_path)], "pattern": "*.txt"}
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"{number} " * 200)
+    config = OmegaConf.create({"data": settings | {"source": source}})
+    plan = Plan(warmup=1, steps=11, profiled=0, stacks=False, batch_per_rank=2, reshard=True)
+    write_batches(tmp_path / "batches.npy", config, plan, num_ranks=4)
+    loader = instantiate(config.data).train_dataloader()
+    expected = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        expected += list(loader)
+    assert len(loader) == 5
+    assert (np.load(tmp_path / "batches.npy") == torch.stack(expected[:12]).numpy()).all()
 
 
 @pytest.mark.distributed

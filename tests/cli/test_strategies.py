@@ -15,6 +15,8 @@ SYSTEMS = {
     "flexmoe_10": ("flexmoe_10", "cluster", "bound"),
     "flexmoe_50": ("flexmoe_50", "cluster", "bound"),
     "flexmoe_100": ("flexmoe_100", "cluster", "bound"),
+    "exact": ("exact", "pooled", "decoupled"),
+    "exact_copies": ("exact_copies", "pooled", "decoupled"),
 }
 RECIPES = ["quickstart", "gpt_small_a100_16x1", "paper/fig7_table3", "paper/fig11_aux_loss"]
 
@@ -28,7 +30,7 @@ def composed(*overrides):
 @pytest.mark.parametrize("strategy", SYSTEMS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_strategy_brings_its_policy(strategy, recipe):
-    config = composed(f"strategy={strategy}", f"recipes={recipe}")
+    config = composed(f"strategy={strategy}", f"recipes={recipe}", "model.capacity_factor=1.0")
     assert (system_of(config), config.strategy.capacity_scope, config.strategy.optimizer_state) == SYSTEMS[strategy]
 
 

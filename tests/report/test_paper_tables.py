@@ -35,6 +35,9 @@ def falling(num_steps, at=1.0):
         (config(FLEXMOE, every=50), "flexmoe_50"),
         (config({**FLEXMOE, "threshold": 1.2}), "flexmoe"),
         (config({"_target_": "mine.Policy"}), "Policy"),
+        (config("auto") | {"strategy": {"split": "even", "capacity_scope": "pooled"}}, "balanced"),
+        (config("auto") | {"strategy": {"split": "exact", "capacity_scope": "pooled"}}, "exact"),
+        (config("auto") | {"strategy": {"split": "exact", "capacity_scope": "cluster"}}, "proportional"),
     ],
 )
 def test_systems(settings, name):

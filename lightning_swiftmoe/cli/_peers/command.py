@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from lightning_swiftmoe.cli._peers.driver import Driver, Row, summary
-from lightning_swiftmoe.cli._peers.job import Plan
+from lightning_swiftmoe.cli._peers.job import Plan, write_batches
 from lightning_swiftmoe.cli._peers.options import PROFILED_STEPS, Options
 from lightning_swiftmoe.cli._peers.systems import System, expand, parse
 from lightning_swiftmoe.cli._peers.table import (
@@ -36,6 +37,9 @@ def side_by_side(config: DictConfig, options: Options) -> None:
     plan = plan_of(config, options, num_ranks)
     systems = systems_of(config, options, num_ranks)
     folder = Path(config.run_dir)
+    if options.text:
+        plan = replace(plan, batches=str((folder / "batches.npy").absolute()))
+        write_batches(folder / "batches.npy", config, plan, num_ranks)
     report = Report(systems, Path(options.output or folder / "step.json"), about(config, options, num_ranks, plan))
     driver = Driver(
         systems,
@@ -107,6 +111,8 @@ def about(config: DictConfig, options: Options, num_ranks: int, plan: Plan) -> d
         "warmup": plan.warmup,
         "steps": plan.steps,
         "rounds": options.rounds,
+        "text": options.text,
+        "target_loss": options.target_loss,
         "tokens_per_rank": plan.batch_per_rank * config.data.seq_len,
     }
 
@@ -129,7 +135,9 @@ class Report:
     def update(self, changed: Row, rows: list[Row]) -> None:
         """One row changed."""
         found = {
-            row.system.label: summary(row, self.head["tokens_per_rank"]) for row in rows if row.rounds or row.error
+            row.system.label: summary(row, self.head["tokens_per_rank"], self.head["target_loss"])
+            for row in rows
+            if row.rounds or row.error
         }
         self.results = with_differences(found)
         label = changed.system.label

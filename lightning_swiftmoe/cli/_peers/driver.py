@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import statistics
@@ -20,6 +21,7 @@ from lightning_swiftmoe.cli._peers.job import Job, Plan
 from lightning_swiftmoe.cli._peers.meter import Result
 from lightning_swiftmoe.cli._peers.systems import System
 from lightning_swiftmoe.cli._peers.worker import TURN
+from lightning_swiftmoe.report.paper import steps_until
 
 GRACE_S = 5.0  # for the other ranks to say what they failed at
 POLL_S = 0.05
@@ -207,12 +209,13 @@ def one_line(text: str) -> str:
     return words if len(words) <= MESSAGE_CHARS else words[: MESSAGE_CHARS - 3] + "..."
 
 
-def summary(row: Row, tokens_per_rank: int) -> dict[str, Any]:
+def summary(row: Row, tokens_per_rank: int, target_loss: float | None = None) -> dict[str, Any]:
     """One row as numbers: of ranks the slowest and the fullest, of rounds all steps.
 
     Args:
         row: of one system.
         tokens_per_rank: of one step.
+        target_loss: to which steps are counted; minutes are these steps at the mean of the timed ones.
     """
     found: dict[str, Any] = {"gpus": row.system.num_ranks, "rounds": len(row.rounds), "error": row.error}
     if not row.rounds:
@@ -222,6 +225,10 @@ def summary(row: Row, tokens_per_rank: int) -> dict[str, Any]:
     tokens = len(steps_ms) * tokens_per_rank * row.system.num_ranks
     everyone = [result for ranks in row.rounds for result in ranks]
     first = row.rounds[0]
+    if target_loss is not None:
+        steps = steps_until(first[0].losses, target_loss)
+        if not math.isnan(steps):
+            found |= {"steps_to_loss": steps, "minutes_to_loss": steps * block_s / len(steps_ms) / 60}
     return found | {
         "step_ms": {
             "mean": sum(steps_ms) / len(steps_ms),

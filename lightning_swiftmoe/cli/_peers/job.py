@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data.distributed import DistributedSampler
 
+from lightning_swiftmoe.data.text import TextData
 from lightning_swiftmoe.models import GPT, GPTConfig
 from lightning_swiftmoe.models.module import decay_groups
 
@@ -30,6 +34,7 @@ class Plan:
         stacks: whether the profiler also notes which line of Python asked for what (slower).
         batch_per_rank: sequences of one step on one rank.
         reshard: whether FSDP2 frees gathered parameters behind the forward pass.
+        batches: a file of ``write_batches`` to train on; None: made-up tokens.
     """
 
     warmup: int
@@ -38,6 +43,7 @@ class Plan:
     stacks: bool
     batch_per_rank: int
     reshard: bool
+    batches: str | None = None
 
     @property
     def total_steps(self) -> int:
@@ -106,6 +112,9 @@ class Job:
     def batches(self) -> list[Tensor]:
         """This rank's ``[B, T + 1]`` tokens of every step, on its device before the first one."""
         batch, length = self.plan.batch_per_rank, self.config.data.seq_len + 1
+        if self.plan.batches is not None:
+            read = np.load(self.plan.batches, mmap_mode="r")[:, self.rank * batch : (self.rank + 1) * batch]
+            return list(torch.from_numpy(read.astype(np.int64)).to(self.device))
         generator = torch.Generator().manual_seed(self.config.seed)
         vocab = self.model.vocab_size
         shape = (self.num_ranks * batch, length)
@@ -127,6 +136,25 @@ class Job:
         config = OmegaConf.load(folder / "config.yaml")
         assert isinstance(config, DictConfig)
         return cls(told["name"], rank, told["num_ranks"], config, Plan(**told["plan"]), folder)
+
+
+def write_batches(path: Path, config: DictConfig, plan: Plan, num_ranks: int) -> None:
+    """The configured data's training batches of all steps and ranks, ``[steps, B, T + 1]``, shuffled as in training.
+
+    Read and encoded once, for all systems.
+    """
+    data: TextData = instantiate(config.data)
+    data.batch_size = num_ranks * plan.batch_per_rank
+    loader = data.train_dataloader()
+    assert isinstance(loader.sampler, DistributedSampler)
+    found: list[Tensor] = []
+    while len(found) < plan.total_steps:
+        before = len(found)
+        found += islice(loader, plan.total_steps - before)
+        if len(found) == before:
+            raise ValueError(f"the text is too short for one batch of {data.batch_size} sequences")
+        loader.sampler.set_epoch(loader.sampler.epoch + 1)
+    np.save(path, torch.stack(found).numpy())
 
 
 def made_up_text(shape: tuple[int, int], vocab: int, generator: torch.Generator) -> Tensor:

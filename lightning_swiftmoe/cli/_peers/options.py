@@ -28,6 +28,8 @@ class Options:
     profile: bool = False
     stacks: bool = False
     reshard: bool = True
+    text: bool = False
+    target_loss: float | None = None
     limit_s: float = 180.0
     budget_s: float = 480.0
     output: str | None = None
@@ -43,7 +45,9 @@ class Options:
             value = getattr(self, key)
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{key} must be above zero, got {value!r}")
-        for key in ("profile", "stacks", "reshard"):
+        if self.target_loss is not None and not isinstance(self.target_loss, (int, float)):
+            raise ValueError(f"target_loss must be a number or null, got {self.target_loss!r}")
+        for key in ("profile", "stacks", "reshard", "text"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
         if not isinstance(self.peers, list):

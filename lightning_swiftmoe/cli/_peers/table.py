@@ -41,9 +41,19 @@ def systems_table(results: dict[str, dict[str, Any]]) -> Table:
     times = ("GPUs", "mean ms", "median", "worst", "wall ms", "tokens/s")
     for heading in (*times, "alloc GiB", "reserved", "survival", "last loss", "loss diff"):
         table.add_column(heading, justify="right")
+    to_loss = any("steps_to_loss" in result for result in results.values())
+    for heading in ("steps to loss", "minutes") if to_loss else ():
+        table.add_column(heading, justify="right")
     for name, result in results.items():
-        table.add_row(name, *cells(result))
+        table.add_row(name, *cells(result), *(until_cells(result) if to_loss else ()))
     return table
+
+
+def until_cells(result: dict[str, Any]) -> list[str]:
+    """How long to the loss that was asked for; "-" where it was never reached."""
+    if "steps_to_loss" not in result:
+        return ["-", "-"]
+    return [f"{result['steps_to_loss']:.0f}", f"{result['minutes_to_loss']:.3f}"]
 
 
 def cells(result: dict[str, Any]) -> list[str]:
