@@ -282,7 +282,7 @@ def _dropped_late(run: Run) -> float:
 
 
 def _last_loss(run: Run) -> float:
-    return float(_window_means(run)[0][-1])
+    return float(_window_means(run.curves["loss"].values, run.curves["loss"].steps)[0][-1])
 
 
 def _step_s(run: Run) -> float:
