@@ -8,6 +8,7 @@ at once, without another round, but for what the most copies of a rank do not co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,10 @@ class WithCopies:
 
     hosted: IntArray
     copied: NDArray[np.bool_]
+
+
+PooledSplit = Callable[[IntArray, Placement], WithCopies]
+"""From ``[E]`` assignments and the placement in force: who processes how much, where the slots of a rank share room."""
 
 
 def with_copies(hosted: IntArray, placement: Placement, most: int, least_share: float = LEAST_SHARE) -> WithCopies:

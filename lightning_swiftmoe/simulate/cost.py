@@ -127,7 +127,9 @@ class CostModel:
 
     def copies_s(self, flow: CopyFlow) -> float:
         """Transient copies of one layer, as if nothing hid them."""
-        return 2 * self.flow_s(flow.weights) + self.flow_s(flow.gradients) if flow.weights.total_bytes else 0.0
+        if not flow.weights.total_bytes:
+            return 0.0
+        return flow.fetches * self.flow_s(flow.weights) + self.flow_s(flow.gradients)
 
     def update_s(self, gradient: Flow, weight: Flow, residency: Residency, state: str) -> dict[str, float]:
         """Gradient, optimizer and weight phase of one layer. Offloaded shards cross PCIe in both transfer phases."""

@@ -26,6 +26,7 @@ from lightning_swiftmoe.simulate.traffic import (
     migration_flow,
     no_flow,
     route,
+    route_pooled,
     weight_flow,
 )
 
@@ -113,7 +114,8 @@ def simulate(trace: LoadTrace, scenario: Scenario, policies: Sequence[str | Syst
         policies: names (``resolve_system``), or systems of your own.
 
     Raises:
-        ValueError: trace and scenario do not fit, an unknown policy, or state bound to hosts in several groups.
+        ValueError: trace and scenario do not fit, an unknown policy, state bound to hosts in several groups, or ranks
+            with different numbers of homes.
     """
     _check_fit(trace, scenario, policies)
     slots = scenario.cluster.num_slots
@@ -125,6 +127,8 @@ def simulate(trace: LoadTrace, scenario: Scenario, policies: Sequence[str | Syst
             f"expert_parallel_size = {scenario.expert_parallel_size} needs state that is cut evenly over a group, but "
             f"{', '.join(bound)} binds it to the hosts: leave it out, or simulate one group of all ranks"
         )
+    for system in systems:
+        system.cluster(scenario.cluster)  # refuses what does not fit before anything runs
     loads = trace.counts.sum(axis=2, dtype=np.int64)
     results = {system.name: _Replay(trace, scenario, system, capacity).run() for system in systems}
     settings = {"trace": trace.name, "slot_capacity": capacity, **describe(scenario)}
@@ -188,11 +192,7 @@ class _Replay:
         if self._system.sees_current_load:
             for state, load in zip(states, loads, strict=True):
                 state.decide(load)
-        split, copies = self._system.split, self._system.copies
-        routed = [
-            route(part, state.residency, self._capacity, split, copies)
-            for part, state in zip(counts, states, strict=True)
-        ]
+        routed = [state.route(part, self._capacity) for part, state in zip(counts, states, strict=True)]
         offered_load = np.concatenate([part.offered_load for part in routed])
         rank_load = np.concatenate([part.rank_load for part in routed])
         self._kept[at], self._routed[at] = sum(part.kept.sum() for part in routed), sum(load.sum() for load in loads)
@@ -282,7 +282,8 @@ class _Layer:
 
     def __init__(self, cost: CostModel, scenario: Scenario, system: System) -> None:
         self._cost, self._scenario, self._system = cost, scenario, system
-        self.placement = uniform(scenario.cluster)
+        self._cluster = system.cluster(scenario.cluster)
+        self.placement = uniform(self._cluster)
         self.residency = Residency.of(self.placement)
         self.accumulated: IntArray = np.zeros(scenario.model.num_experts, dtype=np.int64)
         # Costs change with the placement only: kept until gradients leave from, or weights go to, other hosts.
@@ -291,9 +292,9 @@ class _Layer:
 
     def decide(self, loads: IntArray) -> tuple[int, Costs]:
         """Choose the next placement: residents that reached a new rank, and the cost of deciding and migrating."""
-        before, cluster = self.placement, self._scenario.cluster
+        before, cluster = self.placement, self._cluster
         after = next_placement(self._system.policy, loads, cluster, before)
-        seconds = {"placement": self._cost.placement_s(cluster.num_slots)} if self._system.name != "static" else {}
+        seconds = {"placement": self._cost.placement_s(cluster.num_slots)} if self._system.decides else {}
         if after is before or after == before:
             return 0, (seconds, {})
         residency = Residency.of(after)
@@ -306,6 +307,13 @@ class _Layer:
         self.placement, self.residency = after, residency
         return moved, (seconds, sent)
 
+    def route(self, counts: IntArray, slot_capacity: int) -> Routed:
+        """Under the placement in force; a rank's room is that of the scenario's slots, whoever fills how many."""
+        split = self._system.split
+        if split is None:
+            return route(counts, self.residency, slot_capacity)
+        return route_pooled(counts, self.placement, slot_capacity * self._scenario.slots_per_rank, split)
+
     def step_costs(self, routed: Routed) -> Costs:
         """Counts, dispatch to combine, and the gradient flow, which all use the placement in force."""
         num_ranks, size = self._scenario.cluster.num_ranks, self._cost.model.token_bytes
@@ -313,7 +321,7 @@ class _Layer:
         load_bytes = self._cost.load_bytes(num_ranks)
         if self._gradient_of is not self.residency:
             self._gradient, self._gradient_of = self._gradient_flow(), self.residency
-        copies = copy_flow(routed.copies, self._cost.model)
+        copies = copy_flow(routed.copies, self._cost.model, self._system.state, self._system.fetches)
         seconds = {
             "load": self._cost.network_s(load_bytes),
             **self._cost.routing_s(routed, self.residency),
@@ -324,7 +332,7 @@ class _Layer:
             "dispatch": exchanged,
             "combine": exchanged,
             "backward": 2 * exchanged,
-            "transient_copies": 2 * copies.weights.total_bytes + copies.gradients.total_bytes,
+            "transient_copies": copies.total_bytes,
             "gradient": self._gradient.total_bytes,
         }
         return seconds, sent

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement import Placement, keep_within_capacity
 from lightning_swiftmoe.placement.bound_shards import BoundShards
-from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
+from lightning_swiftmoe.placement.exact_split import keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.placement.transfer import (
@@ -22,9 +22,9 @@ from lightning_swiftmoe.placement.transfer import (
     transfer_plan,
     weight_plan,
 )
-from lightning_swiftmoe.placement.transient_copies import with_copies
+from lightning_swiftmoe.placement.transient_copies import PooledSplit
 from lightning_swiftmoe.simulate.model import ModelShape
-from lightning_swiftmoe.simulate.systems import DIRECT, EVEN, EXACT, PUBLISHED
+from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, PUBLISHED
 
 FloatArray = NDArray[np.floating]
 
@@ -104,20 +104,15 @@ class Routed:
     copies: Copies
 
 
-def route(counts: IntArray, residency: Residency, slot_capacity: int, split: str = EVEN, copies: int = 0) -> Routed:
-    """Drop what is over capacity and spread the rest over the replicas, ranks serving themselves first.
+def route(counts: IntArray, residency: Residency, slot_capacity: int) -> Routed:
+    """Drop what is over capacity and spread the rest evenly over the replicas, ranks serving themselves first.
 
     Args:
         counts: ``[N, E]`` assignments by source; ``[1, E]`` when only the sum is known, then every rank is taken to
             route an equal part of each expert's load (sent and received are then within one assignment per expert).
         residency: of the placement in force.
         slot_capacity: assignments per slot; 0 drops nothing.
-        split: ``EVEN`` over the replicas, each slot with its own capacity; or ``EXACT``: as evenly over the ranks as
-            the placement allows, the slots of a rank sharing their room.
-        copies: transient ones on a rank, at most, with ``EXACT``.
     """
-    if split == EXACT:
-        return _route_exactly(counts, residency.placement, slot_capacity, copies)
     load = counts.sum(axis=0, dtype=np.int64)
     offered, share = _split_evenly(load, residency, slot_capacity)
     kept = np.bincount(residency.expert, weights=share, minlength=load.size).astype(np.int64)
@@ -142,14 +137,18 @@ def _split_evenly(load: IntArray, residency: Residency, slot_capacity: int) -> t
     return offered, residency.share(np.minimum(load, slot_capacity * residency.placement.replicas))
 
 
-def _route_exactly(counts: IntArray, placement: Placement, slot_capacity: int, most: int) -> Routed:
+def route_pooled(counts: IntArray, placement: Placement, rank_capacity: int, split: PooledSplit) -> Routed:
+    """The same where the slots of a rank share their room.
+
+    Args:
+        counts: as of ``route``.
+        placement: in force.
+        rank_capacity: assignments of a rank; 0 drops nothing.
+        split: over hosts and copies.
+    """
     num_ranks = placement.num_ranks
-    load = counts.sum(axis=0, dtype=np.int64)
-    split = exact_split(load, placement)
-    offered = with_copies(split, placement, most)
-    share = offered.hosted
-    if slot_capacity:
-        share = keep_within_ranks(share, slot_capacity * placement.slots_per_rank)
+    offered = split(counts.sum(axis=0, dtype=np.int64), placement)
+    share = keep_within_ranks(offered.hosted, rank_capacity) if rank_capacity else offered.hosted
     kept = share.sum(axis=0)
     if len(counts) == num_ranks:
         by_source = keep_within_capacity(counts, kept)
@@ -157,11 +156,15 @@ def _route_exactly(counts: IntArray, placement: Placement, slot_capacity: int, m
         by_source = np.broadcast_to(kept / num_ranks, share.shape)
     stays = np.minimum(by_source, share).sum(axis=1)
     rank_load = share.sum(axis=1)
-    hosts = placement.multiplicity > 0
-    parts = offered.copied.sum(axis=0) / np.maximum(hosts.sum(axis=0), 1)
-    copies = Copies(offered.copied.sum(axis=1).astype(float), hosts @ parts)
     sent = by_source.sum(axis=1) - stays
+    copies = _copies(offered.copied, placement)
     return Routed(kept, rank_load, offered.hosted.sum(axis=1), sent, rank_load - stays, copies)
+
+
+def _copies(copied: NDArray[np.bool_], placement: Placement) -> Copies:
+    hosts = placement.multiplicity > 0
+    parts = copied.sum(axis=0) / np.maximum(hosts.sum(axis=0), 1)
+    return Copies(copied.sum(axis=1).astype(float), hosts @ parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,21 +172,35 @@ class CopyFlow:
     """What transient copies move.
 
     Args:
-        weights: from hosts to copies, once; a backward fetches them again.
-        gradients: from copies to the shards of all ranks.
+        weights: from hosts to copies, once.
+        gradients: from copies to the optimizer state.
+        fetches: how often the weights travel: for the forward, and again for the backward.
     """
 
     weights: Flow
     gradients: Flow
+    fetches: int = 2
+
+    @property
+    def total_bytes(self) -> float:
+        """Sent by all ranks together."""
+        return self.fetches * self.weights.total_bytes + self.gradients.total_bytes
 
 
-def copy_flow(copies: Copies, model: ModelShape) -> CopyFlow:
-    """Of one layer and step."""
+def copy_flow(copies: Copies, model: ModelShape, state: str = DIRECT, fetches: int = 2) -> CopyFlow:
+    """Of one layer and step.
+
+    Bound state: gradients go back the way that the weights came. Else each is cut N ways, to the shards of N ranks.
+    """
     num_ranks = copies.fetched.size
     weights = Flow(copies.served * model.weight_expert_bytes, copies.fetched * model.weight_expert_bytes)
+    if state == BOUND:
+        gradients = Flow(copies.fetched * model.grad_expert_bytes, copies.served * model.grad_expert_bytes)
+        return CopyFlow(weights, gradients, fetches)
     slice_bytes = model.grad_expert_bytes / num_ranks
     others = copies.fetched.sum() - copies.fetched
-    return CopyFlow(weights, Flow(copies.fetched * slice_bytes * (num_ranks - 1), others * slice_bytes))
+    gradients = Flow(copies.fetched * slice_bytes * (num_ranks - 1), others * slice_bytes)
+    return CopyFlow(weights, gradients, fetches)
 
 
 def gradient_flow(residency: Residency, model: ModelShape, state: str, all_reduce: bool) -> Flow:

@@ -165,7 +165,11 @@ def test_spread_keeps_shares_and_tokens_per_rank():
 @pytest.mark.parametrize(
     ("policies", "change", "message"),
     [
-        (["nope"], {}, "unknown policy 'nope'; there are auto, balanced, exact, exact_copies, flexmoe, flexmoe_N"),
+        (
+            ["nope"],
+            {},
+            "unknown policy 'nope'; there are auto, balanced, exact, exact_copies, flexmoe, flexmoe_N, llep",
+        ),
         (["flexmoe_0"], {}, "unknown policy 'flexmoe_0'"),
         ([], {}, "no policies to simulate"),
         (["static"], {"num_experts": 5}, "the trace routes to 6 experts, the model has 5"),

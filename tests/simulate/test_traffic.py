@@ -16,13 +16,14 @@ from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ra
 from lightning_swiftmoe.placement.residency import Residency
 from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.simulate import ModelShape
-from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, EXACT, PUBLISHED
+from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, PUBLISHED, ExactSplit
 from lightning_swiftmoe.simulate.traffic import (
     copy_flow,
     gradient_flow,
     migration_flow,
     owned_params,
     route,
+    route_pooled,
     weight_flow,
 )
 
@@ -74,7 +75,7 @@ def test_an_exact_split_fills_ranks_and_not_slots(shape, capacity):
     num_ranks, slots = shape
     counts = np.random.default_rng(1).integers(0, 20, (num_ranks, 5))
     for placement in placements(*shape):
-        routed = route(counts, Residency.of(placement), capacity, EXACT)
+        routed = route_pooled(counts, placement, capacity * slots, ExactSplit())
         split = exact_split(counts.sum(0), placement)
         processed = keep_within_ranks(split, capacity * slots) if capacity else split
         by_source = keep_within_capacity(counts, processed.sum(0))
@@ -92,7 +93,7 @@ def test_transient_copies_by_brute_force(shape):
     counts = np.random.default_rng(1).integers(0, 20, (num_ranks, 5)) ** 2
     borrowed = 0
     for placement in placements(*shape):
-        routed = route(counts, Residency.of(placement), 0, EXACT, copies=2)
+        routed = route_pooled(counts, placement, 0, ExactSplit(copies=2))
         found = with_copies(exact_split(counts.sum(0), placement), placement, 2)
         assert routed.rank_load.tolist() == found.hosted.sum(1).tolist()
         assert routed.kept.tolist() == counts.sum(0).tolist()
