@@ -13,8 +13,10 @@ class SwiftMoESearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra at start-up."""
         search_path.append("lightning_swiftmoe", "pkg://lightning_swiftmoe.conf")
-        # The group `recipes` is a folder beside others: its parent differs between a checkout and an installed package.
-        spec = find_spec("lightning_swiftmoe.recipes")
+        # The group `recipes` is installed among the others. In a checkout it is a folder beside theirs.
+        spec = find_spec("lightning_swiftmoe.conf.recipes")
         assert spec is not None
         assert spec.origin is not None
-        search_path.append("lightning_swiftmoe", f"file://{Path(spec.origin).parent.parent}")
+        parent = Path(spec.origin).parent.parent
+        if parent.name != "conf":
+            search_path.append("lightning_swiftmoe", f"file://{parent}")

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 def recipes() -> dict[str, str]:
     """Recipe names and descriptions, sorted."""
-    root = Path(str(files("lightning_swiftmoe.recipes")))
+    root = Path(str(files("lightning_swiftmoe.conf.recipes")))
     found = {}
     for path in sorted(root.rglob("*.yaml")):
         lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
