@@ -7,7 +7,16 @@ from importlib.resources import as_file, files
 
 from omegaconf import OmegaConf
 
-from lightning_swiftmoe.report.paper import LABELS, OURS, convergence_runs, group, reached_by_all, spread, steps_to_loss
+from lightning_swiftmoe.report.paper import (
+    BEYOND,
+    LABELS,
+    OURS,
+    convergence_runs,
+    group,
+    reached_by_all,
+    spread,
+    steps_to_loss,
+)
 from lightning_swiftmoe.report.runs import Run
 from lightning_swiftmoe.simulate import PAPER_MODELS, Hardware, LoadTrace, Scenario, load_trace, simulate
 from lightning_swiftmoe.simulate.paper import Comparison, repeated
@@ -39,7 +48,7 @@ def minutes_tables(runs: Sequence[Run], target_loss: float | None = None) -> lis
     minutes: dict[str, dict[int, float]] = {}
     step_ms: dict[str, list[float]] = {}
     for (system,), found in group(chosen).items():
-        if system not in PUBLISHED_MINUTES:
+        if system not in (*PUBLISHED_MINUTES, *BEYOND):
             continue
         for name in (OURS, _AS_PUBLISHED) if system == OURS else (system,):
             step_s = {seed: _step_s(traces[run.load_id], name, scenario) for seed, run in found.runs.items()}

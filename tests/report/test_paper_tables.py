@@ -61,13 +61,18 @@ def test_steps_to_a_loss():
 def test_differences_are_of_the_same_seed():
     runs = [a_run(config("static", seed), falling(100), s) for seed, s in [(0, 0.5), (1, 0.6), (2, 0.0)]]
     runs += [a_run(config("proportional", seed), falling(100), s) for seed, s in [(0, 0.9), (1, 0.8)]]
+    exact = {"strategy": {"split": "exact", "capacity_scope": "pooled"}}
+    runs += [a_run(config("auto", seed) | exact, falling(100, 2.0), s) for seed, s in [(0, 0.95), (2, 0.9)]]
     table = next(table for table in paper_tables(runs) if table.title.startswith("Fig. 8"))
-    static, ours = table.rows
+    static, ours, beyond = table.rows
     assert static[0].startswith("static")
     assert static[1] == "63.3 ± 32.1 %"  # 50, 40, 100
-    assert static[4] == "65.0 ± 21.2 %"  # 1 - 10/50, 1 - 20/40; no seed 2 of ours
+    assert static[4:6] == ("-", "65.0 ± 21.2 %")  # 1 - 10/50, 1 - 20/40; no seed 2 of ours
     assert ours[1] == "15.0 ± 7.1 %"
-    assert ours[4] == "-"
+    assert ours[4:6] == ("65.0 ± 21.2 %", "-")
+    assert beyond[4:6] == ("90.0 ± 0.0 %", "-")  # 1 - 5/50, 1 - 10/100; not among those of the paper
+    steps = next(table for table in paper_tables(runs, 4.5) if table.title.startswith("Fig. 7"))
+    assert steps.rows[2][:3] == ("exact split", "36 ± 0", "41.0 ± 0.0 %")  # 61 and 36 of 100
     assert "2-3 seeds" in table.notes
 
 
