@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload
+from lightning_swiftmoe.cli._peers.replay import LayerReplay, ReplayedRouter
 from lightning_swiftmoe.cluster import resolve_slots
 from lightning_swiftmoe.layers import MoE
 from lightning_swiftmoe.models import GPT, GPTConfig, GPTModule
@@ -229,6 +230,8 @@ class DeepSpeedFFN(nn.Module):
         for number, expert in enumerate(local, start=first):
             expert.up.weight.data.copy_(up.data[number])
             expert.down.weight.data.copy_(ours.experts.down_proj.data[number])
+        if isinstance(ours.router, ReplayedRouter):
+            layer.gate = replayed_gate(layer.gate, ours.router.replay)
         if count:
             layer.gate.register_forward_hook(self._count)
         self.aux_loss = torch.zeros(())
@@ -242,3 +245,40 @@ class DeepSpeedFFN(nn.Module):
     def _count(self, gate: nn.Module, args: Any, output: Any) -> None:
         experts = output[3]  # [1, T], -1 where dropped
         self.num_routed, self.num_kept = experts.numel(), int((experts >= 0).sum())
+
+
+def replayed_gate(gate: Any, replay: LayerReplay) -> nn.Module:
+    """DeepSpeed's gate with the weight and the settings of ``gate``, told where its tokens go."""
+    from deepspeed.moe.sharded_moe import TopKGate, top1gating, top2gating, topkgating
+
+    class ReplayedGate(TopKGate):
+        """Its forward without noise and clocks, which have no part in training here."""
+
+        def forward(
+            self, input: Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False
+        ) -> Any:
+            """Gates and places in the buffers of the experts, as ``TopKGate`` finds them from other logits."""
+            logits = replay.prefer(nn.functional.linear(input.float(), self.wg.weight.float()))
+            room = (self.capacity_factor, self.min_capacity)
+            drops = (self.drop_tokens, self.ep_group)
+            if self.k == 1:
+                dropped, ranks = drops
+                return top1gating(
+                    logits, *room, used_token, None, dropped, self.use_rts, ranks, sparse_routes, use_tutel
+                )
+            if self.k == 2:
+                return top2gating(logits, *room, *drops, self.top2_2nd_expert_sampling, sparse_routes)
+            return topkgating(logits, self.k, *room, *drops, sparse_routes=sparse_routes)
+
+    found = ReplayedGate(
+        gate.wg.in_features,
+        gate.wg.out_features,
+        gate.k,
+        gate.capacity_factor,
+        min_capacity=gate.min_capacity,
+        drop_tokens=gate.drop_tokens,
+        use_rts=gate.use_rts,
+        top2_2nd_expert_sampling=gate.top2_2nd_expert_sampling,
+    )
+    found.wg = gate.wg
+    return found

@@ -60,7 +60,9 @@ class TrainConf:
     seed: int = 0
     paper: str | None = None
     report: bool = True
-    bench: dict[str, Any] = field(default_factory=dict)  # of conf/bench/step.yaml, for `swiftmoe bench step` alone
+    bench: dict[str, Any] = field(
+        default_factory=dict
+    )  # of `swiftmoe bench step` and `skew`: conf/bench/step.yaml, skew.yaml
 
 
 def register() -> None:

@@ -78,10 +78,14 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route ``x_TD``; see ``Routing``."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            logits_TE = self.logits(x_TD)
             return Routing(*route_tokens(logits_TE, self.top_k, self.score, self.normalize_topk, self.expert_bias))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``[T, E]`` what scores are made of, in at least fp32."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
     @torch.no_grad()
     def update_bias(self, loads: Tensor) -> None:

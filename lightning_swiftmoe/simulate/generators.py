@@ -128,7 +128,7 @@ def generate(name: str, work: Workload) -> LoadTrace:
     layers = []
     for layer in range(work.num_layers):
         rng = np.random.default_rng([work.seed, layer])
-        shares = [_feasible(row, work.top_k) for row in GENERATORS[name](work, rng)]
+        shares = [feasible(row, work.top_k) for row in GENERATORS[name](work, rng)]
         layers.append(np.stack([_draw(share, work, rng) for share in shares]))
     counts = np.stack(layers, axis=1)
     return LoadTrace(counts, np.arange(work.num_steps), work.top_k, f"{name} (synthetic, seed {work.seed})")
@@ -138,7 +138,7 @@ def _zipf(work: Workload) -> FloatArray:
     return 1.0 / np.arange(1, work.num_experts + 1) ** work.skew
 
 
-def _feasible(popularity: FloatArray, top_k: int) -> FloatArray:
+def feasible(popularity: FloatArray, top_k: int) -> FloatArray:
     """Shares of assignments, none above ``1 / top_k``: a token goes to ``top_k`` different experts."""
     share = popularity / popularity.sum()
     full = np.zeros(share.size, dtype=bool)

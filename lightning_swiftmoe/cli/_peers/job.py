@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_swiftmoe.cli._peers.replay import Replay, ReplayedRouter
 from lightning_swiftmoe.data.text import TextData
+from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.models import GPT, GPTConfig
 from lightning_swiftmoe.models.module import decay_groups
 
@@ -35,6 +37,7 @@ class Plan:
         batch_per_rank: sequences of one step on one rank.
         reshard: whether FSDP2 frees gathered parameters behind the forward pass.
         batches: a file of ``write_batches`` to train on; None: made-up tokens.
+        replay: a file of ``write_replay`` that says where tokens go; None: the router does.
     """
 
     warmup: int
@@ -44,6 +47,7 @@ class Plan:
     batch_per_rank: int
     reshard: bool
     batches: str | None = None
+    replay: str | None = None
 
     @property
     def total_steps(self) -> int:
@@ -99,7 +103,12 @@ class Job:
         """
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(self.config.seed)
-            return GPT(self.model)
+            gpt = GPT(self.model)
+            if self.plan.replay is not None:
+                replay = Replay.read(self.plan.replay, self.rank, self.device)
+                for number, layer in enumerate(moe_layers(gpt).values()):
+                    layer.router = ReplayedRouter(layer.router, replay.layer(number))
+            return gpt
 
     def build_optimizer(self, model: torch.nn.Module) -> Optimizer:
         """The configured optimizer over ``decay_groups``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.resources import files
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,13 +64,7 @@ class Options:
         Raises:
             ValueError: a name that is none of the options, or a bad value.
         """
-        defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / "bench/step.yaml").read_text())
-        values = OmegaConf.to_container(OmegaConf.merge(defaults, config.bench, OmegaConf.from_dotlist(own)))
-        assert isinstance(values, dict)
-        unknown = [str(name) for name in values if name not in OPTION_NAMES]
-        if unknown:
-            raise ValueError(f"bench.{unknown[0]} is unknown; there are {', '.join(sorted(OPTION_NAMES))}")
-        return cls(**{str(name): value for name, value in values.items()})
+        return cls(**merged_options("bench/step.yaml", config.bench, own, OPTION_NAMES))
 
     def in_processes_of_their_own(self, config: DictConfig) -> bool:
         """Whether this is ``_peers``' to run.
@@ -80,3 +76,19 @@ class Options:
 
 
 OPTION_NAMES = {field.name for field in fields(Options)}
+
+
+def merged_options(file: str, recipe: DictConfig, own: list[str], names: Collection[str]) -> dict[str, Any]:
+    """The values of a file in ``conf``, under the recipe's, under those of the command line.
+
+    Raises:
+        ValueError: a name that is none of the options.
+    """
+    defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / file).read_text())
+    values = OmegaConf.to_container(OmegaConf.merge(defaults, recipe, OmegaConf.from_dotlist(own)))
+    assert isinstance(values, dict)
+    found = {str(name): value for name, value in values.items()}
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise ValueError(f"bench.{unknown[0]} is unknown; there are {', '.join(sorted(names))}")
+    return found

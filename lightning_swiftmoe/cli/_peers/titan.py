@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter
 from lightning_swiftmoe.cli._peers.plain import precision_policy, sharded_step, start_ranks, sum_gradients, train
+from lightning_swiftmoe.cli._peers.replay import ReplayedLinear, ReplayedRouter
 from lightning_swiftmoe.layers import MoE
 from lightning_swiftmoe.models import GPT
 
@@ -85,6 +86,8 @@ def titan_moe(ours: MoE, job: Job) -> nn.Module:
         layer.router.gate.weight.copy_(ours.router.weight)
         for name, source in sources.items():
             getattr(layer.experts, name).copy_(source)
+    if isinstance(ours.router, ReplayedRouter):
+        layer.router.gate = ReplayedLinear(layer.router.gate, ours.router.replay)
     return layer
 
 
