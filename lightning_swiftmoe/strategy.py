@@ -102,8 +102,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             share their capacity, whichever experts they hold.
         split: of an expert's tokens over its hosts: ``"even"`` by their slots (SwiftMoE); ``"exact"`` on the loads of
             this very step, so that the busiest rank has as little as the placement allows.
-        transient_copies: on a rank, at most, of experts that it borrows for one step; with ``split="exact"``. So far a
-            virtual cluster alone has them.
+        transient_copies: on a rank, at most, of experts that it borrows for one forward, where the split alone leaves
+            ranks uneven; with ``split="exact"``. On GPUs the host then plans, and waits for the device in every layer.
         optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
             expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
@@ -215,11 +215,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
             check_references(model)
-            if self.rule.transient_copies:
-                raise ValueError(
-                    f"transient_copies={self.rule.transient_copies}: ranks cannot borrow experts yet; leave "
-                    "it at 0, or study it on a virtual cluster (cluster=virtual_16x1)"
-                )
         use_our_loop(trainer)
 
     @override

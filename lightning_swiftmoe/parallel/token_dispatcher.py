@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.router import Routing
+from lightning_swiftmoe.parallel.borrowed_experts import Loans, borrow
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
@@ -58,12 +60,26 @@ class HostDispatcher:
         rows = x_TD.to(compute_dtype(x_TD))[order // idx.shape[1]]
         send, recv = plan.send.sum(axis=1).tolist(), plan.recv.sum(axis=1).tolist()
         arrived_RD = self.communicator.move_rows(rows, send, recv, "dispatch", self.name)
-        resident = resident_of_row(plan.recv, placement.residents(rank), idx.device)
-        ones = torch.ones_like(resident[:, None], dtype=torch.float32)
-        done_RD = experts(arrived_RD, resident[:, None], ones, self.layer.residents())
+        loans = None if shares.copied is None else Loans.of(shares.copied, placement, rank)
+        done_RD = self._computed(arrived_RD, plan.recv, experts, loans)
         back = self.communicator.move_rows(done_RD, recv, send, "combine", self.name)
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
         return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
+
+    def _computed(self, rows_RD: Tensor, recv: IntArray, experts: Experts, loans: Loans | None) -> Tensor:
+        """What experts make of the rows that arrived: residents of theirs, and copies of the others."""
+        residents = self.layer.residents()
+        here = self.layer.placement.residents(self.communicator.rank)
+        ones = torch.ones(rows_RD.shape[0], 1, dtype=torch.float32, device=rows_RD.device)
+        if loans is not None:
+            matrices = experts.matrices(residents)
+            rows_RD, up, down = borrow(rows_RD, *matrices, loans, self.communicator, self.name)
+        resident = resident_of_row(recv, here, rows_RD.device)
+        done_RD = experts(rows_RD, resident[:, None], ones, residents)
+        if loans is not None and loans.borrowed.size:
+            copy = resident_of_row(recv, loans.borrowed, rows_RD.device)
+            done_RD = done_RD + expert_mlp(rows_RD, copy[:, None], ones, up, down, experts.activation)
+        return done_RD
 
 
 class DeviceDispatcher:
@@ -74,7 +90,7 @@ class DeviceDispatcher:
         rows: carries rows.
         name: of the MoE layer, for error messages.
         rule: which assignments are kept, and who processes them.
-        fallback: for dtypes that the kernels do not take.
+        fallback: for transient copies, and for dtypes that the kernels do not take.
     """
 
     def __init__(
@@ -98,7 +114,7 @@ class DeviceDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
+        if self.rule.transient_copies or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
             return self._fallback(x_TD, routing, experts, capacity_factor)
         self.layer.before_tokens(self.name, x_TD)
         tables = self._tables_on(x_TD.device, capacity_factor)
@@ -176,16 +192,18 @@ def concatenated_ranges(starts: IntArray, lengths: IntArray, device: torch.devic
 
 
 def resident_of_row(recv: IntArray, residents: IntArray, device: torch.device) -> Tensor:
-    """``[R]`` resident number of each arriving row, in arrival order: by source, then expert.
+    """``[R]`` resident number of each arriving row, in arrival order: by source, then expert; -1 for other experts.
 
     Args:
         recv: ``[N, E]`` rows of each expert from each source.
-        residents: experts on this rank, ascending.
+        residents: experts, ascending.
     """
-    here = recv[:, residents]
-    numbers = torch.arange(residents.size).repeat(here.shape[0]).to(device)
-    repeats = torch.from_numpy(np.ascontiguousarray(here).ravel()).to(device)
-    return torch.repeat_interleave(numbers, repeats, output_size=int(here.sum()))
+    number = np.full(recv.shape[1], -1)
+    number[residents] = np.arange(residents.size)
+    here = np.flatnonzero(recv.any(axis=0))
+    numbers = torch.from_numpy(np.tile(number[here], recv.shape[0])).to(device)
+    repeats = torch.from_numpy(np.ascontiguousarray(recv[:, here]).ravel()).to(device)
+    return torch.repeat_interleave(numbers, repeats, output_size=int(recv.sum()))
 
 
 def combine(rows: Tensor, order: Tensor, weights_TK: Tensor) -> Tensor:

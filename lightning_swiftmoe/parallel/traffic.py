@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight", "copies", "setup", "checkpoint")
+PHASES = (
+    *("load", "transient_copies", "dispatch", "combine", "gradient", "migration", "weight"),
+    *("copies", "setup", "checkpoint"),
+)
 
 
 @dataclass

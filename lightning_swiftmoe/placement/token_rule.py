@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_swiftmoe.arguments import check_choice, check_count
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope, keep_within_capacity, slot_capacity
@@ -25,10 +26,12 @@ class Shares:
     Args:
         kept: ``[N, E]`` of expert ``e`` that rank ``j`` has routed and keeps.
         hosted: ``[N, E]`` of expert ``e`` that rank ``j`` processes.
+        copied: ``[N, E]`` whether it does so with a copy that it borrows; None: nobody does.
     """
 
     kept: IntArray
     hosted: IntArray
+    copied: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,21 @@ class TokenRule:
         """
         if capacity_factor is None or self.capacity_scope != "pooled":
             kept = self._kept(counts, placement, capacity_factor)
-            return Shares(kept, self._spread(kept.sum(axis=0), placement))
+            return Shares(kept, *self._spread(kept.sum(axis=0), placement))
+        hosted, copied = self._spread(counts.sum(axis=0), placement)
         slot = slot_capacity(capacity_factor, int(counts.sum()), placement.table.size)
-        hosted = keep_within_ranks(self._spread(counts.sum(axis=0), placement), slot * placement.slots_per_rank)
-        return Shares(keep_within_capacity(counts, hosted.sum(axis=0)), hosted)
+        within = keep_within_ranks(hosted, slot * placement.slots_per_rank)
+        return Shares(keep_within_capacity(counts, within.sum(axis=0)), within, copied)
 
-    def _spread(self, load: IntArray, placement: Placement) -> IntArray:
+    def _spread(self, load: IntArray, placement: Placement) -> tuple[IntArray, NDArray[np.bool_] | None]:
+        """``hosted`` and ``copied`` of ``Shares``."""
         if self.split == "even":
-            return host_share(load, placement)
+            return host_share(load, placement), None
         hosted = exact_split(load, placement)
-        return with_copies(hosted, placement, self.transient_copies).hosted if self.transient_copies else hosted
+        if not self.transient_copies:
+            return hosted, None
+        found = with_copies(hosted, placement, self.transient_copies)
+        return found.hosted, found.copied if found.copied.any() else None
 
     def _kept(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:
         if capacity_factor is None:

@@ -73,6 +73,18 @@ def with_copies(hosted: IntArray, placement: Placement, most: int, least_share: 
     return WithCopies(after, copied)
 
 
+def lenders(copied: NDArray[np.bool_], placement: Placement) -> IntArray:
+    """``[N, E]`` the host from which rank ``j`` has its copy of expert ``e``, -1 where it has none.
+
+    The hosts of an expert take turns with its borrowers, both in the order of ranks.
+    """
+    found = np.full(copied.shape, -1, dtype=np.int64)
+    for expert in np.flatnonzero(copied.any(axis=0)).tolist():
+        borrowers, hosts = np.flatnonzero(copied[:, expert]), placement.hosts(expert)
+        found[borrowers, expert] = hosts[np.arange(borrowers.size) % hosts.size]
+    return found
+
+
 def _overlaps(rows: IntArray, columns: IntArray) -> IntArray:
     """``[rows, columns]``: two rows of intervals, each laid end to end from zero, and how much any two share."""
     row_ends, column_ends = np.cumsum(rows), np.cumsum(columns)

@@ -50,6 +50,7 @@ def fit(c: Configuration) -> Outcome:
             timeout=TIMEOUT_S,
             expert_parallel_size=c.group_size,
             split=c.split,  # type: ignore[arg-type]
+            transient_copies=c.transient_copies,
             find_unused_parameters=c.find_unused,
         )
         rebalancer = ExpertRebalancer(c.make_policy(), c.every_n_steps)

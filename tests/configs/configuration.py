@@ -55,6 +55,7 @@ class Configuration:
     spare_slots: int | str = 0
     capacity_scope: str = "cluster"
     split: str = "even"
+    transient_copies: int = 0
     optimizer_state: str = "decoupled"
     offload: bool = False
     transport: str = "auto"
@@ -148,6 +149,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     parts = ["router", "up", "down", "experts", *([] if recomputed == "reentrant" else ["dense"])]
     frozen = one_of(None, None, None, *parts)
     normalize_topk = one_of(None, True, False)
+    split = one_of("even", "exact")
     # Where a router's gradient is zero on paper, its rounding errors have signs all the same, and Lion follows those.
     has_router_gradient = top_k < num_experts and (top_k > 1 or not normalize_topk)
     optimizers = [name for name in OPTIMIZERS if name != "lion" or has_router_gradient or frozen == "router"]
@@ -178,7 +180,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
         group_size=group_size,
         spare_slots=one_of("auto", 0, 1, 2),
         capacity_scope=one_of("cluster", "rank", "pooled"),
-        split=one_of("even", "exact"),
+        split=split,
+        transient_copies=one_of(0, 1, 2) if split == "exact" else 0,
         # Refused with groups: asked for now and then.
         optimizer_state=one_of("decoupled", "decoupled", "bound") if group_size is None else draw(rarely("bound")),
         offload=draw(st.booleans()),

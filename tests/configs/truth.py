@@ -20,6 +20,7 @@ from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.placement import Placement, uniform
 from lightning_swiftmoe.placement.exact_split import exact_split
 from lightning_swiftmoe.placement.placement import IntArray
+from lightning_swiftmoe.placement.transient_copies import with_copies
 from lightning_swiftmoe.step import LayerStep, Step
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.configs.configuration import Configuration
@@ -70,7 +71,8 @@ class Outcome:
 def cluster_of(c: Configuration) -> ClusterShape:
     """The ranks that share one set of experts."""
     slots = resolve_slots(c.slots, c.num_experts, c.sharers)
-    return ClusterShape(c.sharers, slots, c.num_experts, c.capacity_factor is not None)
+    caps_experts = c.capacity_factor is not None and c.capacity_scope != "pooled"
+    return ClusterShape(c.sharers, slots, c.num_experts, caps_experts)
 
 
 def truth(c: Configuration, steps: Sequence[Step]) -> Outcome:
@@ -90,7 +92,10 @@ def truth(c: Configuration, steps: Sequence[Step]) -> Outcome:
     callbacks: list[pl.Callback] = [watch]
     if virtual:
         options = {"policy": c.make_policy(), "every_n_steps": c.every_n_steps}
-        callbacks = [recorder, VirtualCluster(c.num_ranks, c.slots, c.capacity_scope, c.split, **options)]
+        callbacks = [
+            recorder,
+            VirtualCluster(c.num_ranks, c.slots, c.capacity_scope, c.split, c.transient_copies, **options),
+        ]
     trainer = pl.Trainer(callbacks=callbacks, **trainer_options(c))
     trainer.fit(module, batches(c), held_out(c))
     counted = [list(map(of_record, step.layers)) for step in recorder.steps] if virtual else watch.counted
@@ -204,7 +209,8 @@ class Parts:
 
         def split(loads: list[int]) -> Table:
             if self.c.split == "exact":  # whose own tests hold it against a linear program
-                return exact_split(np.array(loads), placement).tolist()
+                hosted = exact_split(np.array(loads), placement)
+                return with_copies(hosted, placement, self.c.transient_copies).hosted.tolist()
             return shared_out(loads, hosts)
 
         if factor is None or self.c.capacity_scope != "pooled":

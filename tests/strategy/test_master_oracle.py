@@ -1,17 +1,19 @@
 """The master test: N ranks, an arbitrary placement on every step, and the weights of one process."""
 
+import numpy as np
 import pytest
 import torch
 
-from tests.jobs import Job, adamw, largest_error, sgd, train, train_alone
+from lightning_swiftmoe.placement import Shares, TokenRule
+from tests.jobs import Job, adamw, data, largest_error, our_trainer, sgd, train, train_alone
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
-def compare(num_ranks, job, bound):
+def compare(num_ranks, job, bound, run=train):
     expected = train_alone(job)
-    results = run_ranks(num_ranks, train, job)
+    results = run_ranks(num_ranks, run, job)
     for result in results:
         assert largest_error(result, expected) < bound
     for result in results[1:]:
@@ -53,6 +55,42 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant):
     compare(3, Job(**VARIANTS[variant]), 1e-9)
+
+
+class AnySplit(TokenRule):
+    """Every batch of every layer splits its tokens by chance, over hosts and over ranks that borrow for it."""
+
+    def share_out(self, counts, placement, capacity_factor):
+        rng = np.random.default_rng([number.item() for number in counts.flatten()])
+        copied = np.zeros(counts.shape, dtype=bool)
+        for rank in range(placement.num_ranks):
+            others = np.flatnonzero(placement.multiplicity[rank] == 0)
+            borrowed = rng.permutation(others)[: rng.integers(self.transient_copies + 1)]
+            copied[rank, borrowed] = True
+        weights = ((placement.multiplicity > 0) | copied) * rng.random(counts.shape)
+        upper = np.floor(np.cumsum(weights / weights.sum(axis=0), axis=0) * counts.sum(axis=0) + 1e-9)
+        return Shares(counts, np.diff(upper.astype(np.int64), axis=0, prepend=0), copied if copied.any() else None)
+
+
+def train_by_any_split(job):
+    trainer, module = our_trainer(job), job.module(job)
+    trainer.strategy.rule = AnySplit("cluster", "exact", transient_copies=2)
+    trainer.fit(module, data(job, torch.distributed.get_rank(), torch.distributed.get_world_size()))
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": sgd, "trainer": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}},
+        {"strategy": {"optimizer_state": "bound"}, "moe": {"activation": "swiglu", "aux_loss_coef": 0.1}},
+    ],
+)
+def test_any_split_and_any_transient_copies(num_ranks, options):
+    slots = -(-5 // num_ranks)
+    compare(num_ranks, Job(slots=slots, **options), 1e-9, run=train_by_any_split)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

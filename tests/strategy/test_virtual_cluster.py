@@ -45,6 +45,8 @@ def rule(capacity_scope, split):
         ("proportional", 1, rule("cluster", "exact")),
         ("balanced", 2, rule("pooled", "exact")),
         ("random", 1, rule("pooled", "even")),
+        ("static", 2, {**rule("cluster", "exact"), "transient_copies": 1}),
+        ("random", 1, {**rule("rank", "exact"), "transient_copies": 2}),
     ],
 )
 def test_same_drops_and_weights(policy, top_k, strategy):
