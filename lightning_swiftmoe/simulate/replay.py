@@ -321,7 +321,7 @@ class _Layer:
         load_bytes = self._cost.load_bytes(num_ranks)
         if self._gradient_of is not self.residency:
             self._gradient, self._gradient_of = self._gradient_flow(), self.residency
-        copies = copy_flow(routed.copies, self._cost.model, self._system.state, self._system.fetches)
+        copies = copy_flow(routed.copies, self._cost.model, self._system.fetches)
         seconds = {
             "load": self._cost.network_s(load_bytes),
             **self._cost.routing_s(routed, self.residency),

@@ -45,7 +45,7 @@ class System:
     sees_current_load: bool = False
     split: PooledSplit | None = None
     homes: bool = False
-    fetches: int = 2
+    fetches: int = 1
 
     @property
     def decides(self) -> bool:
@@ -154,10 +154,10 @@ def resolve_system(name: str, slot_capacity: int) -> System:
         return System(name, get_policy("balanced"), split=ExactSplit(copies=2))
     if name == "ultraep":
         # Slots for copies serve one layer after the other, so that a backward fetches again (README, "Interface").
-        return System(name, get_policy("static"), state=BOUND, split=ultraep, homes=True)
+        return System(name, get_policy("static"), state=BOUND, split=ultraep, homes=True, fetches=2)
     if name == "llep":
         # Autograd keeps the copies of all layers until the backward (WeightTransferAutograd in llep/gpt_oss_llep.py).
-        return System(name, get_policy("static"), state=BOUND, split=llep, homes=True, fetches=1)
+        return System(name, get_policy("static"), state=BOUND, split=llep, homes=True)
     if name not in policy_names():
         ours = {"exact", "exact_copies", "flexmoe", "flexmoe_N", "llep", "oracle", "swiftmoe_published", "ultraep"}
         there_are = sorted({*policy_names(), *ours})

@@ -22,9 +22,9 @@ from lightning_swiftmoe.placement.transfer import (
     transfer_plan,
     weight_plan,
 )
-from lightning_swiftmoe.placement.transient_copies import PooledSplit
+from lightning_swiftmoe.placement.transient_copies import PooledSplit, lenders
 from lightning_swiftmoe.simulate.model import ModelShape
-from lightning_swiftmoe.simulate.systems import BOUND, DIRECT, PUBLISHED
+from lightning_swiftmoe.simulate.systems import DIRECT, PUBLISHED
 
 FloatArray = NDArray[np.floating]
 
@@ -67,11 +67,11 @@ def no_flow(num_ranks: int) -> Flow:
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Transient copies of one layer in one step. Each host of an expert serves an equal part of its copies.
+    """Transient copies of one layer in one step; ``placement.transient_copies.lenders`` says which host lends.
 
     Args:
         fetched: ``[N]`` copies on each rank.
-        served: ``[N]`` copies that each rank sends, in parts.
+        served: ``[N]`` copies that each rank lends.
     """
 
     fetched: FloatArray
@@ -162,9 +162,9 @@ def route_pooled(counts: IntArray, placement: Placement, rank_capacity: int, spl
 
 
 def _copies(copied: NDArray[np.bool_], placement: Placement) -> Copies:
-    hosts = placement.multiplicity > 0
-    parts = copied.sum(axis=0) / np.maximum(hosts.sum(axis=0), 1)
-    return Copies(copied.sum(axis=1).astype(float), hosts @ parts)
+    lender = lenders(copied, placement)
+    served = np.bincount(lender[copied], minlength=placement.num_ranks)
+    return Copies(copied.sum(axis=1).astype(float), served.astype(float))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,13 +173,13 @@ class CopyFlow:
 
     Args:
         weights: from hosts to copies, once.
-        gradients: from copies to the optimizer state.
-        fetches: how often the weights travel: for the forward, and again for the backward.
+        gradients: from copies to the hosts that lent them.
+        fetches: how often the weights travel: for the forward, and again for the backward where nobody keeps them.
     """
 
     weights: Flow
     gradients: Flow
-    fetches: int = 2
+    fetches: int
 
     @property
     def total_bytes(self) -> float:
@@ -187,19 +187,10 @@ class CopyFlow:
         return self.fetches * self.weights.total_bytes + self.gradients.total_bytes
 
 
-def copy_flow(copies: Copies, model: ModelShape, state: str = DIRECT, fetches: int = 2) -> CopyFlow:
-    """Of one layer and step.
-
-    Bound state: gradients go back the way that the weights came. Else each is cut N ways, to the shards of N ranks.
-    """
-    num_ranks = copies.fetched.size
+def copy_flow(copies: Copies, model: ModelShape, fetches: int) -> CopyFlow:
+    """Of one layer and step; gradients go back the way that the weights came."""
     weights = Flow(copies.served * model.weight_expert_bytes, copies.fetched * model.weight_expert_bytes)
-    if state == BOUND:
-        gradients = Flow(copies.fetched * model.grad_expert_bytes, copies.served * model.grad_expert_bytes)
-        return CopyFlow(weights, gradients, fetches)
-    slice_bytes = model.grad_expert_bytes / num_ranks
-    others = copies.fetched.sum() - copies.fetched
-    gradients = Flow(copies.fetched * slice_bytes * (num_ranks - 1), others * slice_bytes)
+    gradients = Flow(copies.fetched * model.grad_expert_bytes, copies.served * model.grad_expert_bytes)
     return CopyFlow(weights, gradients, fetches)
 
 

@@ -97,18 +97,18 @@ def test_transient_copies_by_brute_force(shape):
         found = with_copies(exact_split(counts.sum(0), placement), placement, 2)
         assert routed.rank_load.tolist() == found.hosted.sum(1).tolist()
         assert routed.kept.tolist() == counts.sum(0).tolist()
-        sent, received, gradients = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros((num_ranks, num_ranks))
-        for rank, expert in zip(*found.copied.nonzero(), strict=True):
-            hosts = placement.hosts(expert)
-            sent[hosts] += MODEL.weight_expert_bytes / hosts.size
-            received[rank] += MODEL.weight_expert_bytes
-            gradients[rank] += MODEL.grad_expert_bytes / num_ranks
-        np.fill_diagonal(gradients, 0)
-        flow = copy_flow(routed.copies, MODEL)
-        assert flow.weights.sent_bytes == pytest.approx(sent)
-        assert flow.weights.received_bytes == pytest.approx(received)
-        assert flow.gradients.sent_bytes == pytest.approx(gradients.sum(axis=1))
-        assert flow.gradients.received_bytes == pytest.approx(gradients.sum(axis=0))
+        lent, borrowed_here = np.zeros(num_ranks), np.zeros(num_ranks)
+        for expert in range(5):
+            for number, rank in enumerate(np.flatnonzero(found.copied[:, expert])):
+                hosts = placement.hosts(expert)
+                lent[hosts[number % hosts.size]] += 1
+                borrowed_here[rank] += 1
+        flow = copy_flow(routed.copies, MODEL, fetches=2)
+        assert flow.weights.sent_bytes == pytest.approx(lent * MODEL.weight_expert_bytes)
+        assert flow.weights.received_bytes == pytest.approx(borrowed_here * MODEL.weight_expert_bytes)
+        assert flow.gradients.sent_bytes == pytest.approx(borrowed_here * MODEL.grad_expert_bytes)
+        assert flow.gradients.received_bytes == pytest.approx(lent * MODEL.grad_expert_bytes)
+        assert flow.total_bytes == pytest.approx(3 * 1200 * found.copied.sum())
         borrowed += found.copied.sum()
     assert borrowed or num_ranks == 1
 

@@ -165,7 +165,7 @@ def test_copies_travel_from_the_home_and_their_gradients_back(name):
     counts = rng.multinomial(8000, rng.dirichlet(np.full(8, 0.3)), size=4)
     split = system.split(counts.sum(axis=0), FOUR)
     assert split.copied.any()
-    flow = copy_flow(route_pooled(counts, FOUR, 0, system.split).copies, MODEL, system.state, system.fetches)
+    flow = copy_flow(route_pooled(counts, FOUR, 0, system.split).copies, MODEL, system.fetches)
     weights, gradients = np.zeros((4, 4)), np.zeros((4, 4))  # [from, to]
     for rank, expert in zip(*split.copied.nonzero(), strict=True):
         weights[expert // 2, rank] += MODEL.weight_expert_bytes

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.cli._measured import received_payload
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.placement import EvenShards
+from lightning_swiftmoe.placement import EvenShards, TokenRule
+from lightning_swiftmoe.placement.transient_copies import lenders
 from tests.jobs import Job, Net, data, our_trainer, sgd
 from tests.ranks import run_ranks
 
@@ -71,6 +72,24 @@ def test_gradients_travel_in_the_type_asked_for(dtype, element_bytes, state):
         for step, other in zip(steps[1:-1], plain_steps[1:-1], strict=True):
             assert 0 < step.traffic["gradient"].sent_bytes * 8 == other.traffic["gradient"].sent_bytes * element_bytes
             assert step.traffic["weight"].sent_bytes == other.traffic["weight"].sent_bytes
+
+
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_transient_copies_send_what_is_lent_and_its_gradient_back(num_ranks):
+    strategy = {"split": "exact", "capacity_scope": "pooled", "transient_copies": 2}
+    job = Job(num_experts=5, slots=2, policy="random", strategy=strategy)
+    copies = 0
+    for rank, steps in run_ranks(num_ranks, record, job):
+        for step in steps:
+            lent = borrowed = 0
+            for layer in step.layers:
+                shares = TokenRule("pooled", "exact", 2).share_out(layer.counts, layer.placement, None)
+                if shares.copied is not None:
+                    lent += np.count_nonzero(lenders(shares.copied, layer.placement) == rank)
+                    borrowed += np.count_nonzero(shares.copied[rank])
+            assert step.traffic["transient_copies"].sent_bytes == (lent + borrowed) * 60 * 8
+            copies += borrowed
+    assert copies > 5
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
