@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
-# Of a rank's mean load: what a copy must take over. A public trace then needs one copy in six layers instead of four in
-# each, and keeps as much (docs/decisions/0020-transient-copies.md).
-LEAST_SHARE = 0.05
+# A copy must take over this part of a rank's mean load: a twentieth. A public trace then needs one copy in six layers
+# instead of four in each, and keeps as much (docs/decisions/0020-transient-copies.md).
+LEAST_PART = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,34 +38,39 @@ PooledSplit = Callable[[IntArray, Placement], WithCopies]
 """From ``[E]`` assignments and the placement in force: who processes how much, where the slots of a rank share room."""
 
 
-def with_copies(hosted: IntArray, placement: Placement, most: int, least_share: float = LEAST_SHARE) -> WithCopies:
+def with_copies(hosted: IntArray, placement: Placement, most: int, least_part: int | None = LEAST_PART) -> WithCopies:
     """``hosted[N, E]`` with at most ``most`` copies on every rank; its columns keep their sums.
+
+    Nothing changes where no rank has room for what makes a copy worth it.
 
     Args:
         hosted: of ``exact_split``.
         placement: of the hosts.
         most: copies on a rank.
-        least_share: of the mean rank load: what a copy must take over to be worth fetching.
+        least_part: a copy must take over the mean rank load divided by this to be worth fetching; None: anything.
     """
     num_ranks, num_experts = hosted.shape
     rank_load = hosted.sum(axis=1)
     mean = -(-int(rank_load.sum()) // num_ranks)
     missing = np.maximum(mean - rank_load, 0)
+    least = 0 if least_part is None else -(-mean // least_part)
+    if missing.max() < least:
+        return WithCopies(hosted, np.zeros(hosted.shape, dtype=bool))
     lendable = np.minimum(hosted, np.maximum(rank_load - mean, 0)[:, None])
     # Of experts that cover as much of a surplus, one that others lend too: fewer copies then do.
     lent_expert = ((lendable << 31) + lendable.sum(axis=0)).argmax(axis=1)
     lent = lendable[np.arange(num_ranks), lent_expert]
 
     lent_in_all = np.bincount(lent_expert, weights=lent, minlength=num_experts).astype(np.int64)
-    lenders = np.lexsort((np.arange(num_ranks), lent_expert, -lent_in_all[lent_expert]))
+    lending = np.lexsort((np.arange(num_ranks), lent_expert, -lent_in_all[lent_expert]))
     takers = np.argsort(-missing, kind="stable")
     opposite = np.zeros((num_ranks, num_ranks), dtype=np.int64)  # [who takes, who lends]
-    opposite[np.ix_(takers, lenders)] = _overlaps(missing[takers], lent[lenders])
+    opposite[np.ix_(takers, lending)] = _overlaps(missing[takers], lent[lending])
 
     taken = np.zeros_like(hosted)
     np.add.at(taken.T, lent_expert, opposite.T)
     hosts = placement.multiplicity > 0
-    copied = _largest(np.where(hosts, 0, taken), most) & (taken >= least_share * mean)
+    copied = _largest(np.where(hosts, 0, taken), most) & (taken >= least)
     opposite *= (copied | hosts)[:, lent_expert]
     after = hosted.copy()
     np.add.at(after.T, lent_expert, opposite.T)

@@ -34,7 +34,7 @@ def test_whatever_comes(shape, most):
     worst = []
     for load, placement in cases(shape):
         hosted = exact_split(load, placement)
-        found = with_copies(hosted, placement, most, least_share=0)
+        found = with_copies(hosted, placement, most, least_part=None)
         worst.append(check(hosted, found, placement, most))
         if most == 0:
             assert (found.hosted == hosted).all()
@@ -55,12 +55,22 @@ def test_by_hand():
     placement = Placement(np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), 8)
     hosted = exact_split(np.array([50, 20, 30, 20, 10, 5, 15, 10]), placement)
     assert hosted.sum(axis=1).tolist() == [70, 50, 15, 25]
-    found = with_copies(hosted, placement, 1, least_share=0)
+    found = with_copies(hosted, placement, 1, least_part=None)
     # Rank 2 takes 25 of expert 0; rank 3 would take 5 of it and 10 of expert 2, and may only have the larger.
     assert found.hosted[2].tolist() == [25, 0, 0, 0, 10, 5, 0, 0]
     assert found.hosted[3].tolist() == [0, 0, 10, 0, 0, 0, 15, 10]
-    assert with_copies(hosted, placement, 2, least_share=0.125).hosted.sum(axis=1).tolist() == [40, 40, 40, 40]
-    assert with_copies(hosted, placement, 2, least_share=0.126).hosted[3].tolist() == [0, 0, 10, 0, 0, 0, 15, 10]
+    assert with_copies(hosted, placement, 2, least_part=8).hosted.sum(axis=1).tolist() == [40, 40, 40, 40]
+    assert with_copies(hosted, placement, 2, least_part=7).hosted[3].tolist() == [0, 0, 10, 0, 0, 0, 15, 10]
+
+
+def test_where_nobody_has_room_for_a_copy_nothing_changes():
+    placement = Placement(np.array([[0, 1], [1, 2], [2, 0]]), 3)
+    hosted = np.array([[60, 45, 0], [0, 55, 46], [0, 0, 94]])
+    found = with_copies(hosted, placement, 2)  # rank 2 lacks 6 to the mean of 100, and takes 5 and 1 of expert 1
+    assert found.hosted[:, 1].tolist() == [40, 54, 6]
+    assert found.copied.sum() == 1
+    hosted[2, 2] += 2  # and now 5 to 101
+    assert (with_copies(hosted, placement, 2).hosted == hosted).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -70,7 +80,7 @@ def test_near_the_best_choice_of_copies(seed):
     placement = Placement(np.array([[0, 1], [2, 3], [1, 3]]), 4)
     load = rng.multinomial(3000, rng.dirichlet(np.full(4, 0.5)))
     hosted = exact_split(load, placement)
-    found = with_copies(hosted, placement, 1, least_share=0)
+    found = with_copies(hosted, placement, 1, least_part=None)
     best = min(
         smallest_largest_rank(load, Placement(np.column_stack([placement.table, copies]), 4))
         for copies in product(range(4), repeat=3)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.token_dispatch.borrow import borrow_experts, borrow_experts_reference
 from lightning_swiftmoe.kernels.token_dispatch.split import split_exactly
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.parallel.token_dispatcher import send_order
@@ -89,6 +90,20 @@ def check_same_split(load: np.ndarray, placement: Placement, device: str) -> Non
     found = split_exactly(torch.tensor(load, device=device), share, turns)
     assert found is share
     assert torch.equal(share.cpu().long(), torch.tensor(exact_split(load, placement)))
+
+
+def check_same_copies(load: np.ndarray, placement: Placement, most: int, device: str) -> int:
+    """The device borrows as the host does; how many copies there were."""
+    split = torch.tensor(exact_split(load, placement), dtype=torch.int32)
+    slots = torch.tensor(placement.multiplicity, dtype=torch.int32)
+    want_share = split.clone()
+    want = borrow_experts_reference(want_share, slots, most)
+    share = split.to(device)
+    found = borrow_experts(share, slots.to(device), most)
+    assert torch.equal(share.cpu(), want_share)
+    for ours, theirs in zip(found, want, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    return int((want[0] >= 0).sum())
 
 
 def random_case(seed: int) -> Case:

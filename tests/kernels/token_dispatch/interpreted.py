@@ -17,6 +17,7 @@ from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanS
 from tests.kernels.token_dispatch.cases import (
     Case,
     check_plan,
+    check_same_copies,
     check_same_split,
     check_send_order,
     random_case,
@@ -123,7 +124,25 @@ def check_split(seed: int) -> None:
         check_same_split(load, placement, "cpu")
 
 
+def check_copies() -> None:
+    """Few and many ranks, several copies, loads that need none and loads that need many."""
+    copies = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        num_ranks = [1, 2, 3, 5, 11, 16][seed % 6]
+        num_experts = int(rng.integers(num_ranks, 3 * num_ranks + 2))
+        slots = -(-num_experts // num_ranks) + int(rng.integers(2))
+        placement = random_placement(rng, num_ranks, slots, num_experts)
+        for skew in (0.2, 1.0):
+            load = rng.multinomial(997 * num_ranks, rng.dirichlet(np.full(num_experts, 1 / skew)))
+            copies += check_same_copies(load, placement, 1 + seed % 3, "cpu")
+        check_same_copies(np.zeros(num_experts, dtype=np.int64), placement, 1, "cpu")
+        check_same_copies(np.eye(num_experts, dtype=np.int64)[0] * 999, placement, 2, "cpu")
+    assert copies > 50
+
+
 CHECKS = {
+    "copies": check_copies,
     "split": lambda: [check_split(seed) for seed in range(12)],
     "plan": lambda: [check_plans(seed) for seed in range(8)],
     "many_ranks": lambda: (

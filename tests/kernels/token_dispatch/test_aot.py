@@ -13,6 +13,7 @@ from lightning_swiftmoe.kernels import indirect_triton  # noqa: E402
 from lightning_swiftmoe.kernels.token_dispatch import (  # noqa: E402
     address_triton,
     barrier_triton,
+    borrow_triton,
     move_triton,
     plan_triton,
     split_triton,
@@ -87,6 +88,20 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             warps,
         )
         for lanes, experts, warps in ((64, 8, 1), (2048, 2, 8))
+    ),
+    *(
+        (
+            borrow_triton.borrow_kernel,
+            dict.fromkeys(("share", "multiplicity", "copies", "lenders", "notes"), INTS),
+            {"MOST": most, "LEAST_PART": 20, "LANES": lanes, "EXPERTS": experts, "COLUMNS": columns},
+            warps,
+        )
+        for most, lanes, experts, columns, warps in (
+            (1, 64, 32, 16, 8),
+            (2, 16, 32, 16, 2),
+            (2, 512, 4, 2, 8),
+            (1, 2048, 1, 1, 8),
+        )
     ),
     (
         address_triton.count_blocks_kernel,
@@ -200,6 +215,6 @@ def test_signals_are_ordered_between_gpus() -> None:
 
 def test_every_kernel_is_compiled() -> None:
     """A new `*_kernel` must join the list above."""
-    modules = (address_triton, barrier_triton, indirect_triton, move_triton, plan_triton, split_triton)
+    modules = (address_triton, barrier_triton, borrow_triton, indirect_triton, move_triton, plan_triton, split_triton)
     known = {case[0].__name__ for case in KERNELS}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

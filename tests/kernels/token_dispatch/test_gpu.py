@@ -18,7 +18,14 @@ from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.plan_reference import plan_tokens_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.placement import RandomPolicy, get_policy, uniform
-from tests.kernels.token_dispatch.cases import Case, check_plan, check_same_split, random_case, random_placement
+from tests.kernels.token_dispatch.cases import (
+    Case,
+    check_plan,
+    check_same_copies,
+    check_same_split,
+    random_case,
+    random_placement,
+)
 from tests.kernels.token_dispatch.end_to_end import Cluster, check_packed, check_padded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,6 +79,18 @@ def test_small_splits(seed: int) -> None:
     case = random_case(seed)
     for load in (case.counts.sum(axis=0), case.counts[0]):
         check_same_split(load, case.placement, "cuda")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "slots", "num_experts"), [(2, 8, 16), (16, 2, 32), (64, 4, 256), (300, 2, 512)])
+def test_copies(num_ranks: int, slots: int, num_experts: int, most: int) -> None:
+    rng = np.random.default_rng(num_ranks)
+    placement = random_placement(rng, num_ranks, slots, num_experts)
+    copies = 0
+    for alpha in (0.5, 1.0, 5.0):
+        load = rng.multinomial(4096 * num_ranks, rng.dirichlet(np.full(num_experts, alpha)))
+        copies += check_same_copies(load, placement, most, "cuda")
+    assert copies > 0 or num_ranks == 2
 
 
 @pytest.mark.parametrize("policy", ["balanced", "proportional", "random"])
