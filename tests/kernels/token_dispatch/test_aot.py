@@ -99,8 +99,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         for most, lanes, experts, columns, warps in (
             (1, 64, 32, 16, 8),
             (2, 16, 32, 16, 2),
-            (2, 512, 4, 2, 8),
-            (1, 2048, 1, 1, 8),
+            (2, 256, 8, 4, 8),
         )
     ),
     (
