@@ -17,6 +17,7 @@ FLOORS = [
     ["kernels"],
     ["functional"],
     ["layers"],
+    ["hf"],
     ["parallel"],
     ["optim"],
     ["checkpoint"],

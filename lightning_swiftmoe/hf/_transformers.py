@@ -1,0 +1,26 @@
+"""What we take of transformers, all of it public; imported here and nowhere else."""
+
+from __future__ import annotations
+
+_HINT = "pip install 'lightning-swiftmoe[hf]'"
+_INTERFACE = "transformers.integrations.moe"
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(f"lightning_swiftmoe.hf needs the transformers package: {_HINT}") from error
+
+try:
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+except ImportError as error:
+    if error.name != _INTERFACE:
+        raise
+    raise ImportError(
+        f"lightning_swiftmoe.hf needs transformers >= 5.17, got {transformers.__version__}, which has no experts "
+        f"interface: {_HINT}"
+    ) from error
+
+__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"]

@@ -1,0 +1,91 @@
+"""``experts_implementation="swiftmoe"``: the experts of a transformers model on our kernels, in one process.
+
+Shape legend: T tokens, k choices per token, R = T * k rows in expert order, E experts, d model width, h hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_swiftmoe.functional import expert_mlp
+from lightning_swiftmoe.hf._transformers import ALL_EXPERTS_FUNCTIONS
+from lightning_swiftmoe.hf.activations import fused_activation
+from lightning_swiftmoe.hf.checks import Projections, check_indices, check_inputs, projections
+from lightning_swiftmoe.kernels.expert_mlp.grouped_linear import grouped_linear
+from lightning_swiftmoe.kernels.token_permute.routing import route_reference
+
+NAME = "swiftmoe"
+
+
+def register() -> None:
+    """Make ``experts_implementation="swiftmoe"`` known to transformers; a second call changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`y[t] = sum_k top_k_weights[t, k] * expert_{top_k_index[t, k]}(hidden_states[t])`: what transformers calls.
+
+    Experts that are plain MLPs (`[E, H, d]` and `[E, d, h]` without biases, one of our activations, gated or not) run
+    as one fused op.
+    Others run as grouped matrix products around what the module itself does between and after them.
+    Gate weights multiply an expert's output, after its bias and norm, as in the models' eager paths.
+    They do so in the dtype that the two promote to, in the fused op in fp32 at least; a token's outputs are added in
+    fp32 (fp64 for fp64).
+    Differentiable once in `hidden_states`, `top_k_weights` and the module's Parameters.
+    Experts without tokens get zero gradients, and so do all where there are no tokens.
+    Under autocast matrix products run in its dtype.
+
+    Args:
+        experts: a module of a class with transformers' ``@use_experts_implementation``.
+        hidden_states: `[T, d]`, fp64, fp32, bf16 or fp16. T may be zero.
+        top_k_index: `[T, k]` int32 or int64; -1 and E stand for no expert.
+        top_k_weights: `[T, k]`, any floating dtype. Of a choice of no expert it has a zero gradient, whatever it is.
+
+    Returns:
+        `[T, d]` in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: the module says that it is something it cannot be, holds weights that are quantised or sharded, or
+            is called with shapes or dtypes that do not fit; and, where the check needs no host synchronisation (CPU),
+            an expert index outside `[-1, E]`.
+    """
+    weights = projections(experts)
+    check_inputs(experts, weights, hidden_states, top_k_index, top_k_weights)
+    check_indices(experts, weights.num_experts, top_k_index)
+    idx_TK = top_k_index.masked_fill(top_k_index >= weights.num_experts, -1)
+    activation = fused_activation(experts) if weights.are_plain else None
+    if activation is not None:
+        y_TD = expert_mlp(hidden_states, idx_TK, top_k_weights, weights.up, weights.down, activation)
+    else:
+        y_TD = _unfused(experts, weights, hidden_states, idx_TK, top_k_weights)
+    return y_TD.to(hidden_states.dtype)
+
+
+def _unfused(experts: Any, weights: Projections, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Any variant: the module computes what is its own, on all rows at once."""
+    num_tokens, top_k = idx_TK.shape
+    routing = route_reference(idx_TK, weights.num_experts)
+    # A row for each choice before they are sorted: the backward adds a token's gradients up wide and in order.
+    rows_TKD = x_TD.unsqueeze(1).expand(num_tokens, top_k, x_TD.shape[1])
+    rows_RD = rows_TKD.reshape(num_tokens * top_k, x_TD.shape[1]).index_select(0, routing.order)
+    pre = _linear(rows_RD, weights.up, weights.up_bias, routing.ends, weights.transposed)
+    hidden = experts._apply_gate(pre) if experts.has_gate else experts.act_fn(pre)
+    out_RD = _linear(hidden, weights.down, weights.down_bias, routing.ends, weights.transposed)
+    if weights.has_post_norm:
+        out_RD = experts.post_expert_norm(out_RD)
+    out_RD = out_RD * weights_TK.reshape(-1, 1).index_select(0, routing.order)
+    out_TKD = out_RD.index_select(0, routing.inverse.reshape(-1)).view(num_tokens, top_k, out_RD.shape[1])
+    # `where`, never a product with zero: a gate or a norm may make anything of a row of no expert.
+    kept_TKD = torch.where(routing.kept.unsqueeze(2), out_TKD, 0)
+    return kept_TKD.sum(dim=1, dtype=torch.promote_types(kept_TKD.dtype, torch.float32))
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool) -> Tensor:
+    """``grouped_linear`` under autocast's rules for a matrix product: biases and what is fp64 keep their dtype."""
+    if torch.is_autocast_enabled(rows.device.type) and torch.float64 not in (rows.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+    return grouped_linear(rows, weight, bias, ends, transposed)
