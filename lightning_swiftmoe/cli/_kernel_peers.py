@@ -80,6 +80,8 @@ def transformers(activation: str) -> ExpertMLP:
             has_bias=False,
             is_transposed=False,
             is_concatenated=True,
+            has_post_expert_norm=False,
+            _is_expert_parallel=False,
         )
         return grouped_mm_experts_forward(layer, x, idx, weights)
 
