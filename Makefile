@@ -2,14 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Apart from the rest: torchmetrics imports transformers, where it is, in every process of the suite.
+TRANSFORMERS := $(VENV)/transformers
 
 .PHONY: quickstart test lint format clean
 
 quickstart: $(STAMP)  ## set up and train the quickstart recipe
 	$(BIN)/swiftmoe train recipes=quickstart
 
-test: lint  ## set up and run every check
+test: lint $(TRANSFORMERS)/.installed  ## set up and run every check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 tests/hf
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
+
+$(TRANSFORMERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $(TRANSFORMERS) --upgrade transformers
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info outputs multirun
