@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,7 @@ class Segment:
     settle: int
 
     @property
-    def rank_skew(self) -> float:
+    def expert_skew(self) -> float:
         """Largest over mean load of experts, mean over steps and layers."""
         load = self.loads.sum(axis=2)[self.settle :]
         return float((load.max(axis=-1) / load.mean(axis=-1)).mean())
@@ -121,24 +122,48 @@ def bench(config: DictConfig, own: list[str]) -> None:
         ValueError: options that mean nothing, traces that do not fit the model, or no system that ran.
     """
     options = SkewOptions(**merged_options("bench/skew.yaml", config.bench, own, OPTION_NAMES))
-    shared, num_ranks = options.as_step_options(), ranks_of(config)
-    plan = plan_of(config, shared, num_ranks)
-    warmup, *segments = segments_of(options, config, plan, num_ranks)
-    folder = Path(config.run_dir)
-    write_replay(folder / "replay.npz", [segment.loads for segment in (warmup, *segments)], config.model.top_k)
-    steps = sum(len(segment.loads) for segment in segments)
-    plan = replace(plan, steps=steps, replay=str((folder / "replay.npz").absolute()))
-    systems = [replace(parse(options.known[name], num_ranks), label=name) for name in options.systems]
-    for system in systems:
-        system.configure(config)
-    report = Report(segments, Path(options.output or folder / "skew.json"), about(config, shared, num_ranks, plan))
-    driver = Driver(
-        systems, config, plan, options.rounds, options.limit_s, options.budget_s, folder / "peers", tell=report.update
-    )
-    rows = driver.run()
+    folder, num_ranks = Path(config.run_dir), ranks_of(config)
+    plan = plan_of(config, options.as_step_options(), num_ranks)
+    segments = segments_of(options, config, plan, num_ranks)
+    head = about(config, options.as_step_options(), num_ranks, plan)
+    report = Report(segments[1:], Path(options.output or folder / "skew.json"), head)
+    rows = run_systems(config, options, num_ranks, segments, folder, report.update)
     report.print()
     if not any(row.rounds for row in rows):
         raise ValueError(f"no system ran; {rows[0].system.label}: {rows[0].error}")
+
+
+def run_systems(
+    config: DictConfig,
+    options: SkewOptions,
+    num_ranks: int,
+    segments: list[Segment],
+    folder: Path,
+    tell: Callable[[Row, list[Row]], None],
+) -> list[Row]:
+    """Train the systems of ``options`` on ``num_ranks`` devices through all ``segments``, the first of which warm up.
+
+    Args:
+        config: of ``swiftmoe train``.
+        options: which systems, how often, how long.
+        num_ranks: devices of a system.
+        segments: of ``segments_of``.
+        folder: for files of the ranks.
+        tell: called with a row whenever one changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_replay(folder / "replay.npz", [segment.loads for segment in segments], config.model.top_k)
+    plan = replace(
+        plan_of(config, options.as_step_options(), num_ranks),
+        steps=sum(len(segment.loads) for segment in segments[1:]),
+        replay=str((folder / "replay.npz").absolute()),
+    )
+    systems = [replace(parse(options.known[name], num_ranks), label=name) for name in options.systems]
+    for system in systems:
+        system.configure(config)
+    return Driver(
+        systems, config, plan, options.rounds, options.limit_s, options.budget_s, folder / "peers", tell=tell
+    ).run()
 
 
 def segments_of(options: SkewOptions, config: DictConfig, plan: Plan, num_ranks: int) -> list[Segment]:
@@ -213,34 +238,17 @@ class Report:
     def update(self, changed: Row, rows: list[Row]) -> None:
         """One system ran, or failed."""
         label = changed.system.label
-        self.systems[label] = self._of(changed)
+        self.systems[label] = measured_of(changed, self.segments)
         found = self.systems[label]
         print(f"{label}: {found['error'] or ', '.join(cells(found, self.names))}", flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        skews = {segment.name: segment.rank_skew for segment in self.segments}
+        skews = {segment.name: segment.expert_skew for segment in self.segments}
         self.path.write_text(json.dumps(self.head | {"hottest_expert": skews, "systems": self.systems}, indent=1))
 
     @property
     def names(self) -> list[str]:
         """Workloads in order, balanced ones first."""
         return [segment.name for segment in self.segments]
-
-    def _of(self, row: Row) -> dict[str, Any]:
-        """Mean milliseconds of a step by workload, on the slowest rank."""
-        found: dict[str, Any] = {"error": row.error, "step_ms": {}, "allocated_gib": None}
-        if not row.rounds:
-            return found
-        steps_ms = [
-            [max(of_ranks) for of_ranks in zip(*(result.steps_ms for result in ranks), strict=True)]
-            for ranks in row.rounds
-        ]
-        at = 0
-        for segment in self.segments:
-            measured = slice(at + segment.settle, at + len(segment.loads))
-            found["step_ms"][segment.name] = statistics.fmean(ms for steps in steps_ms for ms in steps[measured])
-            at += len(segment.loads)
-        peak = max(result.allocated_gib for ranks in row.rounds for result in ranks)
-        return found | {"allocated_gib": peak, "losses": row.rounds[0][0].losses}
 
     def print(self) -> None:
         """The table: milliseconds, and what is left of the balanced steps' speed."""
@@ -254,10 +262,27 @@ class Report:
         table = Table("ms a step (share of balanced)", box=None, pad_edge=False)
         for segment in self.segments:
             table.add_column(segment.name, justify="right")
-        table.add_row("hottest expert to mean", *(f"{segment.rank_skew:.2f}" for segment in self.segments))
+        table.add_row("hottest expert to mean", *(f"{segment.expert_skew:.2f}" for segment in self.segments))
         for label, found in self.systems.items():
             table.add_row(label, *(cells(found, self.names) or [found["error"] or ""]))
         console.print(table)
+
+
+def measured_of(row: Row, segments: list[Segment]) -> dict[str, Any]:
+    """Mean milliseconds of a step by workload, on the slowest rank, and the fullest rank's memory."""
+    found: dict[str, Any] = {"error": row.error, "step_ms": {}, "allocated_gib": None}
+    if not row.rounds:
+        return found
+    steps_ms = [
+        [max(of_ranks) for of_ranks in zip(*(result.steps_ms for result in ranks), strict=True)] for ranks in row.rounds
+    ]
+    at = 0
+    for segment in segments:
+        measured = slice(at + segment.settle, at + len(segment.loads))
+        found["step_ms"][segment.name] = statistics.fmean(ms for steps in steps_ms for ms in steps[measured])
+        at += len(segment.loads)
+    peak = max(result.allocated_gib for ranks in row.rounds for result in ranks)
+    return found | {"allocated_gib": peak, "losses": row.rounds[0][0].losses}
 
 
 def cells(found: dict[str, Any], names: list[str]) -> list[str]:

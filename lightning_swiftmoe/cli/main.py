@@ -28,6 +28,7 @@ COMMANDS = {
     "bench kernels": ("lightning_swiftmoe.cli.bench_kernels", "time the expert layer against its peers"),
     "bench step": ("lightning_swiftmoe.cli.bench_step", "time training steps against other systems"),
     "bench skew": ("lightning_swiftmoe.cli.bench_skew", "time training steps under skewed loads against other systems"),
+    "bench scaling": ("lightning_swiftmoe.cli.bench_scaling", "time training steps on 1, 2, 4 and 8 devices"),
     "bench rows": ("lightning_swiftmoe.cli.bench_rows", "time dispatch and combine between the GPUs of this machine"),
     "bench network": ("lightning_swiftmoe.cli.bench_network", "measured against modelled steps on links of a rate"),
 }

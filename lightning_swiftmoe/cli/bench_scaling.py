@@ -1,0 +1,219 @@
+"""``swiftmoe bench scaling``: steps on one, two, four and eight devices, beside what the simulator expects of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of
+from lightning_swiftmoe.cli._peers.driver import Row
+from lightning_swiftmoe.cli._peers.options import merged_options
+from lightning_swiftmoe.cli._scenario import shape_of
+from lightning_swiftmoe.cli.bench_skew import BALANCED, Segment, SkewOptions, measured_of, run_systems, segments_of
+from lightning_swiftmoe.cluster import resolve_slots
+from lightning_swiftmoe.models import GPTConfig
+from lightning_swiftmoe.simulate import Hardware, LoadTrace, Scenario, simulate
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScalingOptions(SkewOptions):
+    """``conf/bench/scaling.yaml`` says what each is for.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+
+    ranks: tuple[int, ...] = ()
+    predict: bool = False
+    hardware: str = "h200_8x8"
+    alone: tuple[str, ...] = ()
+    modelled: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ranks or any(not isinstance(number, int) or number < 1 for number in self.ranks):
+            raise ValueError(f"ranks must be a list of positive integers, got {list(self.ranks)}")
+        if not isinstance(self.predict, bool):
+            raise ValueError(f"predict must be true or false, got {self.predict!r}")
+        unknown = [name for name in self.alone if name not in self.known]
+        if unknown:
+            raise ValueError(f"alone must be among {', '.join(self.known)}, got {unknown[0]!r}; add it as known.NAME")
+
+    def only(self, missing: list[str]) -> SkewOptions:
+        """For the systems that have not run yet."""
+        values = {f.name: getattr(self, f.name) for f in fields(SkewOptions)}
+        return SkewOptions(**(values | {"systems": missing}))
+
+    def names(self, num_ranks: int) -> list[str]:
+        """Systems on so many devices."""
+        return list(self.alone if num_ranks == 1 else self.systems)
+
+
+OPTION_NAMES = tuple(f.name for f in fields(ScalingOptions))
+
+
+def main(argv: list[str]) -> int:
+    """Overrides as for ``swiftmoe train``, and those of ``conf/bench/scaling.yaml``."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text("bench/scaling"))
+        return 0
+    own = [word for word in argv if word.split("=")[0].split(".")[0] in OPTION_NAMES]
+    return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
+
+
+def bench(config: DictConfig, own: list[str]) -> None:
+    """Run what ``output`` lacks, and print the table.
+
+    Args:
+        config: of ``swiftmoe train``.
+        own: overrides of ``conf/bench/scaling.yaml``.
+
+    Raises:
+        ValueError: options that mean nothing, or a file of other sizes.
+    """
+    options = ScalingOptions(**merged_options("bench/scaling.yaml", config.bench, own, OPTION_NAMES))
+    options = replace(options, batch_per_rank=options.batch_per_rank or config.data.batch_size)
+    plan = plan_of(config, options.as_step_options(), 1)
+    tokens = plan.batch_per_rank * config.data.seq_len
+    path = Path(options.output or Path(config.run_dir, "scaling.json"))
+    results: Results = json.loads(path.read_text()) if path.is_file() else {}
+    devices = torch.cuda.device_count() if config.cluster.accelerator == "gpu" else max(options.ranks)
+    for num_ranks in options.ranks:
+        segments = segments_of(options, config, plan, num_ranks)
+        found = results.setdefault(str(num_ranks), {"tokens_per_rank": tokens, "systems": {}})
+        if found["tokens_per_rank"] != tokens:
+            raise ValueError(
+                f"{path} has {found['tokens_per_rank']} tokens a rank, this run {tokens}: name another output"
+            )
+        found["modelled_ms"] = modelled_ms(config, options, segments, num_ranks)
+        write(path, results)
+        if not options.predict and num_ranks <= devices:
+            run_missing(config, options, segments, num_ranks, found, path, results)
+    print_table(results)
+
+
+def run_missing(
+    config: DictConfig,
+    options: ScalingOptions,
+    segments: list[Segment],
+    num_ranks: int,
+    found: Results,
+    path: Path,
+    results: Results,
+) -> None:
+    """Systems on ``num_ranks`` devices that ``found`` lacks join it, and the file, one by one."""
+    missing = [name for name in options.names(num_ranks) if not found["systems"].get(name, {}).get("step_ms")]
+    if not missing:
+        return
+    step_options = options.as_step_options()
+    found["about"] = about(config, step_options, num_ranks, plan_of(config, step_options, num_ranks))
+
+    def tell(changed: Row, rows: list[Row]) -> None:
+        label = changed.system.label
+        found["systems"][label] = measured_of(changed, segments[1:])
+        write(path, results)
+        print(f"{num_ranks}: {label}: {changed.error or found['systems'][label]['step_ms']}", flush=True)
+
+    folder = Path(config.run_dir, f"ranks{num_ranks}")
+    run_systems(config, options.only(missing), num_ranks, segments, folder, tell)
+
+
+def modelled_ms(
+    config: DictConfig, options: ScalingOptions, segments: list[Segment], num_ranks: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step by system and workload, on so many devices of ``options.hardware``.
+
+    The placement of a step comes from the loads of the step before, as in training.
+    """
+    cluster = OmegaConf.create((files("lightning_swiftmoe.conf") / f"cluster/{options.hardware}.yaml").read_text())
+    hardware = Hardware.from_mapping(OmegaConf.to_container(cluster.hardware))  # type: ignore[arg-type]
+    model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
+    slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, num_ranks)
+    scenario = Scenario(
+        shape_of(model),
+        hardware.with_ranks(num_ranks),
+        max(slots, -(-model.num_experts // num_ranks)),
+        capacity_factor=model.capacity_factor,
+        offload=config.strategy.offload_optimizer,
+    )
+    expected: dict[str, dict[str, float]] = {}
+    for name, system in (options.modelled or {}).items():
+        if name not in options.names(num_ranks):
+            continue
+        for segment in segments[1:]:
+            trace = LoadTrace(segment.loads, np.arange(len(segment.loads)), model.top_k, segment.name)
+            step_s = simulate(trace, scenario, [system]).results[system].step_s[segment.settle :]
+            expected.setdefault(name, {})[segment.name] = 1e3 * float(step_s.mean())
+    return expected
+
+
+def write(path: Path, results: Results) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1))
+    part.rename(path)
+
+
+def print_table(results: Results) -> None:
+    """A row for each number of devices, system and workload."""
+    table = Table("devices", "system", "loads", box=None, pad_edge=False)
+    for heading in ("ms a step", "tokens/s a device", "of one device", "modelled ms", "scaled", "off by", "peak GiB"):
+        table.add_column(heading, justify="right")
+    base = base_of(results)
+    for number, found in sorted(results.items(), key=lambda item: int(item[0])):
+        names = dict.fromkeys([*found["systems"], *found["modelled_ms"]])
+        for name in names:
+            system = found["systems"].get(name, {})
+            modelled = found["modelled_ms"].get(name, {})
+            for load in dict.fromkeys([*system.get("step_ms", {}), *modelled]):
+                measured = system.get("step_ms", {}).get(load)
+                table.add_row(number, name, load, *cells(found, system, measured, modelled.get(load), base))
+            if system.get("error"):
+                table.add_row(number, name, system["error"])
+    Console(width=FILE_COLUMNS).print(table)
+    print("scaled: one device's measured step, times what the model says of more of them")
+
+
+def base_of(results: Results) -> tuple[float, float] | None:
+    """Measured and modelled milliseconds of one device under balanced loads; None before it ran."""
+    found = results.get("1", {"systems": {}, "modelled_ms": {}})
+    for name, system in found["systems"].items():
+        modelled = found["modelled_ms"].get(name, {}).get(BALANCED)
+        if BALANCED in system.get("step_ms", {}) and modelled:
+            return system["step_ms"][BALANCED], modelled
+    return None
+
+
+def cells(
+    found: Results, system: Results, measured: float | None, modelled: float | None, base: tuple[float, float] | None
+) -> list[str]:
+    """Of one row, behind its names."""
+    scaled = None if base is None or modelled is None else base[0] * modelled / base[1]
+    per_device = None if measured is None else f"{found['tokens_per_rank'] / measured * 1e3:,.0f}"
+    off = None if scaled is None or measured is None else f"{scaled / measured - 1:+.1%}"
+    share = None if base is None or measured is None else f"{base[0] / measured:.1%}"
+    peak = system.get("allocated_gib")
+    values = (
+        None if measured is None else f"{measured:.1f}",
+        per_device,
+        share,
+        None if modelled is None else f"{modelled:.1f}",
+        None if scaled is None else f"{scaled:.1f}",
+        off,
+        None if peak is None else f"{peak:.1f}",
+    )
+    return ["-" if value is None else value for value in values]

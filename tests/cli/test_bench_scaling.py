@@ -1,0 +1,80 @@
+"""``swiftmoe bench scaling``: goes on where a run ended, beside what the simulator expects."""
+
+import json
+
+import pytest
+
+from lightning_swiftmoe.cli.bench_scaling import base_of, cells
+from lightning_swiftmoe.cli.main import main
+from tests.cli.test_bench_skew import MODEL
+from tests.processes import swiftmoe
+
+QUICK = ["batch_per_rank=4", "steps=3", "settle=1", "warmup=2", "workloads=[one_hot]", "strategy.slots_per_rank=auto"]
+SYSTEMS = "systems=[exact,fsdp2]"
+
+
+def scale(folder, *args):
+    words = [*MODEL, *QUICK, "ranks=[1,2]", "output=scaling.json", "hydra.run.dir=run", *args]
+    status, text = swiftmoe("bench", "scaling", *words, cwd=folder, timeout_s=200)
+    assert status == 0, text
+    return json.loads((folder / "scaling.json").read_text()), text
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_it_goes_on_and_runs_nothing_twice(tmp_path):
+    expected, _ = scale(tmp_path, "predict=true", SYSTEMS)
+    assert expected["1"]["systems"] == expected["2"]["systems"] == {}
+    assert list(expected["2"]["modelled_ms"]["exact"]) == ["balanced", "one_hot"]
+    assert "fsdp2" not in expected["2"]["modelled_ms"]
+    first, _ = scale(tmp_path, "systems=[exact]")
+    assert list(first["1"]["systems"]) == ["alone"]
+    both, text = scale(tmp_path, SYSTEMS)
+    assert list(both["2"]["systems"]) == ["exact", "fsdp2"]
+    assert both["2"]["systems"]["exact"] == first["2"]["systems"]["exact"]
+    assert both["1"] == first["1"]
+    assert both["2"]["modelled_ms"]["exact"] == expected["2"]["modelled_ms"]["exact"]
+    losses = [both["2"]["systems"][name]["losses"] for name in ("exact", "fsdp2")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert text.splitlines()[-1].startswith("scaled: one device's measured step")
+
+
+def test_what_is_expected_is_scaled_by_one_device():
+    results = {
+        "1": {
+            "tokens_per_rank": 1000,
+            "systems": {"alone": {"step_ms": {"balanced": 60.0}}},
+            "modelled_ms": {"alone": {"balanced": 40.0}},
+        }
+    }
+    base = base_of(results)
+    assert base == (60.0, 40.0)
+    # Modelled 44 ms are 66 where the model's 40 are 60; measured are 80.
+    row = cells({"tokens_per_rank": 1000}, {"allocated_gib": 3.25}, 80.0, 44.0, base)
+    assert row == ["80.0", "12,500", "75.0%", "44.0", "66.0", "-17.5%", "3.2"]
+    assert cells({"tokens_per_rank": 1000}, {}, None, 44.0, None) == ["-", "-", "-", "44.0", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ranks=[0]", "ranks must be a list of positive integers, got [0]"),
+        ("predict=maybe", "predict must be true or false, got 'maybe'"),
+        ("alone=[nobody]", "alone must be among alone, static, "),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, capsys, word, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "scaling", *MODEL, word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_file_of_other_sizes_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*MODEL, *QUICK, "ranks=[1]", "predict=true", "output=there.json"]
+    assert main(["bench", "scaling", *words]) == 0
+    before = (tmp_path / "there.json").read_text()
+    assert main(["bench", "scaling", *words, "batch_per_rank=8"]) == 2
+    assert "has 128 tokens a rank, this run 256: name another output" in capsys.readouterr().err
+    assert (tmp_path / "there.json").read_text() == before
