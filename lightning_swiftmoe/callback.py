@@ -24,7 +24,7 @@ from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 
 IN_PROGRESS_BAR = ("moe/token_survival", "moe/rank_imbalance", "moe/tokens_per_s")
-LOGGED_PHASES = ("load", "dispatch", "combine", "gradient", "migration", "weight")
+LOGGED_PHASES = ("load", "transient_copies", "dispatch", "combine", "gradient", "migration", "weight")
 
 
 class ExpertRebalancer(Callback):

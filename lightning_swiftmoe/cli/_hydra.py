@@ -64,4 +64,5 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
 def help_text(config_name: str) -> str:
     """The config file with its comments: what can be overridden, and what it is when it is not."""
     text = (files("lightning_swiftmoe.conf") / f"{config_name}.yaml").read_text()
-    return f"usage: swiftmoe {config_name} [GROUP=FILE | KEY=VALUE] ...\n\n{text.split(chr(10) + 'hydra:')[0].rstrip()}"
+    command, comments = config_name.replace("/", " "), text.split("\nhydra:")[0].rstrip()
+    return f"usage: swiftmoe {command} [GROUP=FILE | KEY=VALUE] ...\n\n{comments}"

@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_swiftmoe.callback import LOGGED_PHASES
 from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size, resolve_slots
 from lightning_swiftmoe.models import GPTConfig, count_parameters
-from lightning_swiftmoe.report.runs import system_of
+from lightning_swiftmoe.report.runs import policy_of
 
 _SHOWN = {
     "moe/token_survival": ("token survival", ".1%"),
@@ -55,7 +55,8 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
     groups = "" if group_size == num_ranks else f", {num_ranks // group_size} expert groups of {group_size}"
     table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}{groups}, {slots} slots each")
-    table.add_row("policy", f"{system_of(config)}, every {config.policy.every_n_steps} step(s)")
+    table.add_row("policy", f"{policy_of(config)}, every {config.policy.every_n_steps} step(s)")
+    table.add_row("tokens", _split_of(config))
     table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
     table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
     place = "on the host" if config.strategy.offload_optimizer else "on the device"
@@ -69,6 +70,19 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     if "Adam" in config.optimizer._target_:
         table.add_row("expert moments per rank", f"{size(2 * shard_bytes)} {place}")
     return table
+
+
+def _split_of(config: DictConfig) -> str:
+    """Over the replicas of an expert, and who has a capacity."""
+    exact = config.strategy.get("split") == "exact"
+    text = f"split {'on the exact load' if exact else 'evenly'} over replicas"
+    copies = config.strategy.get("transient_copies")
+    if copies:
+        text += f", a rank borrows up to {copies} experts"
+    if config.model.capacity_factor is None:
+        return text
+    scopes = {"cluster": "an expert", "rank": "an expert on each rank", "pooled": "a rank"}
+    return f"{text}; {scopes[config.strategy.capacity_scope]} has a capacity"
 
 
 def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:

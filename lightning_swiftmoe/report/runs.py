@@ -314,6 +314,15 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def system_of(config: Mapping[str, Any]) -> str:
+    """What the simulator calls the run's system: its policy, or ``exact`` or ``exact_copies``."""
+    policy = policy_of(config)
+    exact = pick(config, "strategy.split") == "exact" and pick(config, "strategy.capacity_scope") == "pooled"
+    if policy == "balanced" and exact and pick(config, "model.capacity_factor") is not None:
+        return "exact_copies" if pick(config, "strategy.transient_copies") else "exact"
+    return policy
+
+
+def policy_of(config: Mapping[str, Any]) -> str:
     """What the simulator calls the run's policy: ``static``, ``proportional``, ``flexmoe_10``, ..."""
     name = pick(config, "policy.name")
     if isinstance(name, Mapping):
@@ -323,10 +332,7 @@ def system_of(config: Mapping[str, Any]) -> str:
         every = pick(config, "policy.every_n_steps") or 1
         return f"flexmoe_{every}" if every > 1 else "flexmoe"
     if name == "auto":
-        name = "proportional" if _experts_have_room_of_their_own(config) else "balanced"
-    exact = pick(config, "strategy.split") == "exact" and pick(config, "strategy.capacity_scope") == "pooled"
-    if name == "balanced" and exact and pick(config, "model.capacity_factor") is not None:
-        return "exact_copies" if pick(config, "strategy.transient_copies") else "exact"
+        return "proportional" if _experts_have_room_of_their_own(config) else "balanced"
     return str(name)
 
 

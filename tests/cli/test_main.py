@@ -79,6 +79,15 @@ def test_bench_kernels_mistake(capsys):
     assert capsys.readouterr().err.startswith("error: unknown setting 'shape'; valid names: shapes, ")
 
 
+@pytest.mark.parametrize("command", ["bench step", "bench skew", "bench scaling"])
+def test_help_of_a_benchmark(capsys, command):
+    assert cli.main([*command.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"usage: swiftmoe {command} [GROUP=FILE | KEY=VALUE] ..."
+    assert any(line.startswith("rounds: ") for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
 @pytest.mark.parametrize("command", ["train", "simulate", "plan"])
 def test_help_of_a_command_shows_what_can_be_overridden(capsys, command):
     assert cli.main([command, "--help"]) == 0
