@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.to_host import to_host
-from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import count_by_expert, positions_within
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.placement import CapacityScope, Placement, TokenRule, slot_capacity
@@ -30,7 +30,7 @@ class Dispatcher(Protocol):
     num_processes: int
 
     def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+        self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``y_TD``, the counts ``[N, E]`` routed by each rank, and the load ``[N]`` that each processed."""
         ...
@@ -83,7 +83,7 @@ class LocalDispatcher:
         self._slots = placement.slots_per_rank
 
     def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+        self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx = routing.topk_idx
         kept = counts = routing.counts
@@ -123,7 +123,7 @@ class VirtualDispatcher:
 
     @torch.compiler.disable  # decides on the host
     def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+        self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx, num_experts = routing.topk_idx, self.placement.num_experts
         num_ranks = self.placement.num_ranks
@@ -132,8 +132,9 @@ class VirtualDispatcher:
                 f"{num_ranks} virtual ranks cannot share {idx.shape[0]} tokens evenly; change the batch size"
             )
         rank_of_token = torch.arange(idx.shape[0], device=idx.device) // max(idx.shape[0] // num_ranks, 1)
-        group = idx + rank_of_token[:, None] * num_experts
-        counts = count_by_expert(group, num_ranks * num_experts)
+        num_groups = num_ranks * num_experts
+        group = torch.where(idx < 0, num_groups, idx + rank_of_token[:, None] * num_experts)
+        counts = count_by_expert(group, num_groups + 1)[:-1]  # without those of no expert
         counts_host = to_host(counts).numpy().reshape(num_ranks, num_experts)
         shares = self.rule.share_out(counts_host, self.placement, capacity_factor)
         if capacity_factor is not None:

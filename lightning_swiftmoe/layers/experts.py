@@ -8,11 +8,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_swiftmoe.functional import expert_mlp, is_gated
+
+
+class ExpertMLPs(Protocol):
+    """Two-layer MLPs whose Parameters are ``up_name [E, rows, d]`` and ``down_proj [E, d, h]`` of one module, and no
+    more.
+
+    Attributes:
+        activation: between the two; see ``lightning_swiftmoe.functional.activation_names``.
+        up_name: of the up projection, with or without a gate.
+    """
+
+    activation: str
+    up_name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose Parameters they are."""
+        ...
+
+    @property
+    def training(self) -> bool:
+        """Whether the module trains."""
+        ...
+
+    def __call__(
+        self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """As ``Experts.forward``."""
+        ...
+
+    def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Up and down projection, the Parameters or ``residents``."""
+        ...
 
 
 class Experts(nn.Module):
@@ -49,6 +83,11 @@ class Experts(nn.Module):
         """
         up, down = self.matrices(residents)
         return expert_mlp(x_TD, idx_TK, weights_TK, up, down, self.activation)
+
+    @property
+    def module(self) -> nn.Module:
+        """Itself."""
+        return self
 
     def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Up and down projection, the Parameters or ``residents``."""

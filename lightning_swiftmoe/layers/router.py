@@ -22,7 +22,7 @@ class Routing:
     """Where the local tokens want to go.
 
     Args:
-        topk_idx: ``[T, K]`` int64 experts of each token.
+        topk_idx: ``[T, K]`` int64 experts of each token; -1 for none, which ``Router`` never says.
         topk_weights: ``[T, K]`` gate weights, fp32 (fp64 for fp64 inputs), differentiable.
         prob_sum: ``[E]`` routing probabilities summed over the local tokens, differentiable.
         z_sum: scalar, squared log-sum-exp of the logits summed over the local tokens, differentiable.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
@@ -26,14 +26,14 @@ from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFact
 from lightning_swiftmoe.placement import Placement
 
 
-def check_unchanged(experts: Experts, name: str) -> None:
-    """Products take residents, which stand for the Parameters that ``Experts`` made, and for nothing else.
+def check_unchanged(experts: ExpertMLPs, name: str) -> None:
+    """Products take residents, which stand for the Parameters that experts were made with, and for nothing else.
 
     Raises:
         ValueError: somebody replaced these Parameters: pruning, weight norm, another parametrization.
     """
     for key in (experts.up_name, "down_proj"):
-        if key not in experts._parameters:
+        if key not in experts.module._parameters:
             raise ValueError(
                 f"{name}.{key} is no Parameter any more: pruning and parametrizations of experts would not reach the "
                 "weights that ranks compute with. Leave experts out, or edit their weights in on_train_batch_end"
@@ -65,7 +65,7 @@ class HostedExperts(ABC):
 
     def __init__(
         self,
-        experts: Experts,
+        experts: ExpertMLPs,
         name: str,
         communicator: Communicator,
         mesh: ExpertMesh | None,
@@ -91,7 +91,7 @@ class HostedExperts(ABC):
         self.gradient_dtype = gradient_dtype
         self.offload = offload
         self.make_exchange = make_exchange
-        self.originals: dict[str, nn.Parameter] = dict(experts.named_parameters())
+        self.originals: dict[str, nn.Parameter] = dict(experts.module.named_parameters())
         self.shapes = {key: param.shape for key, param in self.originals.items()}
         self.dtypes = {key: param.dtype for key, param in self.originals.items()}
         self.cuts = {key: self._make_cut(shape) for key, shape in self.shapes.items()}
@@ -116,7 +116,7 @@ class HostedExperts(ABC):
     def withdraw(self) -> None:
         """Take the Parameters out of the module, so that moving it to a device leaves them where they are."""
         for key, original in self.originals.items():
-            self.experts.register_parameter(key, None)
+            self.experts.module.register_parameter(key, None)
             if self.parameters[key] is not original:
                 original.data = original.data.new_empty(0)
                 original.grad = None
@@ -124,7 +124,7 @@ class HostedExperts(ABC):
     def install(self) -> None:
         """Let the module show the Parameters."""
         for key, param in self.parameters.items():
-            self.experts.register_parameter(key, param)
+            self.experts.module.register_parameter(key, param)
 
     def restore(self) -> None:
         """Give the user's Parameters their full canonical weights back, on every rank. Collective."""
@@ -136,7 +136,7 @@ class HostedExperts(ABC):
             original.data = full.to(self.communicator.device, self.dtypes[key])
             original.grad = None
             original.requires_grad_(param.requires_grad)
-            self.experts.register_parameter(key, original)
+            self.experts.module.register_parameter(key, original)
         self._residents = {}
         self._weights = None
         self._gradients = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels.to_host import to_host
-from lightning_swiftmoe.layers.experts import Experts
+from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.parallel.borrowed_experts import Loans, borrow
@@ -46,7 +46,7 @@ class HostDispatcher:
 
     @torch.compiler.disable  # decides on the host, and communicates
     def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+        self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.layer.before_tokens(self.name, x_TD)
         idx, rank = routing.topk_idx, self.communicator.rank
@@ -66,7 +66,7 @@ class HostDispatcher:
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
         return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
 
-    def _computed(self, rows_RD: Tensor, recv: IntArray, experts: Experts, loans: Loans | None) -> Tensor:
+    def _computed(self, rows_RD: Tensor, recv: IntArray, experts: ExpertMLPs, loans: Loans | None) -> Tensor:
         """What experts make of the rows that arrived: residents of theirs, and copies of the others."""
         residents = self.layer.residents()
         here = self.layer.placement.residents(self.communicator.rank)
@@ -112,7 +112,7 @@ class DeviceDispatcher:
 
     @torch.compiler.disable  # communicates
     def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, capacity_factor: float | None
+        self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.rule.transient_copies or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
             return self._fallback(x_TD, routing, experts, capacity_factor)
@@ -146,7 +146,7 @@ class DeviceDispatcher:
 class _ResidentGradients:
     """``GradientSink`` of a layer."""
 
-    def __init__(self, layer: ExpertLayer, experts: Experts) -> None:
+    def __init__(self, layer: ExpertLayer, experts: ExpertMLPs) -> None:
         self._hosted = layer.hosted
         self._up_name = experts.up_name
 
@@ -174,11 +174,12 @@ def send_order(idx: Tensor, counts: IntArray, send: IntArray) -> Tensor:
     ``[1, 0, 2]``.
 
     Args:
-        idx: ``[n]`` expert of each local assignment.
+        idx: ``[n]`` expert of each local assignment, -1 for none.
         counts: ``[E]`` local assignments of each expert.
         send: ``[N, E]`` how many go to each host.
     """
-    by_expert = torch.sort(idx, stable=True).indices
+    of_no_expert = idx.numel() - int(counts.sum())
+    by_expert = torch.sort(idx, stable=True).indices[of_no_expert:]
     first = np.cumsum(counts) - counts + np.cumsum(send, axis=0) - send
     return by_expert[concatenated_ranges(first.ravel(), send.ravel(), idx.device)]
 
