@@ -217,7 +217,9 @@ class ExpertRebalancer(Callback):
 
     def _values(self, step: Step) -> dict[str, float]:
         values = load_metrics(step.layers)
-        values["moe/aux_loss"] = sum(layer.aux_loss for layer in step.layers) / len(step.layers)
+        losses = [layer.aux_loss for layer in step.layers if layer.aux_loss is not None]
+        if losses:
+            values["moe/aux_loss"] = sum(losses) / len(losses)
         for phase in LOGGED_PHASES:
             traffic = step.traffic.get(phase)
             if traffic is None:

@@ -48,7 +48,8 @@ from lightning_swiftmoe.checkpoint.sharded_reading import SavedOptimizer, read_f
 from lightning_swiftmoe.checkpoint.snapshot import Snapshot
 from lightning_swiftmoe.checkpoint.sums import fingerprint, not_finite
 from lightning_swiftmoe.engine import ExpertEngine
-from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.layers.layer import experts_name
+from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
@@ -268,10 +269,10 @@ class CheckpointingStrategy(DDPStrategy):
         # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
         state = checkpoint["state_dict"]
         self._masters = {
-            f"{name}.experts.{key}": state[k]
-            for name, moe in moe_layers(self._module).items()
-            for key in dict(moe.experts.named_parameters())
-            if (k := f"{name}.experts.{key}") in state
+            k: state[k]
+            for name, moe in find_layers(self._module).items()
+            for key, _ in moe.experts.module.named_parameters()
+            if (k := f"{experts_name(name, moe)}.{key}") in state
         }
         super().load_model_state_dict(checkpoint, strict)
 

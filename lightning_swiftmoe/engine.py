@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup
+from lightning_swiftmoe.layers.layer import MoELayer
 from lightning_swiftmoe.layers.load import HostLoad, HostLoads, LayerLoad, no_load
-from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.hosted_experts import Locals
@@ -101,9 +101,14 @@ class EngineLayer(Protocol):
     """A layer that the engine decides for."""
 
     name: str
-    moes: Mapping[str, MoE]
+    moes: Mapping[str, MoELayer]
     cluster: ClusterShape
     placement: Placement
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
 
     def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Take the placement of the next weight phase."""
@@ -148,7 +153,7 @@ class ExpertEngine:
         self._everywhere = {layer.name: self._first_everywhere(state, layer) for layer in self.layers}
         moes = {name: moe for layer in self.layers for name, moe in layer.moes.items()}
         # For the others even the sum of the loads would be for nothing.
-        self._biased_routers = {name: moe.router for name, moe in moes.items() if moe.router.expert_bias is not None}
+        self._balancing = {name: moe for name, moe in moes.items() if moe.balances_itself}
         self._moe_loads: dict[str, LayerLoad] = {}
         self._host_loads: HostLoads | None = None
         self._stepped = False
@@ -259,14 +264,14 @@ class ExpertEngine:
             return
         for layer in self.layers:
             for name, moe in layer.moes.items():
-                load = new[name] or no_load(layer.cluster.num_ranks, moe.num_experts, moe.router.weight.device)
+                load = new[name] or no_load(layer.cluster.num_ranks, moe.num_experts, layer.device)
                 earlier = self._moe_loads.get(name)
                 self._moe_loads[name] = load if earlier is None else earlier + load
         self._host_loads = HostLoads(list(self._moe_loads.values()))
 
     def _move_biases(self) -> None:
-        for name, router in self._biased_routers.items():
-            router.update_bias(self._moe_loads[name].by_expert)
+        for name, moe in self._balancing.items():
+            moe.update_bias(self._moe_loads[name].by_expert)
 
     def _decide(self, layer: EngineLayer, loads: list[HostLoad]) -> LayerStep:
         load = loads[0]
@@ -278,9 +283,9 @@ class ExpertEngine:
             if layer.name in self._loads:
                 total = total + self._loads[layer.name][self._group.index]
             chosen = next_placement(self.rebalancing.policy, total, layer.cluster, layer.placement)
-        aux_loss = load.aux_loss / max(load.num_forwards, 1)
-        top_k = next(iter(layer.moes.values())).top_k
-        return LayerStep(layer.name, load.counts, load.rank_load, aux_loss, layer.placement, chosen, top_k)
+        moe = next(iter(layer.moes.values()))
+        aux_loss = load.aux_loss / max(load.num_forwards, 1) if moe.knows_aux_loss else None
+        return LayerStep(layer.name, load.counts, load.rank_load, aux_loss, layer.placement, chosen, moe.top_k)
 
     def _keep_loads(self, step: LayerStep) -> None:
         """For the next decision, of every group: a checkpoint keeps those of all."""
@@ -302,7 +307,7 @@ class ExpertEngine:
         facts: list[NDArray[np.float64]] = []
         if self._group.count > 1:
             facts = [step.facts_of(self._control.rank % step.placement.num_ranks) for step in steps]
-        mine = np.concatenate([[digest], [step.aux_loss for step in steps], *facts])
+        mine = np.concatenate([[digest], [step.aux_loss or 0.0 for step in steps], *facts])
         everybody = self._control.gather_counts(torch.from_numpy(mine), "placement").numpy()
         self._check_agreement(everybody[:, 0].reshape(self._group.count, -1))
         losses = everybody[:, 1 : 1 + len(steps)].mean(axis=0).tolist()

@@ -22,7 +22,7 @@ class LayerStep:
         name: the layer's name in the user's module.
         counts: ``[N, E]`` assignments routed by each rank, before drops.
         rank_load: ``[N]`` assignments processed by each rank.
-        aux_loss: the load-balance loss, averaged over the step's forwards.
+        aux_loss: the load-balance loss, averaged over the step's forwards; None where the model has its own.
         placement: in force during the step.
         next_placement: in force from now on.
         top_k: assignments per token.
@@ -31,7 +31,7 @@ class LayerStep:
     name: str
     counts: IntArray
     rank_load: IntArray
-    aux_loss: float
+    aux_loss: float | None
     placement: Placement
     next_placement: Placement
     top_k: int
@@ -57,10 +57,8 @@ class LayerStep:
         return self.num_routed / self.top_k
 
     def with_aux_loss(self, aux_loss: float) -> LayerStep:
-        """The same step with another loss."""
-        return LayerStep(
-            self.name, self.counts, self.rank_load, aux_loss, self.placement, self.next_placement, self.top_k
-        )
+        """The same step with another loss, if it has one."""
+        return self if self.aux_loss is None else replace(self, aux_loss=aux_loss)
 
     def facts_of(self, rank: int) -> NDArray[np.float64]:
         """``[E + 1 + s]`` what other expert groups must know of a rank of this one: counts, load, next slots."""

@@ -51,7 +51,7 @@ from lightning_swiftmoe.checkpointing import CheckpointingStrategy, check_format
 from lightning_swiftmoe.cluster import ClusterShape, check_group_size, resolve_group_size, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.launcher import SIGNAL_EXIT, ForkLauncher, ScriptLauncher
-from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.layers.layer import MoELayer, experts_name
 from lightning_swiftmoe.optim import (
     check_optimizers,
     on_local_tensors,
@@ -63,6 +63,7 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.parallel.find_layers import advice, check_layers, find_layers
 from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
@@ -80,7 +81,8 @@ _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 class SwiftMoEStrategy(CheckpointingStrategy):
-    """Data parallelism for dense parameters, decoupled expert parallelism for every ``MoE`` layer in the module.
+    """Data parallelism for dense parameters, decoupled expert parallelism for every ``MoE`` layer in the module,
+    and for the experts of every transformers model in it.
 
     The optimizer state of each expert is cut evenly over all ranks and never moves; expert weights live in slots and
     are placed anew after every step by the weight update itself (SwiftMoE, arXiv 2504.19925). Which expert goes
@@ -210,10 +212,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                     f"{type(callback).__name__} averages parameters by position, but slots hold other experts after "
                     "every step: use lightning_swiftmoe.WeightEMA in its place"
                 )
-        for name, moe in moe_layers(model).items():
-            check_unchanged(moe.experts, f"{name}.experts")
+        for name, moe in find_layers(model).items():
+            check_unchanged(moe.experts, experts_name(name, moe))
             self._cluster_of(name, moe)
         if self.num_nodes * self.num_processes > 1:
+            check_layers(model)
             check_references(model)
         use_our_loop(trainer)
 
@@ -231,7 +234,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             found = ExpertRebalancer()
             callbacks.append(found)
         self._rebalancer = found
-        for cluster in {self._cluster_of(name, moe) for name, moe in moe_layers(self._module).items()}:
+        for cluster in {self._cluster_of(name, moe) for name, moe in find_layers(self._module).items()}:
             try_policy(found.rebalancing.policy, cluster)
 
     @override
@@ -254,7 +257,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
 
     def _refuse_pruning(self) -> None:
         """Before training, which a callback would let go on for an epoch; its ``setup`` says what it prunes."""
-        experts = {moe.experts: f"{name}.experts" for name, moe in moe_layers(self._module).items()}
+        experts = {moe.experts.module: experts_name(name, moe) for name, moe in find_layers(self._module).items()}
         for callback in trainer_callbacks(self._trainer):
             for module, key in pruned_by(callback):
                 if module in experts:
@@ -352,7 +355,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             masters=self._masters,
         )
         self._masters = {}
-        self._experts = {f"{name}.experts" if name else "experts": x.hosted for x in layers for name in x.moes}
+        self._experts = {experts_name(name, moe): x.hosted for x in layers for name, moe in x.moes.items()}
         ignored = [f"{name}.{key}" for name, hosted in self._experts.items() for key in hosted.parameters]
         if self.parallelism.num_ranks > 1:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
@@ -369,8 +372,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if not layers:
             rank_zero_warn(
                 f"{type(module).__name__} has no MoE layer, and is trained as by DDP: make layers of "
-                "lightning_swiftmoe.MoE in its __init__ or configure_model"
+                "lightning_swiftmoe.MoE in its __init__ or configure_model, or hold a transformers model with experts"
             )
+        hint = advice(module)
+        if hint is not None:
+            rank_zero_info(hint)
 
     def _prepare_validation(self, layers: Sequence[ExpertLayer]) -> None:
         """Ranks will validate together. Lightning asks every rank alone whether there is something to validate.
@@ -395,7 +401,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         for layer in layers:
             layer.before_tokens = self.validation.layer
 
-    def _cluster_of(self, name: str, moe: MoE) -> ClusterShape:
+    def _cluster_of(self, name: str, moe: MoELayer) -> ClusterShape:
         num_ranks = resolve_group_size(self.expert_parallel_size, self.num_nodes * self.num_processes)
         slots = resolve_slots(self.slots_per_rank, moe.num_experts, num_ranks)
         try:
@@ -422,9 +428,9 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if self.engine is not None:
             self._begin_forward(training=True)
             scale = self._aux_loss_scale()
-            for name, moe in moe_layers(self._module).items():
+            for name, moe in find_layers(self._module).items():
                 self._refuse_stranger(name, moe)
-                check_unchanged(moe.experts, f"{name}.experts")
+                check_unchanged(moe.experts, experts_name(name, moe))
                 moe.aux_loss_scale = scale
         return super().training_step(*args, **kwargs)
 
@@ -435,7 +441,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         return super().validation_step(*args, **kwargs)
 
     @staticmethod
-    def _refuse_stranger(name: str, moe: MoE) -> None:
+    def _refuse_stranger(name: str, moe: MoELayer) -> None:
         """Its experts would train on every rank alone, or not at all."""
         if not moe.is_attached:
             raise RuntimeError(
@@ -618,7 +624,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self._own_scaler = None
 
     def _detach_layers(self) -> None:
-        for moe in moe_layers(self._module).values():
+        for moe in find_layers(self._module).values():
             moe.detach()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, [])
 

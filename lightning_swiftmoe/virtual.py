@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -15,7 +16,8 @@ from lightning_swiftmoe.callback import ExpertRebalancer, only_rebalancer
 from lightning_swiftmoe.cluster import ClusterShape, resolve_slots
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
-from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.layers.layer import MoELayer
+from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.placement import CapacityScope, Placement, Split, TokenRule, try_policy
 
 
@@ -59,7 +61,7 @@ class VirtualCluster(ExpertRebalancer):
             raise ValueError(f"a virtual cluster runs in one process, but the Trainer has {trainer.world_size}")
         only_rebalancer(trainer_callbacks(trainer))
         layers = []
-        for name, moe in moe_layers(pl_module).items():
+        for name, moe in find_layers(pl_module).items():
             slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
             cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, self.rule.caps_experts(moe.capacity_factor))
             try_policy(self.rebalancing.policy, cluster)
@@ -72,7 +74,7 @@ class VirtualCluster(ExpertRebalancer):
         assert self._virtual is not None
         self._last_step = trainer.global_step
         self._virtual.begin_forward(training=True)
-        for moe in moe_layers(pl_module).values():
+        for moe in find_layers(pl_module).values():
             moe.aux_loss_scale = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
 
     @override
@@ -94,12 +96,12 @@ class VirtualCluster(ExpertRebalancer):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.leave()
         self._virtual = None
-        for moe in moe_layers(pl_module).values():
+        for moe in find_layers(pl_module).values():
             moe.detach()
 
 
 class VirtualLayer:
-    """One ``MoE`` layer that drops as a cluster would.
+    """One MoE layer that drops as a cluster would.
 
     Args:
         name: in the user's module.
@@ -109,13 +111,19 @@ class VirtualLayer:
         rule: which assignments are kept, and who processes them.
     """
 
-    def __init__(self, name: str, moe: MoE, cluster: ClusterShape, placement: Placement, rule: TokenRule) -> None:
+    def __init__(self, name: str, moe: MoELayer, cluster: ClusterShape, placement: Placement, rule: TokenRule) -> None:
         self.name = name
-        self.moes: Mapping[str, MoE] = {name: moe}
+        self.moes: Mapping[str, MoELayer] = {name: moe}
         self.cluster = cluster
         self.placement = placement
         self._dispatcher = VirtualDispatcher(placement, rule)
         moe.attach(self._dispatcher)
+        self._experts = moe.experts.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._experts.parameters()).device
 
     def adopt(self, placement: Placement, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Take the placement of the next step."""

@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 try:
     from transformers.activations import ACT2FN
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+    from transformers.modeling_utils import PreTrainedModel
 except ImportError as error:
     if error.name != _INTERFACE:
         raise
@@ -23,4 +24,4 @@ except ImportError as error:
         f"interface: {_HINT}"
     ) from error
 
-__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"]
+__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS", "PreTrainedModel", "use_experts_implementation"]

@@ -12,8 +12,14 @@ from torch.distributed.tensor import DTensor
 from lightning_swiftmoe.hf.activations import has_default_gate
 from lightning_swiftmoe.kernels.dispatch import needs_dispatcher
 
+NAME = "swiftmoe"  # of our implementation
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def has_interface(module: Any) -> bool:
+    """Whether the decorator has written into this very module."""
+    return vars(module).keys() >= set(_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,21 @@ def check_inputs(experts: Any, weights: Projections, x: Tensor, top_k_index: Ten
     Raises:
         ValueError: they do not fit the weights or each other.
     """
-    if x.ndim != 2 or x.shape[1] != weights.width:
-        got, expected = f"hidden_states {tuple(x.shape)}", f"[T, {weights.width}]"
+    check_choices(experts, weights.width, x, top_k_index, top_k_weights)
+    cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights.up.dtype)
+    if x.dtype != weights.up.dtype and not cast:
+        got = f"hidden_states of {x.dtype} and weights of {weights.up.dtype}"
+        raise _refusal(experts, got, "one dtype", "cast one of them or use autocast")
+
+
+def check_choices(experts: Any, width: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    """Shapes and dtypes of a call, whatever the weights are.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if x.ndim != 2 or x.shape[1] != width:
+        got, expected = f"hidden_states {tuple(x.shape)}", f"[T, {width}]"
         raise _refusal(experts, got, expected, "flatten batch and sequence")
     shape = top_k_index.shape
     if top_k_index.ndim != 2 or shape != top_k_weights.shape or shape[0] != x.shape[0]:
@@ -104,10 +123,6 @@ def check_inputs(experts: Any, weights: Projections, x: Tensor, top_k_index: Ten
     if top_k_index.dtype not in (torch.int32, torch.int64) or not top_k_weights.is_floating_point():
         got = f"top_k_index of {top_k_index.dtype} and top_k_weights of {top_k_weights.dtype}"
         raise _refusal(experts, got, "int32 or int64 and a floating dtype", "cast them")
-    cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights.up.dtype)
-    if x.dtype != weights.up.dtype and not cast:
-        got = f"hidden_states of {x.dtype} and weights of {weights.up.dtype}"
-        raise _refusal(experts, got, "one dtype", "cast one of them or use autocast")
 
 
 def check_indices(experts: Any, num_experts: int, top_k_index: Tensor) -> None:
@@ -160,4 +175,4 @@ def _check_shapes(experts: Any, found: Projections, names: list[str]) -> None:
 
 def _refusal(experts: Any, got: str, expected: str, fix: str) -> ValueError:
     who = type(experts).__name__
-    return ValueError(f"experts_implementation='swiftmoe' cannot run {who}: got {got}, expected {expected}; {fix}")
+    return ValueError(f"experts_implementation={NAME!r} cannot run {who}: got {got}, expected {expected}; {fix}")

@@ -1,4 +1,4 @@
-"""``experts_implementation="swiftmoe"``: the experts of a transformers model on our kernels, in one process.
+"""``experts_implementation="swiftmoe"``: the experts of a transformers model on our kernels.
 
 Shape legend: T tokens, k choices per token, R = T * k rows in expert order, E experts, d model width, h hidden width.
 """
@@ -13,11 +13,10 @@ from torch import Tensor
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.hf._transformers import ALL_EXPERTS_FUNCTIONS
 from lightning_swiftmoe.hf.activations import fused_activation
-from lightning_swiftmoe.hf.checks import Projections, check_indices, check_inputs, projections
+from lightning_swiftmoe.hf.checks import NAME, Projections, check_indices, check_inputs, projections
+from lightning_swiftmoe.hf.layer import attached_layer
 from lightning_swiftmoe.kernels.expert_mlp.grouped_linear import grouped_linear
 from lightning_swiftmoe.kernels.token_permute.routing import route_reference
-
-NAME = "swiftmoe"
 
 
 def register() -> None:
@@ -37,6 +36,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     Differentiable once in `hidden_states`, `top_k_weights` and the module's Parameters.
     Experts without tokens get zero gradients, and so do all where there are no tokens.
     Under autocast matrix products run in its dtype.
+    Inside a strategy of ours tokens travel to the ranks that hold their experts, and every rank must call.
 
     Args:
         experts: a module of a class with transformers' ``@use_experts_implementation``.
@@ -52,6 +52,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
             is called with shapes or dtypes that do not fit; and, where the check needs no host synchronisation (CPU),
             an expert index outside `[-1, E]`.
     """
+    layer = attached_layer(experts)
+    if layer is not None:
+        return layer(hidden_states, top_k_index, top_k_weights)
     weights = projections(experts)
     check_inputs(experts, weights, hidden_states, top_k_index, top_k_weights)
     check_indices(experts, weights.num_experts, top_k_index)

@@ -53,6 +53,9 @@ class MoE(nn.Module):
         ValueError: an argument out of range or of a wrong type; says what was expected.
     """
 
+    experts_path = "experts"
+    knows_aux_loss = True
+
     @knows_its_names
     def __init__(
         self,
@@ -150,6 +153,15 @@ class MoE(nn.Module):
         """Whether a strategy or a virtual cluster drives the layer."""
         return self._attached
 
+    @property
+    def balances_itself(self) -> bool:
+        """Whether balancing is loss-free."""
+        return self.router.expert_bias is not None
+
+    def update_bias(self, loads: Tensor) -> None:
+        """As ``Router.update_bias``."""
+        self.router.update_bias(loads)
+
     def pop_load(self) -> LayerLoad | None:
         """Loads of the training forwards since the last call; None where there was no forward."""
         load, self._load = self._load, None
@@ -187,5 +199,8 @@ class MoE(nn.Module):
 
 
 def moe_layers(module: nn.Module) -> dict[str, MoE]:
-    """All ``MoE`` layers of ``module`` by name, in registration order, which is the same on every rank."""
+    """All ``MoE`` layers of ``module`` by name, in registration order, which is the same on every rank.
+
+    Experts of transformers models are not among them: ``lightning_swiftmoe.parallel.find_layers`` knows both.
+    """
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}

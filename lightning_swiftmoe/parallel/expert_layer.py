@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
+from lightning_swiftmoe.layers.layer import MoELayer
 from lightning_swiftmoe.layers.load import in_backward
-from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.communicator import Pending
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.placement import Placement
@@ -31,15 +32,20 @@ class ExpertLayer:
         local_dispatchers: those of a single rank, which hold a placement of their own.
     """
 
-    def __init__(self, name: str, moes: Mapping[str, MoE], cluster: ClusterShape, hosted: HostedExperts) -> None:
+    def __init__(self, name: str, moes: Mapping[str, MoELayer], cluster: ClusterShape, hosted: HostedExperts) -> None:
         self.name = name
-        self.moes: Mapping[str, MoE] = dict(moes)
+        self.moes: Mapping[str, MoELayer] = dict(moes)
         self.cluster = cluster
         self.hosted = hosted
         self.placement = hosted.placement
         self.before_tokens: Callable[[str, Tensor], None] = lambda name, x: None
         self.before_forward: Callable[[], None] = lambda: None
         self.local_dispatchers: list[LocalDispatcher] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.hosted.communicator.device
 
     def residents(self) -> Locals:
         """Weights to compute a forward with; the engine is told, so that it sends them if need be. Late edits count."""

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
-from lightning_swiftmoe.layers.moe import MoE, moe_layers
+from lightning_swiftmoe.layers.layer import MoELayer, experts_name
 from lightning_swiftmoe.parallel.abort import abort_all, abort_nccl
 from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
 from lightning_swiftmoe.parallel.bound_experts import BoundExperts
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
+from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
@@ -190,7 +191,7 @@ class FirstPlacements(Protocol):
 def build_layers(
     module: nn.Module,
     parallelism: Parallelism,
-    cluster_of: Callable[[str, MoE], ClusterShape],
+    cluster_of: Callable[[str, MoELayer], ClusterShape],
     first: FirstPlacements,
     *,
     compute_dtype: str,
@@ -201,7 +202,7 @@ def build_layers(
     state_place: str,
     masters: Mapping[str, Tensor],
 ) -> list[ExpertLayer]:
-    """Shard the experts of ``module`` and attach its ``MoE`` layers; their Parameters are installed by the caller.
+    """Shard the experts of ``module`` and attach its MoE layers; their Parameters are installed by the caller.
 
     Collective: every rank takes rank 0's weights.
 
@@ -220,9 +221,10 @@ def build_layers(
     mesh = parallelism.expert_mesh(on_host=offload)
     for moes in _by_experts(module):
         name, moe = next(iter(moes.items()))
-        prefix = f"{name}.experts" if name else "experts"
+        prefix = experts_name(name, moe)
         cluster = cluster_of(name, moe)
-        for param in moe.experts.parameters():
+        parameters = list(moe.experts.module.named_parameters())
+        for _, param in parameters:
             parallelism.everybody.broadcast(param.data, "setup", name)
         hosted = _HOSTED[state_place](
             moe.experts,
@@ -237,9 +239,7 @@ def build_layers(
             gradient_dtype=gradient_dtype,
             offload=offload,
             make_exchange=parallelism.make_exchange,
-            masters={
-                key: masters[n] for key, _ in moe.experts.named_parameters() if (n := f"{prefix}.{key}") in masters
-            },
+            masters={key: masters[n] for key, _ in parameters if (n := f"{prefix}.{key}") in masters},
         )
         layer = ExpertLayer(name, moes, cluster, hosted)
         _attach(layer, parallelism, rule)
@@ -282,9 +282,9 @@ def check_references(module: nn.Module) -> None:
         ValueError: a hook waits for the gradient of an expert Parameter, or another module or a container holds it.
     """
     names = {
-        param: f"{name}.experts.{key}"
-        for name, moe in moe_layers(module).items()
-        for key, param in moe.experts.named_parameters()
+        param: f"{experts_name(name, moe)}.{key}"
+        for name, moe in find_layers(module).items()
+        for key, param in moe.experts.module.named_parameters()
     }
     for param, name in names.items():
         if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
@@ -292,7 +292,8 @@ def check_references(module: nn.Module) -> None:
                 f"{name} has a hook on its gradient, which would never be called: on several ranks expert gradients "
                 "reach the Parameters by an exchange. Read them in on_after_backward, where they are complete"
             )
-    owners = {param: moe.experts for moe in moe_layers(module).values() for param in moe.experts.parameters()}
+    parts = [moe.experts.module for moe in find_layers(module).values()]
+    owners = {param: part for part in parts for param in part.parameters()}
     for owner, part in module.named_modules():
         for key, param in part._parameters.items():
             if param in owners and owners[param] is not part:
@@ -319,11 +320,11 @@ def _tensors_in(value: Any) -> list[nn.Parameter]:
     return [item for item in value if isinstance(item, nn.Parameter)]
 
 
-def _by_experts(module: nn.Module) -> list[dict[str, MoE]]:
-    """``MoE`` layers by name, those with the same experts together."""
-    groups: dict[nn.Module, dict[str, MoE]] = {}
-    for name, moe in moe_layers(module).items():
-        groups.setdefault(moe.experts, {})[name] = moe
+def _by_experts(module: nn.Module) -> list[dict[str, MoELayer]]:
+    """MoE layers by name, those with the same experts together."""
+    groups: dict[nn.Module, dict[str, MoELayer]] = {}
+    for name, moe in find_layers(module).items():
+        groups.setdefault(moe.experts.module, {})[name] = moe
     return list(groups.values())
 
 

@@ -17,7 +17,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.layers.moe import MoE
+from lightning_swiftmoe.layers.layer import MoELayer
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.token_dispatcher import compute_dtype
 
@@ -54,14 +54,14 @@ class UnevenValidation:
     """Keeps the ranks of a job together while they validate.
 
     Args:
-        moes: every ``MoE`` layer by name, in the same order on all ranks.
+        moes: every MoE layer by name, in the same order on all ranks.
         device: of their tokens.
         control: all ranks, on their hosts.
         begin_batch: what a rank without a batch does at its head, together with those that have it.
     """
 
     def __init__(
-        self, moes: Mapping[str, MoE], device: torch.device, control: Communicator, begin_batch: Callable[[], None]
+        self, moes: Mapping[str, MoELayer], device: torch.device, control: Communicator, begin_batch: Callable[[], None]
     ) -> None:
         self._moes = dict(moes)
         self._names = list(moes)

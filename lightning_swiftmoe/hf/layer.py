@@ -1,0 +1,268 @@
+"""An experts module of a transformers model as a ``MoELayer``: a strategy may place its experts.
+
+The router, shared experts, auxiliary losses and everything else stay the model's.
+
+Shape legend: T tokens, k choices per token, E experts, d model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.functional import expert_mlp
+from lightning_swiftmoe.hf._transformers import PreTrainedModel
+from lightning_swiftmoe.hf.activations import fused_activation
+from lightning_swiftmoe.hf.checks import NAME, check_choices, check_indices, has_interface, projections
+from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
+from lightning_swiftmoe.layers.load import LayerLoad, count_by_expert, in_backward
+from lightning_swiftmoe.layers.router import Routing, no_tokens
+
+# A layer lives as long as whoever drives it keeps it.
+_ATTACHED: WeakValueDictionary[nn.Module, ExpertsLayer] = WeakValueDictionary()
+# What models ran with before: as their own getter said, for their own setter.
+_BEFORE: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+
+
+class FusedExperts:
+    """``ExpertMLPs`` of an experts module that nothing but an activation tells from ours.
+
+    Args:
+        module: of a class with transformers' ``@use_experts_implementation``.
+
+    Raises:
+        ValueError: it has biases, a norm or a gate of its own, or weights that are not this process's whole tensors.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        weights = projections(module)
+        activation = fused_activation(module) if weights.are_plain else None
+        self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        own = sorted({name for name, _ in module.named_parameters()} - {self.up_name, "down_proj"})
+        if activation is None or own:
+            raise ValueError(_refusal(module, f"got {_peculiarities(module, own)}"))
+        self.activation = activation
+        self.num_experts, self.width = weights.num_experts, weights.width
+
+    @property
+    def training(self) -> bool:
+        """Whether the module trains."""
+        return self.module.training
+
+    def __call__(
+        self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """``[T, d]``, as ``lightning_swiftmoe.layers.experts.Experts`` computes it."""
+        up, down = self.matrices(residents)
+        return expert_mlp(x_TD, idx_TK, weights_TK, up, down, self.activation)
+
+    def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Up and down projection, the Parameters or ``residents``."""
+        weights = residents if residents is not None else self.module._parameters
+        return weights[self.up_name], weights["down_proj"]  # type: ignore[return-value]
+
+
+class ExpertsLayer:
+    """The ``MoELayer`` of an experts module. Its tokens come from ``experts_forward`` while it is attached.
+
+    Args:
+        module: as for ``FusedExperts``.
+        model: it is in, which is told to take ``experts_implementation="swiftmoe"`` as long as it is attached.
+
+    Attributes:
+        top_k: choices of a token; of the last forward, 1 before there was one.
+        aux_loss_scale: nobody's business here: a model adds its losses to its loss.
+
+    Raises:
+        ValueError: as ``FusedExperts``.
+    """
+
+    experts_path = ""
+    knows_aux_loss = False
+    capacity_factor: float | None = None
+    balances_itself = False
+
+    def __init__(self, module: nn.Module, model: PreTrainedModel) -> None:
+        self.experts = FusedExperts(module)
+        self.model = model
+        self.num_experts, self.hidden_size = self.experts.num_experts, self.experts.width
+        self.top_k = 1
+        self.aux_loss_scale: float | Tensor = 1.0
+        self._dispatcher: Dispatcher = LocalDispatcher(self.num_experts)
+        self._all_groups: AllGroups | None = None
+        self._load: LayerLoad | None = None
+
+    def __call__(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What ``experts_forward`` returns, from experts wherever they are. Collective on several ranks.
+
+        Args:
+            x_TD: ``[T, d]``; T may be zero, and differ between ranks.
+            top_k_index: ``[T, k]`` int32 or int64; -1 and E stand for no expert.
+            top_k_weights: ``[T, k]``, any floating dtype.
+
+        Raises:
+            ValueError: shapes or indices that do not fit.
+        """
+        experts = self.experts.module
+        check_choices(experts, self.hidden_size, x_TD, top_k_index, top_k_weights)
+        check_indices(experts, self.num_experts, top_k_index)
+        self.top_k = top_k_index.shape[1]
+        routing = self._routing(x_TD, top_k_index, top_k_weights)
+        y_TD, counts, rank_load = self._dispatcher(x_TD, routing, self.experts, None)
+        if experts.training and not in_backward():
+            self._add_load(counts, rank_load)
+        return y_TD.to(x_TD.dtype)
+
+    def serve(self, x_0D: Tensor) -> None:
+        """Run this rank's experts on the tokens of other ranks, with none of its own.
+
+        Args:
+            x_0D: ``[0, d]``, of the dtype and on the device of theirs.
+        """
+        self._dispatcher(x_0D, no_tokens(self.num_experts, self.top_k, x_0D), self.experts, None)
+
+    def attach(self, dispatcher: Dispatcher, all_groups: AllGroups | None = None) -> None:
+        """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps.
+
+        Raises:
+            ValueError: the model cannot be told to.
+        """
+        self._dispatcher, self._all_groups = dispatcher, all_groups
+        module: Any = self.experts.module
+        model = self.model
+        if model not in _BEFORE:
+            before = model.get_experts_implementation()
+            model.set_experts_implementation(NAME)
+            _BEFORE[model] = before
+        _ATTACHED[module] = self
+        reached = module.config._experts_implementation  # where the decorator looks
+        if reached != NAME:
+            self.detach()
+            raise ValueError(
+                f"{type(module).__name__} still runs with {reached!r} after set_experts_implementation({NAME!r}) of "
+                f"{type(model).__name__}, expected {NAME!r}: give it the configuration object of its model"
+            )
+
+    def detach(self) -> None:
+        """Compute with the module's own experts again, and as the model did before."""
+        _ATTACHED.pop(self.experts.module, None)
+        self._dispatcher, self._all_groups = LocalDispatcher(self.num_experts), None
+        before = _BEFORE.pop(self.model, None)
+        if before is not None:
+            self.model.set_experts_implementation(before)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a strategy or a virtual cluster drives the layer."""
+        return _ATTACHED.get(self.experts.module) is self
+
+    def pop_load(self) -> LayerLoad | None:
+        """Loads of the training forwards since the last call; None where there was no forward."""
+        load, self._load = self._load, None
+        return load
+
+    def update_bias(self, loads: Tensor) -> None:
+        """Nothing: the router is the model's."""
+
+    def _routing(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Routing:
+        nowhere = (top_k_index < 0) | (top_k_index >= self.num_experts)
+        idx_TK = top_k_index.to(torch.int64)
+        counts = count_by_expert(idx_TK.masked_fill(nowhere, self.num_experts), self.num_experts + 1)[:-1]
+        wide = top_k_weights.to(torch.promote_types(x_TD.dtype, torch.float32))
+        weights_TK = wide.masked_fill(nowhere, 0)  # whatever it was: it may be infinite
+        # What auxiliary losses are made of; the model makes its own.
+        no_probabilities = weights_TK.new_zeros(self.num_experts)
+        return Routing(idx_TK.masked_fill(nowhere, -1), weights_TK, no_probabilities, weights_TK.new_zeros(()), counts)
+
+    def _add_load(self, counts: Tensor, rank_load: Tensor) -> None:
+        everywhere = None if self._all_groups is None else self._all_groups.add_up(counts)
+        no_loss = torch.zeros((), dtype=torch.float64, device=counts.device)
+        load = LayerLoad(counts, rank_load, no_loss, everywhere=everywhere)
+        self._load = load if self._load is None else self._load + load
+
+
+def attached_layer(experts: nn.Module) -> ExpertsLayer | None:
+    """The layer that somebody drives; None: the module computes for itself."""
+    return _ATTACHED.get(experts)
+
+
+def expert_layers(module: nn.Module) -> dict[str, ExpertsLayer]:
+    """A layer for every experts module that one can be made for, by name, in registration order."""
+    found = _layers_or_reasons(module)
+    return {name: layer for name, layer in found.items() if isinstance(layer, ExpertsLayer)}
+
+
+def check_expert_layers(module: nn.Module) -> None:
+    """Several ranks will share all experts.
+
+    Raises:
+        ValueError: they cannot share those of some experts module; names the first.
+    """
+    for name, reason in _layers_or_reasons(module).items():
+        if not isinstance(reason, ExpertsLayer):
+            raise ValueError(f"{name}: {reason}")
+
+
+def silent_auxiliary_losses(layers: Iterable[Any]) -> str | None:
+    """One line for users whose models could balance their experts and do not; None where there is nothing to say."""
+    silent = {
+        type(layer.model).__name__
+        for layer in layers
+        if isinstance(layer, ExpertsLayer) and _is_silent(layer.experts.module.config)
+    }
+    if not silent:
+        return None
+    return (
+        f"{', '.join(sorted(silent))} has an auxiliary loss that balances its experts, and it is off: to add it to the "
+        "model's loss set model.config.output_router_logits = True, its factor is router_aux_loss_coef"
+    )
+
+
+def _is_silent(config: Any) -> bool:
+    return getattr(config, "output_router_logits", None) is False and getattr(config, "router_aux_loss_coef", 0) != 0
+
+
+def _layers_or_reasons(module: nn.Module) -> dict[str, ExpertsLayer | str]:
+    """By name: layers, those that are attached as they are, or what speaks against one."""
+    models: dict[str, PreTrainedModel] = {}
+    found: dict[str, ExpertsLayer | str] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, PreTrainedModel):
+            models[name] = part
+        if has_interface(part):
+            around = [model for outer, model in models.items() if outer == "" or name.startswith(f"{outer}.")]
+            found[name] = attached_layer(part) or _layer_or_reason(part, around)
+    return found
+
+
+def _layer_or_reason(experts: nn.Module, around: list[PreTrainedModel]) -> ExpertsLayer | str:
+    """``around``: models it is in, the outermost first."""
+    if not around:
+        return _refusal(experts, "got a module outside of any PreTrainedModel, whose setter picks the implementation")
+    if getattr(experts, "_is_expert_parallel", False):
+        return _refusal(experts, "got experts that transformers itself has spread over ranks")
+    try:
+        return ExpertsLayer(experts, around[0])
+    except ValueError as error:
+        return str(error)
+
+
+def _refusal(experts: nn.Module, got: str) -> str:
+    return (
+        f"several ranks cannot share the experts of {type(experts).__name__}: {got}, expected gate_up_proj or up_proj "
+        "[E, H, d] and down_proj [E, d, h] alone, with one of our activations between them, in a model of "
+        "transformers; train it on one rank, or with another strategy"
+    )
+
+
+def _peculiarities(module: nn.Module, own: list[str]) -> str:
+    """Why it is not fused, for an error message."""
+    flags = ("has_bias", "is_transposed", "has_post_expert_norm")
+    reasons = [f"{flag}=True" for flag in flags if getattr(module, flag, False)]
+    reasons += [f"a Parameter {name}" for name in own if not any(word in name for word in ("bias", "norm"))]
+    return ", ".join(reasons or ["an activation or a gate of its own"])

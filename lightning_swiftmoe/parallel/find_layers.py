@@ -1,0 +1,56 @@
+"""Finds the MoE layers of a user's module, ours and those of transformers models."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_swiftmoe.layers.layer import MoELayer
+from lightning_swiftmoe.layers.moe import MoE
+
+# What transformers' ``@use_experts_implementation`` writes into its modules: they are known without it.
+_FLAGS = frozenset(("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+
+
+def find_layers(module: nn.Module) -> dict[str, MoELayer]:
+    """All MoE layers of ``module`` by name, in registration order, which is the same on every rank.
+
+    Those are ``MoE`` layers and, in models of transformers, experts modules that can be attached; the others are left
+    to the model. transformers is imported where such a module is found, and so it is there.
+    """
+    found = {name: part for name, part in module.named_modules() if isinstance(part, MoE) or _is_experts(part)}
+    ours: dict[str, MoELayer] = {name: part for name, part in found.items() if isinstance(part, MoE)}
+    if len(ours) == len(found):
+        return ours
+    from lightning_swiftmoe.hf.layer import expert_layers
+
+    everything = {**ours, **expert_layers(module)}
+    return {name: everything[name] for name in found if name in everything}
+
+
+def check_layers(module: nn.Module) -> None:
+    """Several ranks will share all experts of ``module``.
+
+    Raises:
+        ValueError: they cannot share those of some experts module of a transformers model.
+    """
+    if _has_theirs(module):
+        from lightning_swiftmoe.hf.layer import check_expert_layers
+
+        check_expert_layers(module)
+
+
+def advice(module: nn.Module) -> str | None:
+    """A line for whoever trains ``module``, once; None where there is nothing to say."""
+    if not _has_theirs(module):
+        return None
+    from lightning_swiftmoe.hf.layer import silent_auxiliary_losses
+
+    return silent_auxiliary_losses(find_layers(module).values())
+
+
+def _has_theirs(module: nn.Module) -> bool:
+    return any(_is_experts(part) for part in module.modules())
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return vars(module).keys() >= _FLAGS
