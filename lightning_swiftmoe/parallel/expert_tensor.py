@@ -17,7 +17,7 @@ divide by the ranks, makes a copy. Changing that in place leaves ``w`` as it was
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +96,7 @@ class ExpertTensor(DTensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(
-            f"a tensor of shape {tuple(self.shape)} is spread over {self.device_mesh.size()} ranks and cannot be "
-            "pickled from one of them. Save with trainer.save_checkpoint, or call .full_tensor() on every rank first"
-        )
+        _refuse_from_one_rank(self, "pickled")
 
 
 def wrap(local: Tensor, shape: torch.Size, mesh: ExpertMesh) -> ExpertTensor:
@@ -190,6 +187,20 @@ def _to_numpy(tensor: Tensor, **kwargs: Any) -> Any:
     return whole_of(tensor).numpy(**kwargs)
 
 
+def _storage(tensor: Tensor) -> Any:
+    """What safetensors, and so ``save_pretrained``, asks for the bytes of."""
+    return _refuse_from_one_rank(tensor, "written")
+
+
+def _refuse_from_one_rank(tensor: Tensor, done: str) -> NoReturn:
+    ranks = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
+    raise RuntimeError(
+        f"a tensor of shape {tuple(tensor.shape)} is spread over {ranks} ranks and cannot be {done} from one of them. "
+        "Save with trainer.save_checkpoint, or call .full_tensor() on every rank first; of a transformers model "
+        "save_pretrained(folder, state_dict=...) takes what that returns, and after fit it needs nothing"
+    )
+
+
 def _settled(result: Any) -> Any:
     """Results as users may see them: nothing left to be added up over ranks."""
     if isinstance(result, DTensor):
@@ -221,6 +232,7 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.__setitem__: _set_item,
+    Tensor.storage: _storage,
     Tensor.tolist: _to_list,
     Tensor.numpy: _to_numpy,
 }

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -299,19 +300,65 @@ def test_the_file_has_the_models_names_and_whole_weights(tmp_path):
     assert largest_error(state, expected.state_dict()) < 1e-9
 
 
-class SavePretrained(pl.Callback):
-    """On every rank alike, or on rank 0 alone."""
+def save_after_fit(job, folder):
+    trainer, module = our_trainer(job), Causal(job, "qwen3_moe")
+    trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
+    if trainer.is_global_zero:
+        module.model.save_pretrained(folder)
+    return module.state_dict()
 
-    def __init__(self, folder, when):
-        self.folder, self.when = folder, when
 
-    def on_train_batch_end(self, trainer, module, *_):
-        if self.when == "in fit" and trainer.global_step == 2:
-            folder = f"{self.folder}/{trainer.global_rank}"
-            try:
-                module.model.save_pretrained(folder)
-            except Exception as error:
-                module.seen.append(f"{type(error).__name__}: {error}")
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_save_pretrained_after_fit(tmp_path, num_ranks):
+    weights = run_ranks(num_ranks, save_after_fit, job_of(), tmp_path)[0]
+    assert_saved(tmp_path, weights)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def assert_saved(folder, weights):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
+    assert {f"model.{name}" for name in loaded} == set(weights)
+    assert all(torch.equal(tensor, weights[f"model.{name}"]) for name, tensor in loaded.items())
+
+
+class SavesInFit(Causal):
+    """After the last step; of whole tensors, or of what it has."""
+
+    folder, whole = "", False
+
+    def on_train_end(self):
+        state = {name: full(tensor) for name, tensor in self.model.state_dict().items()} if self.whole else None
+        self.model.save_pretrained(self.folder, state_dict=state)
+
+
+def save_in_fit(job, folder, whole):
+    trainer, module = our_trainer(job), SavesInFit(job, "qwen3_moe")
+    module.folder, module.whole = f"{folder}/{dist.get_rank()}", whole
+    try:
+        trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
+    except RuntimeError as error:
+        return str(error)
+    return module.state_dict()
+
+
+def test_save_pretrained_in_fit_on_one_rank(tmp_path):
+    assert_saved(tmp_path / "0", run_ranks(1, save_in_fit, job_of(), tmp_path, False)[0])
+
+
+def test_save_pretrained_in_fit_of_whole_tensors(tmp_path):
+    assert_saved(tmp_path / "0", run_ranks(2, save_in_fit, job_of(), tmp_path, True)[0])
+
+
+def test_save_pretrained_in_fit_of_parts_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"spread over 2 ranks and cannot be written from one of them\. Save with"):
+        run_ranks(2, save_in_fit_loudly, job_of(), tmp_path, timeout_s=30)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def save_in_fit_loudly(job, folder):
+    result = save_in_fit(job, folder, whole=False)
+    if isinstance(result, str):
+        raise RuntimeError(result)
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
