@@ -10,6 +10,7 @@ from lightning_swiftmoe.hf import NAME, experts_forward
 from lightning_swiftmoe.hf.activations import fused_activation
 from lightning_swiftmoe.hf.checks import projections
 from tests.hf.modules import EXPERTS, HIDDEN, WIDTH, Anything, decorated_classes, errors, filled, inputs, make, run
+from tests.ranks import run_ranks
 
 
 def clamped(self, gate_up):
@@ -318,15 +319,19 @@ def test_quantised_weights_are_refused(dtype):
     assert f"down_proj of {dtype}" in refuse(experts)
 
 
-def test_sharded_weights_are_refused(tmp_path):
-    import torch.distributed as dist
+def refuse_sharded():
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     experts = make()
     mesh = init_device_mesh("cpu", (1,))
     experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh))
-    assert "down_proj as a DTensor" in refuse(experts)
+    return refuse(experts)
+
+
+def test_sharded_weights_are_refused():
+    """In a process of its own: ranks that are forked from one that had a device mesh hang."""
+    (message,) = run_ranks(1, refuse_sharded)
+    assert "down_proj as a DTensor" in message
 
 
 def test_layouts_that_contradict_the_decorator_are_refused():

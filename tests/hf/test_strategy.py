@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_swiftmoe import MoE
 from lightning_swiftmoe.callback import only_rebalancer
 from lightning_swiftmoe.hf import NAME
 from lightning_swiftmoe.parallel.find_layers import find_layers
@@ -48,7 +49,8 @@ class Causal(pl.LightningModule):
         super().__init__()
         self.job, self.family = job, family
         self.implementation = NAME if family == "nemotron_h" else "eager"
-        self.model = model_of(family, self.implementation, torch.float64)
+        dtype = torch.float64 if job.precision == "64-true" else torch.float32
+        self.model = model_of(family, self.implementation, dtype)
         self.losses, self.gradients, self.seen = [], [], []
 
     def loss(self, ids):
@@ -185,6 +187,18 @@ class WithChoicesOfNoExpert(Causal):
         return logits, weights, index
 
 
+class Compiled(Causal):
+    """Compiled, and called with our experts, before anybody attaches a layer."""
+
+    def __init__(self, job, family):
+        super().__init__(job, family)
+        self.implementation = NAME
+        self.model.set_experts_implementation(NAME)
+        self.model.compile(backend="aot_eager")
+        self.loss(data(job).x[0]).backward()
+        self.zero_grad()
+
+
 VARIANTS = {
     "clip_and_accumulate": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
     "clip_value": {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
@@ -201,6 +215,24 @@ def test_variants(variant):
     compare(2, job_of(**VARIANTS[variant]), "qwen3_moe")
 
 
+# Weights that are bf16 in the end are rounded more than they moved.
+@pytest.mark.parametrize(
+    ("precision", "of_weights", "of_moves"),
+    [("32-true", 1e-6, 1e-4), ("bf16-mixed", 1e-2, 0.3), ("bf16-true", 1e-2, float("inf"))],
+)
+def test_other_precisions(precision, of_weights, of_moves):
+    """Adam turns a rounding of a tiny gradient into a full step; SGD keeps roundings their size."""
+    job = job_of(precision=precision, optimizer=lambda module: torch.optim.SGD(module.parameters(), 0.05))
+    alone = train_alone(dataclasses.replace(job, precision="32-true"), "qwen3_moe").state_dict()
+    start = Causal(job, "qwen3_moe").state_dict()
+    for result in run_ranks(2, train, job, "qwen3_moe"):
+        weights = {name: tensor.float() for name, tensor in result["weights"].items()}
+        assert largest_error(weights, alone) < of_weights
+        experts = [name for name in weights if ".experts." in name]
+        moved = {name: weights[name] - start[name] for name in experts}
+        assert largest_error(moved, {name: alone[name] - start[name] for name in experts}) < of_moves
+
+
 def test_groups_of_ranks():
     compare(4, job_of(strategy={"expert_parallel_size": 2}), "qwen3_moe", WithAuxiliaryLoss, by_parts=True)
 
@@ -212,6 +244,11 @@ def test_the_models_auxiliary_loss(family):
 
 def test_activation_checkpointing():
     compare(2, job_of(), "qwen3_moe", Checkpointed)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_compiled(num_ranks):
+    compare(num_ranks, job_of(), "mixtral", Compiled)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -239,8 +276,8 @@ class Counted(Causal):
         self.counts.append({})
 
 
-def train_with_steps(job, family):
-    trainer, module = our_trainer(job), Causal(job, family)
+def train_with_steps(job, family, module_class=Causal):
+    trainer, module = our_trainer(job), module_class(job, family)
     steps = []
     module.on_train_start = lambda: only_rebalancer(trainer.callbacks).engine.observers.append(steps.append)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
@@ -265,6 +302,36 @@ def test_loads_are_the_models_choices_and_placements_follow():
                 assert layer.loads[most] >= sorted(layer.loads)[-3]
         assert metrics["moe/token_survival"] == 1
         assert "moe/aux_loss" not in metrics  # it is the model's, and not known here
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_choices_of_no_expert_are_no_load(num_ranks):
+    for steps, _ in run_ranks(num_ranks, train_with_steps, job_of(), "qwen3_moe", WithChoicesOfNoExpert):
+        assert len(steps) == 4
+        for layer in chain(*(step.layers for step in steps)):
+            assert layer.num_routed == layer.num_processed == BATCH * LENGTH * 2 - BATCH * LENGTH // 3
+
+
+class Mixed(Causal):
+    """A layer of ours behind a model of theirs."""
+
+    def __init__(self, job, family):
+        super().__init__(job, family)
+        torch.manual_seed(2)
+        self.moe = MoE(40, 5, 4, top_k=2, aux_loss_coef=0.1).double()
+
+    def loss(self, ids):
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        logits = logits + self.moe(logits)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_layers_of_both_kinds():
+    compare(2, job_of(), "qwen3_moe", Mixed)
+    for steps, metrics in run_ranks(2, train_with_steps, job_of(), "qwen3_moe", Mixed):
+        names = [layer.name for layer in steps[0].layers]
+        assert names == ["model.model.layers.0.mlp.experts", "model.model.layers.1.mlp.experts", "moe"]
+        assert metrics["moe/aux_loss"] == pytest.approx(steps[-1].layers[-1].aux_loss)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
