@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from lightning_swiftmoe import MoE
 from lightning_swiftmoe.callback import only_rebalancer
 from lightning_swiftmoe.hf import NAME
+from lightning_swiftmoe.parallel import setup
 from lightning_swiftmoe.parallel.find_layers import find_layers
+from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.hf.families import config_of, model_of
 from tests.jobs import Batches, Job, full, largest_error, make_trainer, our_trainer
@@ -177,7 +179,7 @@ class WithChoicesOfNoExpert(Causal):
     def __init__(self, job, family):
         super().__init__(job, family)
         for name, router in self.model.named_modules():
-            if name.endswith(".mlp.gate"):
+            if name.endswith((".mlp.gate", ".mixer.gate")):
                 router.register_forward_hook(self.chosen)
 
     def chosen(self, router, args, output):
@@ -254,6 +256,22 @@ def test_compiled(num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_choices_of_no_expert(num_ranks):
     compare(num_ranks, job_of(), "qwen3_moe", WithChoicesOfNoExpert, by_parts=True)
+
+
+def train_by_plan(*args):
+    setup._device_exchanges = lambda transport, tokens, control, bound: (NcclRows(tokens, bound), None)
+    return train(*args)
+
+
+@pytest.mark.parametrize("module_class", [Causal, Checkpointed, WithChoicesOfNoExpert])
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_planned_as_on_a_device(family, module_class):
+    """Rows are added up in fp32 on that way."""
+    alone = train_alone(job_of(), family, module_class, by_parts_of=2)
+    for result in run_ranks(2, train_by_plan, job_of(), family, module_class):
+        for got, want in zip(result["gradients"], alone.gradients, strict=True):
+            assert largest_error(got, want) < 1e-4
+        assert largest_error(result["weights"], alone.state_dict()) < 1e-5
 
 
 # -- loads and placements ----------------------------------------------------------------------------------------------
