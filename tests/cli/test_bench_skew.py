@@ -132,7 +132,7 @@ def test_other_projects_send_them_there_too(tmp_path, peer):
     [
         ("workloads=[zip]", "workload 'zip' is neither a file nor one of balanced, zipf"),
         ("workloads=zipf", "workloads must be a list that is not empty, got 'zipf'"),
-        ("systems=[exakt]", "systems must be among static, last_step, exact, ep, "),
+        ("systems=[exakt]", "systems must be among static, last_step, exact, copies, ep, "),
         ("settle=-1", "settle must be an integer of at least 0, got -1"),
         ("steps=0", "steps must be an integer of at least 1, got 0"),
         ("model.num_experts=512", "routing is replayed for 1 to 256 experts, got 512 in 2 layers"),
