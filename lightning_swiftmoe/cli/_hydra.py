@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 
 import hydra
@@ -59,6 +59,24 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
         # Not through rich: it would take [steps, layers] for markup.
         print(f"error: {one_line(mistake)}", file=sys.stderr)
     return 2 if mistakes else 0
+
+
+def run_benchmark(
+    name: str, task: Callable[[DictConfig, list[str]], None], argv: Sequence[str], own: Collection[str]
+) -> int:
+    """``run_task`` of ``train``'s configuration and, as they are, of the overrides of ``conf/bench/NAME.yaml``.
+
+    Args:
+        name: of the benchmark.
+        task: takes both.
+        argv: the command line.
+        own: options of the benchmark; what is inside one belongs to it.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(f"bench/{name}"))
+        return 0
+    given = [word for word in argv if word.split("=")[0].split(".")[0] in own]
+    return run_task("train", lambda config: task(config, given), [word for word in argv if word not in given])
 
 
 def help_text(config_name: str) -> str:

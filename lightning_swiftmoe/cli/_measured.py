@@ -8,10 +8,18 @@ import socket
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 _TCP_INFO_BYTES, _RECEIVED_AT = 136, 128  # tcpi_bytes_received in struct tcp_info of <linux/tcp.h>
+
+
+def write_whole(path: Path, value: Any, indent: int | None = None) -> None:
+    """``value`` as JSON, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=indent))
+    part.rename(path)
 
 
 @dataclass

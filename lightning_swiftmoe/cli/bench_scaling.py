@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._hydra import run_benchmark
+from lightning_swiftmoe.cli._measured import write_whole
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of
 from lightning_swiftmoe.cli._peers.driver import Row
 from lightning_swiftmoe.cli._peers.options import merged_options
@@ -67,11 +67,7 @@ OPTION_NAMES = tuple(f.name for f in fields(ScalingOptions))
 
 def main(argv: list[str]) -> int:
     """Overrides as for ``swiftmoe train``, and those of ``conf/bench/scaling.yaml``."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text("bench/scaling"))
-        return 0
-    own = [word for word in argv if word.split("=")[0].split(".")[0] in OPTION_NAMES]
-    return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
+    return run_benchmark("scaling", bench, argv, OPTION_NAMES)
 
 
 def bench(config: DictConfig, own: list[str]) -> None:
@@ -89,6 +85,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
     plan = plan_of(config, options.as_step_options(), 1)
     tokens = plan.batch_per_rank * config.data.seq_len
     path = Path(options.output or Path(config.run_dir, "scaling.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     results: Results = json.loads(path.read_text()) if path.is_file() else {}
     devices = torch.cuda.device_count() if config.cluster.accelerator == "gpu" else max(options.ranks)
     for num_ranks in options.ranks:
@@ -99,7 +96,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
                 f"{path} has {found['tokens_per_rank']} tokens a rank, this run {tokens}: name another output"
             )
         found["modelled_ms"] = modelled_ms(config, options, segments, num_ranks)
-        write(path, results)
+        write_whole(path, results, indent=1)
         if not options.predict and num_ranks <= devices:
             run_missing(config, options, segments, num_ranks, found, path, results)
     print_table(results)
@@ -124,7 +121,7 @@ def run_missing(
     def tell(changed: Row, rows: list[Row]) -> None:
         label = changed.system.label
         found["systems"][label] = measured_of(changed, segments[1:])
-        write(path, results)
+        write_whole(path, results, indent=1)
         print(f"{num_ranks}: {label}: {changed.error or found['systems'][label]['step_ms']}", flush=True)
 
     folder = Path(config.run_dir, f"ranks{num_ranks}")
@@ -158,14 +155,6 @@ def modelled_ms(
             step_s = simulate(trace, scenario, [system]).results[system].step_s[segment.settle :]
             expected.setdefault(name, {})[segment.name] = 1e3 * float(step_s.mean())
     return expected
-
-
-def write(path: Path, results: Results) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    part.rename(path)
 
 
 def print_table(results: Results) -> None:

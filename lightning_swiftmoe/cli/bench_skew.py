@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of, ranks_of
 from lightning_swiftmoe.cli._peers.driver import Driver, Row
 from lightning_swiftmoe.cli._peers.job import Plan
@@ -104,11 +103,7 @@ class Segment:
 
 def main(argv: list[str]) -> int:
     """Overrides as for ``swiftmoe train``, and those of ``conf/bench/skew.yaml``."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text("bench/skew"))
-        return 0
-    own = [word for word in argv if word.split("=")[0].split(".")[0] in OPTION_NAMES]
-    return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
+    return run_benchmark("skew", bench, argv, OPTION_NAMES)
 
 
 def bench(config: DictConfig, own: list[str]) -> None:

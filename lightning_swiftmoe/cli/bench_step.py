@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_swiftmoe.cli import _deepspeed_peer
-from lightning_swiftmoe.cli._hydra import help_text, run_task
+from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._kernel_kinds import category
 from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload, talks_through_tcp
 from lightning_swiftmoe.cli._peers.command import side_by_side
@@ -89,12 +89,8 @@ class StepTimer(pl.Callback):
 
 def main(argv: list[str]) -> int:
     """Overrides as for ``swiftmoe train``, and those of ``conf/bench/step.yaml``."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text("bench/step"))
-        return 0
     argv = ["profile=true" if word == "--profile" else word for word in argv]
-    own = [word for word in argv if word.split("=")[0] in OPTION_NAMES]
-    return run_task("train", partial(bench, own=own), [word for word in argv if word not in own])
+    return run_benchmark("step", bench, argv, OPTION_NAMES)
 
 
 def bench(config: DictConfig, own: list[str]) -> None:

@@ -11,15 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from lightning_swiftmoe.hf.activations import has_default_gate
 from lightning_swiftmoe.kernels.dispatch import needs_dispatcher
+from lightning_swiftmoe.layers.layer import INTERFACE_FLAGS
 
 NAME = "swiftmoe"  # of our implementation
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-
-
-def has_interface(module: Any) -> bool:
-    """Whether the decorator has written into this very module."""
-    return vars(module).keys() >= set(_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def projections(experts: Any) -> Projections:
         ValueError: it is no experts module, it lacks what it says it has or has what nobody would use, or its weights
             are not whole tensors of floating dtype, or of shapes that do not fit each other.
     """
-    missing = [flag for flag in _FLAGS if not hasattr(experts, flag)]
+    missing = [flag for flag in INTERFACE_FLAGS if not hasattr(experts, flag)]
     if missing:
         raise _refusal(experts, f"no {', '.join(missing)}", "a class with @use_experts_implementation", "decorate it")
     if experts.has_gate and not experts.is_concatenated and has_default_gate(experts):

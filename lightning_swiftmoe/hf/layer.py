@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.hf._transformers import PreTrainedModel
 from lightning_swiftmoe.hf.activations import fused_activation
-from lightning_swiftmoe.hf.checks import NAME, check_choices, check_indices, has_interface, projections
+from lightning_swiftmoe.hf.checks import NAME, check_choices, check_indices, projections
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
+from lightning_swiftmoe.layers.layer import has_experts_interface
 from lightning_swiftmoe.layers.load import LayerLoad, count_by_expert, in_backward
 from lightning_swiftmoe.layers.router import Routing, no_tokens
 
@@ -234,7 +235,7 @@ def _layers_or_reasons(module: nn.Module) -> dict[str, ExpertsLayer | str]:
     for name, part in module.named_modules():
         if isinstance(part, PreTrainedModel):
             models[name] = part
-        if has_interface(part):
+        if has_experts_interface(part):
             around = [model for outer, model in models.items() if outer == "" or name.startswith(f"{outer}.")]
             found[name] = attached_layer(part) or _layer_or_reason(part, around)
     return found

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher
 from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import LayerLoad
+
+# What transformers' ``@use_experts_implementation`` writes into its modules: they are known without it.
+INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_FLAGS = frozenset(INTERFACE_FLAGS)  # every module of a model is asked on every step
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Whether that decorator has written into this very module."""
+    return vars(module).keys() >= _FLAGS
 
 
 class MoELayer(Protocol):

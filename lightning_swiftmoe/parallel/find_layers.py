@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_swiftmoe.layers.layer import MoELayer
+from lightning_swiftmoe.layers.layer import MoELayer, has_experts_interface
 from lightning_swiftmoe.layers.moe import MoE
-
-# What transformers' ``@use_experts_implementation`` writes into its modules: they are known without it.
-_FLAGS = frozenset(("has_gate", "has_bias", "is_transposed", "is_concatenated"))
 
 
 def find_layers(module: nn.Module) -> dict[str, MoELayer]:
@@ -17,7 +14,9 @@ def find_layers(module: nn.Module) -> dict[str, MoELayer]:
     Those are ``MoE`` layers and, in models of transformers, experts modules that can be attached; the others are left
     to the model. transformers is imported where such a module is found, and so it is there.
     """
-    found = {name: part for name, part in module.named_modules() if isinstance(part, MoE) or _is_experts(part)}
+    found = {
+        name: part for name, part in module.named_modules() if isinstance(part, MoE) or has_experts_interface(part)
+    }
     ours: dict[str, MoELayer] = {name: part for name, part in found.items() if isinstance(part, MoE)}
     if len(ours) == len(found):
         return ours
@@ -49,8 +48,4 @@ def advice(module: nn.Module) -> str | None:
 
 
 def _has_theirs(module: nn.Module) -> bool:
-    return any(_is_experts(part) for part in module.modules())
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return vars(module).keys() >= _FLAGS
+    return any(has_experts_interface(part) for part in module.modules())

@@ -87,10 +87,7 @@ class TokenRule:
         """``hosted`` and ``copied`` of ``Shares``."""
         if self.split == "even":
             return host_share(load, placement), None
-        hosted = exact_split(load, placement)
-        if not self.transient_copies:
-            return hosted, None
-        found = with_copies(hosted, placement, self.transient_copies)
+        found = with_copies(exact_split(load, placement), placement, self.transient_copies)
         return found.hosted, found.copied if found.copied.any() else None
 
     def _kept(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:

@@ -41,7 +41,7 @@ PooledSplit = Callable[[IntArray, Placement], WithCopies]
 def with_copies(hosted: IntArray, placement: Placement, most: int, least_part: int | None = LEAST_PART) -> WithCopies:
     """``hosted[N, E]`` with at most ``most`` copies on every rank; its columns keep their sums.
 
-    Nothing changes where no rank has room for what makes a copy worth it.
+    Nothing changes where ranks may have none, or no rank has room for what makes a copy worth it.
 
     Args:
         hosted: of ``exact_split``.
@@ -54,7 +54,7 @@ def with_copies(hosted: IntArray, placement: Placement, most: int, least_part: i
     mean = -(-int(rank_load.sum()) // num_ranks)
     missing = np.maximum(mean - rank_load, 0)
     least = 0 if least_part is None else -(-mean // least_part)
-    if missing.max() < least:
+    if not most or missing.max() < least:
         return WithCopies(hosted, np.zeros(hosted.shape, dtype=bool))
     lendable = np.minimum(hosted, np.maximum(rank_load - mean, 0)[:, None])
     # Of experts that cover as much of a surplus, one that others lend too: fewer copies then do.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_swiftmoe.cli._measured import write_whole
 from lightning_swiftmoe.cli._peers.job import PROFILER_WARMUP, Job
 from lightning_swiftmoe.cli._peers.timeline import Timeline
 
@@ -44,9 +45,7 @@ class Result:
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)))
-        part.rename(path)
+        write_whole(path, asdict(self))
 
 
 class Meter:
