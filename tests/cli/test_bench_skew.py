@@ -9,9 +9,11 @@ from hydra import compose, initialize_config_module
 
 from lightning_swiftmoe.cli._peers.job import Job, Plan
 from lightning_swiftmoe.cli._peers.replay import LayerReplay, experts_of_tokens, loads_of_ranks, write_replay
+from lightning_swiftmoe.cli._peers.with_lightning import BenchModule
 from lightning_swiftmoe.cli.compose import prepare_hydra
 from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.parallel.rehearsal import rehearse
 from lightning_swiftmoe.simulate import GENERATORS, LoadTrace, Workload, generate
 from tests.processes import swiftmoe
 
@@ -84,12 +86,29 @@ def test_a_model_sends_its_tokens_there(tmp_path):
     plan = Plan(0, 2, 0, False, 4, True, replay=str(tmp_path / "replay.npz"))
     for rank in range(2):
         job = Job("none", rank, 2, config, plan, tmp_path)
-        gpt = job.build_gpt()
+        gpt = job.build_replaying_gpt()
         for step, batch in enumerate(job.batches()):
             gpt.loss(batch).backward()
             for number, layer in enumerate(moe_layers(gpt).values()):
                 assert (layer.pop_load().counts[0].numpy() == loads[step, number, rank]).all()
                 assert layer.router.weight.grad.abs().max() > 0
+
+
+def test_routing_is_replayed_only_once_training_has_begun(tmp_path):
+    """On GPUs the strategy rehearses every layer with a few tokens of its own, to compile its kernels."""
+    prepare_hydra()
+    with initialize_config_module("conf", version_base=None):
+        config = compose("train", [*MODEL, "run_dir=."])
+    loads = loads_of_ranks(generate("one_hot", Workload(num_experts=8, top_k=2)), 1, 2, num_ranks=1, tokens=4 * 32)
+    write_replay(tmp_path / "replay.npz", [loads], top_k=2)
+    module = BenchModule(
+        Job("ours", 0, 1, config, Plan(0, 1, 0, False, 4, True, replay=str(tmp_path / "replay.npz")), tmp_path)
+    )
+    layer = moe_layers(module)["gpt.blocks.0.ffn"]
+    rehearse(layer, torch.float32, torch.device("cpu"))
+    module.on_train_start()
+    module.training_step(module.job.batches()[0], 0)
+    assert (layer.pop_load().counts[0].numpy() == loads[0, 0, 0]).all()
 
 
 @pytest.mark.distributed

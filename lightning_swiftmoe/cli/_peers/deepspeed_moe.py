@@ -31,7 +31,7 @@ def run(job: Job, meter: Meter) -> None:
     warnings.simplefilter("ignore")
     start_ranks(job)
     check(job)
-    gpt = job.build_gpt()
+    gpt = job.build_replaying_gpt()
     with contextlib.redirect_stdout(io.StringIO()):  # a page of configuration from every rank
         layers, engine = build(gpt, job)
     survival = Survival(layers)

@@ -18,7 +18,7 @@ from lightning_swiftmoe.cli._peers.plain import precision_policy, sharded_step, 
 def run(job: Job, meter: Meter) -> None:
     """Train."""
     start_ranks(job)
-    gpt = job.build_gpt()
+    gpt = job.build_replaying_gpt()
     mesh = init_device_mesh(job.device.type, (job.num_ranks,), mesh_dim_names=("fsdp",))
     policy = precision_policy(job)
     for block in gpt.blocks:

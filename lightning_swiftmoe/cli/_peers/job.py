@@ -103,12 +103,21 @@ class Job:
         """
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(self.config.seed)
-            gpt = GPT(self.model)
-            if self.plan.replay is not None:
-                replay = Replay.read(self.plan.replay, self.rank, self.device)
-                for number, layer in enumerate(moe_layers(gpt).values()):
-                    layer.router = ReplayedRouter(layer.router, replay.layer(number))
-            return gpt
+            return GPT(self.model)
+
+    def build_replaying_gpt(self) -> GPT:
+        """The same, and its routing as the plan wants it."""
+        gpt = self.build_gpt()
+        self.replay_routing(gpt)
+        return gpt
+
+    def replay_routing(self, gpt: GPT) -> None:
+        """From now on tokens go where the plan's trace says; nothing changes without one."""
+        if self.plan.replay is None:
+            return
+        replay = Replay.read(self.plan.replay, self.rank, self.device)
+        for number, layer in enumerate(moe_layers(gpt).values()):
+            layer.router = ReplayedRouter(layer.router, replay.layer(number))
 
     def build_optimizer(self, model: torch.nn.Module) -> Optimizer:
         """The configured optimizer over ``decay_groups``."""

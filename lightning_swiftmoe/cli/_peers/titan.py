@@ -32,7 +32,7 @@ def run(job: Job, meter: Meter) -> None:
     start_ranks(job)
     if job.device.type == "cpu":
         make_do_without_cuda()
-    gpt = job.build_gpt()
+    gpt = job.build_replaying_gpt()
     check(gpt)
     for block in gpt.blocks:
         if isinstance(block.ffn, MoE):

@@ -30,6 +30,10 @@ class BenchModule(pl.LightningModule):
         self.loss: Tensor | None = None
         self._loss_of = torch.compile(self.gpt.loss) if job.config.module.get("compile") else self.gpt.loss
 
+    def on_train_start(self) -> None:
+        """Only now: a strategy's set-up runs layers with tokens of its own."""
+        self.job.replay_routing(self.gpt)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss in nats per token."""
         loss = self._loss_of(batch)
