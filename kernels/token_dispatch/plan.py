@@ -22,7 +22,8 @@ def plan_tokens(
 ) -> TokenPlan:
     """This rank's plan: the numbers of `placement.TokenRule` and `plan_dispatch`, without the host.
 
-    Three kernels on a GPU, one more each with a capacity, an exact split, and a capacity of ranks or both of these.
+    Three kernels on a GPU, one more each with a capacity, an exact split, copies, and a capacity of ranks or an exact
+    split.
     Neither launches nor compiled forms depend on counts.
 
     Args:
@@ -35,7 +36,7 @@ def plan_tokens(
         turns: of the experts in an exact split over their hosts; None splits evenly over slots.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit.
+        ValueError: for shapes or dtypes that do not fit, or copies without an exact split.
     """
     num_ranks, num_experts = counts.shape
     wanted = {"multiplicity": (multiplicity, (num_ranks, num_experts)), "replicas": (replicas, (num_experts,))}
@@ -47,6 +48,8 @@ def plan_tokens(
             )
     if counts.dtype != torch.int64:
         raise ValueError(f"counts must be int64, got {counts.dtype}")
+    if size.max_copies and turns is None:
+        raise ValueError(f"copies are for what an exact split leaves uneven, got max_copies={size.max_copies} without")
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0 .. {num_ranks - 1}, got {rank}")
     tensors = (counts.contiguous(), multiplicity.contiguous(), replicas.contiguous())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch import plan_triton
+from lightning_swiftmoe.kernels.token_dispatch.borrow_launch import borrow_experts
 from lightning_swiftmoe.kernels.token_dispatch.split_launch import split_exactly
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 
@@ -44,6 +45,7 @@ def plan_tokens(
     bins = next_power_of_2(num_experts)
     slots = next_power_of_2(size.max_residents + 1)
     packed = size.layout == "packed"
+    copies = lenders = torch.empty(num_ranks, 0, dtype=torch.int32, device=counts.device)
 
     if capacity is not None:
         ranks = max(2048 // bins, 1)
@@ -54,6 +56,8 @@ def plan_tokens(
         _scan(_even_shares, (counts, multiplicity, replicas, totals, load, share), capacity)
         if turns is not None:
             split_exactly(load, share, turns)
+        if size.max_copies:
+            copies, lenders = borrow_experts(share, multiplicity, size.max_copies)
         if pooled:
             assert capacity is not None
             _keep_within_ranks(
@@ -74,6 +78,7 @@ def plan_tokens(
     _plan_hosts(
         (num_ranks, 1, 1),
         multiplicity,
+        copies,
         kept,
         share,
         source_start,
@@ -104,6 +109,7 @@ def plan_tokens(
         BINS=bins,
         SLOTS=slots,
         BLOCK=_BLOCK,
+        COPIES=size.max_copies,
     )
     _name_rows(
         (size.max_rows // size.tile, 1, 1),
@@ -125,7 +131,7 @@ def plan_tokens(
         SLOTS=slots,
     )
     sums_out = (rank_load, send_rows, recv_rows, needed_rows)
-    return TokenPlan(rank, size, kept[rank], send, recv, send_until, base, *sums_out, *rows)
+    return TokenPlan(rank, size, kept[rank], send, recv, send_until, base, *sums_out, *rows, copies, lenders)
 
 
 def _row_tensors(size: PlanSize, device: torch.device) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ whose rank is the host, the source or both.
 import torch
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.token_dispatch.borrow import borrow_experts_reference
 from lightning_swiftmoe.kernels.token_dispatch.split import split_exactly_reference
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import ROUNDING, Capacity, PlanSize, TokenPlan, Turns
 
@@ -53,8 +54,12 @@ def plan_tokens_reference(
     kept = kept_counts(counts, replicas, capacity)
     load = kept.sum(dim=0)
     share = host_share(load, multiplicity, replicas)
+    copies = lenders = multiplicity.new_empty(len(counts), 0)
     if turns is not None:
-        share = split_exactly_reference(load, share.int(), turns).long()
+        share = split_exactly_reference(load, share.int(), turns)
+        if size.max_copies:
+            copies, lenders = borrow_experts_reference(share, multiplicity, size.max_copies)
+        share = share.long()
     if capacity is not None and capacity.scope == "pooled":
         room = slot_capacity(capacity.factor, counts.sum(), capacity.num_slots) * (capacity.num_slots // len(counts))
         share = _in_proportion(share, torch.minimum(share.sum(dim=1, keepdim=True), room), dim=1)
@@ -74,26 +79,44 @@ def plan_tokens_reference(
         # Sources before this rank fill a host's share first, and a host that is one of them keeps its own.
         earlier = _overlap(torch.zeros_like(source_start[rank]), source_start[rank], host_start, host_end)
         earlier[:rank] += local[:rank]
-        base = _before(padded, dim=1).clamp_max(size.max_rows) + earlier - send_until
+        base = _starts(padded, multiplicity, copies).clamp_max(size.max_rows) + earlier - send_until
     else:
         base = _before(send.flatten(), dim=0).view_as(send) - send_until
 
-    residents, starts, ends = _residents(multiplicity[rank], padded[rank], share[rank], size)
+    residents, starts, ends = _residents(multiplicity[rank], copies[rank].long(), padded[rank], share[rank], size)
     arrival_base = _before(recv.flatten(), dim=0).view_as(recv) - recv_until
     tile_expert, order, inverse = _rows(residents, starts, ends, recv_until, arrival_base, size)
     ints = (kept[rank], send, recv, send_until, base)
     sums = (share.sum(dim=1), send.sum(dim=1), recv.sum(dim=1), padded.sum(dim=1))
     rows = (residents, starts, ends, tile_expert, order, inverse)
-    return TokenPlan(rank, size, *(t.int() for t in ints), *sums, *(t.int() for t in rows))
+    return TokenPlan(rank, size, *(t.int() for t in ints), *sums, *(t.int() for t in rows), copies, lenders)
 
 
-def _residents(multiplicity: Tensor, padded: Tensor, share: Tensor, size: PlanSize) -> tuple[Tensor, Tensor, Tensor]:
+def _starts(padded: Tensor, multiplicity: Tensor, copies: Tensor) -> Tensor:
+    """`[N, E]` the row at which each expert begins at each host: residents ascending, then copies."""
+    own = torch.where(multiplicity > 0, padded, 0)
+    starts = _before(own, dim=1)
+    borrowed = copies.long().clamp_min(0)
+    rows = torch.where(copies >= 0, padded.gather(1, borrowed), 0)
+    first = own.sum(dim=1, keepdim=True) + _before(rows, dim=1)
+    for number in range(copies.shape[1]):
+        named = borrowed[:, number, None]
+        there = copies[:, number, None] >= 0
+        starts.scatter_(1, named, torch.where(there, first[:, number, None], starts.gather(1, named)))
+    return starts
+
+
+def _residents(
+    multiplicity: Tensor, copies: Tensor, padded: Tensor, share: Tensor, size: PlanSize
+) -> tuple[Tensor, Tensor, Tensor]:
     """Residents `[R]`, starts `[R + 1]` and ends `[R]` of a rank, from its rows `[E]` of the `[N, E]` tensors."""
+    own = size.max_residents - size.max_copies
     # Residents first, ascending, then as many others as it takes.
-    experts = torch.sort((multiplicity == 0).int(), stable=True).indices[: size.max_residents]
-    short = size.max_residents - experts.shape[0]
-    experts = torch.nn.functional.pad(experts, (0, max(short, 0)))
-    there = torch.arange(size.max_residents, device=experts.device) < (multiplicity > 0).sum()
+    experts = torch.sort((multiplicity == 0).int(), stable=True).indices[:own]
+    experts = torch.nn.functional.pad(experts, (0, own - experts.shape[0]))
+    there = torch.arange(own, device=experts.device) < (multiplicity > 0).sum()
+    experts = torch.cat([experts, copies.clamp_min(0)])
+    there = torch.cat([there, copies >= 0])
     rows = torch.where(there, padded[experts], 0)
     starts = torch.nn.functional.pad(rows.cumsum(dim=0), (1, 0)).clamp_max(size.max_rows)
     ends = (starts[:-1] + torch.where(there, share[experts], 0)).clamp_max(size.max_rows)

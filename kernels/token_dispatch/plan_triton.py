@@ -1,5 +1,5 @@
 """The plan in three or four kernels: totals of ranks, one scan over ranks, one pass over hosts, names of rows. Up to
-three more where who processes what is not the even split within the capacity of experts.
+four more where who processes what is not the even split within the capacity of experts.
 
 Only the scan goes along the rank axis. It leaves four running numbers per rank and expert, and what this rank sends
 to host j, what of it goes to hosts before j, and what stands before it at host j are all overlaps of two ranges.
@@ -177,25 +177,51 @@ def _overlap(start, length, other_start, other_length):
 
 
 @triton.jit
-def _store_residents(
-    multiplicity, padded, share, residents, starts, ends, mask, R, P, BINS: tl.constexpr, SLOTS: tl.constexpr
-):
-    """This rank's residents, one after the other; those that do not exist are empty and start at the end."""
+def _starts(multiplicity, copies, padded, mask, BINS: tl.constexpr, COPIES: tl.constexpr):
+    """Where each expert's rows begin at the host of these: residents ascending, then copies."""
     expert = tl.arange(0, BINS)
+    own = padded
+    if COPIES > 0:
+        own = tl.where(tl.load(multiplicity + expert, mask=mask, other=0) > 0, padded, 0)
+    start = tl.cumsum(own, axis=0) - own
+    until = tl.sum(own, axis=0)
+    for number in tl.static_range(COPIES):
+        is_copy = expert == tl.load(copies + number)
+        start = tl.where(is_copy, until, start)
+        until += tl.sum(tl.where(is_copy, padded, 0), axis=0)
+    return start
+
+
+@triton.jit
+def _store_residents(
+    multiplicity, copies, start, padded, share, residents, starts, ends, mask, R, P,
+    BINS: tl.constexpr, SLOTS: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """This rank's residents, one after the other, and its copies; those that do not exist are empty."""
+    expert = tl.arange(0, BINS)
+    slot = tl.arange(0, SLOTS)
+    own = R - COPIES
     here = (tl.load(multiplicity + expert, mask=mask, other=0) > 0).to(tl.int32)
     index = tl.cumsum(here, axis=0) - here
-    start = tl.cumsum(padded, axis=0) - padded
-    listed = (here > 0) & (index < R)
+    listed = (here > 0) & (index < own)
     tl.store(residents + index, expert, mask=listed)
     tl.store(starts + index, tl.minimum(start, P).to(tl.int32), mask=listed)
     tl.store(ends + index, tl.minimum(start + share, P).to(tl.int32), mask=listed)
-    slot = tl.arange(0, SLOTS)
     missing = slot >= tl.sum(here, axis=0)
     nothing = tl.zeros([SLOTS], tl.int32)
-    end = tl.minimum(tl.sum(padded, axis=0), P).to(tl.int32) + nothing
-    tl.store(residents + slot, nothing - 1, mask=missing & (slot < R))
-    tl.store(ends + slot, end, mask=missing & (slot < R))
-    tl.store(starts + slot, end, mask=missing & (slot <= R))
+    until = tl.sum(tl.where(here > 0, padded, 0), axis=0)
+    end = tl.minimum(until, P).to(tl.int32) + nothing
+    tl.store(residents + slot, nothing - 1, mask=missing & (slot < own))
+    tl.store(ends + slot, end, mask=missing & (slot < own))
+    tl.store(starts + slot, end, mask=missing & (slot <= own))
+    for number in tl.static_range(COPIES):
+        chosen = tl.load(copies + number)
+        rows = tl.sum(tl.where(expert == chosen, padded, 0), axis=0)
+        amount = tl.sum(tl.where(expert == chosen, share, 0), axis=0)
+        tl.store(residents + own + number, chosen)
+        tl.store(ends + own + number, tl.minimum(until + amount, P).to(tl.int32))
+        until += rows
+        tl.store(starts + own + number + 1, tl.minimum(until, P).to(tl.int32))
 
 
 @triton.jit
@@ -208,9 +234,10 @@ def _clear_part(inverse, part, num_parts, A, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank", "P", "A"])
 def plan_hosts_kernel(
-    multiplicity, kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base,
+    multiplicity, copies, kept, share, source_start, host_start, send, recv, send_until, base, recv_until, arrival_base,
     rank_load, send_rows, recv_rows, needed_rows, residents, starts, ends, inverse, rank, N, E, R, P, A,
     PACKED: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    COPIES: tl.constexpr,
 ):  # fmt: skip
     """What this rank sends to and receives from peer j = program, and where it stands there."""
     peer = tl.program_id(0)
@@ -246,6 +273,7 @@ def plan_hosts_kernel(
     tl.store(recv_rows + peer, tl.sum(received.to(tl.int64), axis=0))
     padded = ((peer_share + TILE - 1) // TILE * TILE).to(tl.int64)
     tl.store(needed_rows + peer, tl.sum(padded, axis=0))
+    start = _starts(multiplicity + at - expert, copies + peer * COPIES, padded, mask, BINS, COPIES)
 
     if PACKED:
         # All that goes to earlier hosts, then this host's earlier experts.
@@ -258,12 +286,12 @@ def plan_hosts_kernel(
     else:
         # The peer's own come in their rank's turn, the others in rank order.
         earlier = _overlap(peer_host, peer_places, 0, own_source) + tl.where(peer < rank, peer_local, 0)
-        start = tl.minimum(tl.cumsum(padded, axis=0) - padded, P).to(tl.int32)
-        tl.store(base + at, start + earlier - sent_before, mask=mask)
+        tl.store(base + at, tl.minimum(start, P).to(tl.int32) + earlier - sent_before, mask=mask)
     if peer == rank:
         _store_residents(
-            multiplicity + own - expert, padded, peer_share, residents, starts, ends, mask, R, P, BINS, SLOTS
-        )
+            multiplicity + at - expert, copies + peer * COPIES, start, padded, peer_share, residents, starts, ends,
+            mask, R, P, BINS, SLOTS, COPIES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["A"])

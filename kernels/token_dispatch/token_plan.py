@@ -1,8 +1,8 @@
 """What a plan of tokens needs to know and what it says.
 
-Shape legend: N ranks, E experts, R residents that a rank may have at most, P rows of the padded layout (whole tiles),
-A rows that the arrival buffer can hold. An assignment's number p counts the assignments of its expert on its rank in
-batch order; the kept ones are p < kept[e].
+Shape legend: N ranks, E experts, R residents that a rank may have at most, copies included, M copies at most, P rows of
+the padded layout (whole tiles), A rows that the arrival buffer can hold. An assignment's number p counts the
+assignments of its expert on its rank in batch order; the kept ones are p < kept[e].
 """
 
 import struct
@@ -63,15 +63,16 @@ class PlanSize:
     """What is known on the host before any token is routed.
 
     Args:
-        max_residents: R, at most the slots of a rank.
+        max_residents: R, at most the slots of a rank, and the copies.
         max_rows: P, rows of this rank's padded layout, a multiple of the tile; the same on every rank.
         tile: rows to which every resident is padded.
         layout: "padded": rows travel straight to their place in the host's padded layout. "packed": rows travel in
             send order and arrive by source rank, then expert; the padded layout gathers them.
         max_arrivals: A, rows of the arrival buffer of the packed layout; the padded layout has none.
+        max_copies: M, how many of the residents are copies that a rank borrows, at most; with an exact split.
 
     Raises:
-        ValueError: for an unknown layout, rows that are not whole tiles, or missing arrivals.
+        ValueError: for an unknown layout, rows that are not whole tiles, missing arrivals, or nothing but copies.
     """
 
     max_residents: int
@@ -79,12 +80,16 @@ class PlanSize:
     tile: int = 128
     layout: str = "padded"
     max_arrivals: int = 0
+    max_copies: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.max_residents < 1:
-            raise ValueError(f"max_residents must be at least 1, got {self.max_residents}")
+        if not 0 <= self.max_copies < self.max_residents:
+            raise ValueError(
+                f"max_residents must be at least 1 and more than max_copies, got {self.max_residents} and "
+                f"{self.max_copies}"
+            )
         if self.max_rows < self.tile or self.max_rows % self.tile:
             raise ValueError(f"max_rows must be whole tiles of {self.tile} rows, got {self.max_rows}")
         if (self.layout == "packed") != (self.max_arrivals > 0):
@@ -118,12 +123,14 @@ class TokenPlan:
     send_rows: Tensor  # [N] int64: send, summed over experts
     recv_rows: Tensor  # [N] int64: recv, summed over experts
     needed_rows: Tensor  # [N] int64: padded rows that every rank needs; more than P means rows without a place
-    residents: Tensor  # [R]: this rank's experts, ascending; -1 where it has fewer
+    residents: Tensor  # [R]: this rank's experts, ascending, then from R - M on its copies; -1 where it has fewer
     starts: Tensor  # [R + 1]
     ends: Tensor  # [R]; residents that do not exist are empty
     tile_expert: Tensor  # [P / tile]: resident of each tile; R - 1 beyond the rows in use
     order: Tensor  # [P]: the arrival that stands in the row, -1 in the padding and beyond
     inverse: Tensor  # [A]: the row of the arrival, -1 where none arrived
+    copies: Tensor  # [N, M]: experts that every rank borrows, the largest part first; -1 for none
+    lenders: Tensor  # [N, M]: the host that lends each
 
     @property
     def num_rows(self) -> Tensor:

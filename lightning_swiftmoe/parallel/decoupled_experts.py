@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_swiftmoe.parallel.communicator import Pending
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchange, WireShards
+from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import EvenShards, Placement
 
 
@@ -81,8 +82,15 @@ class DecoupledExperts(HostedExperts):
     def _make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._exchange.make_resident(key, shape, dtype)
 
+    @property
+    def _reaches_peers(self) -> bool:
+        return self.make_exchange is not None and not self.offload
+
+    def _make_copies(self, most: int) -> SymmetricCopies | None:
+        return self._exchange.make_copies(most, self.experts.up_name)
+
     @cached_property
     def _exchange(self) -> ShardExchange:
-        if self.make_exchange is not None and not self.offload:
+        if self.make_exchange is not None and self._reaches_peers:
             return self.make_exchange(self.communicator, self.name, self.cuts, self.num_sharers)
         return WireShards(self.communicator, self.name, self.cuts, self.num_sharers, self.state_device)

@@ -125,7 +125,7 @@ class ExpertsElsewhere(torch.autograd.Function):
             )
             trip.to_tokens(grad_rows, grad_x)
             trip.scalars_to_tokens(grad_row_weights, grad_weights)
-            return grads
+            return trip.with_loans(*grads)
 
         with on_device(grad_y):
             grads_TD = aligned(grad_y)

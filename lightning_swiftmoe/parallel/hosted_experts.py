@@ -2,8 +2,9 @@
 
 *Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard.
 *Residents* are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they
-belong to this class and nobody else sees them. ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for
-all; ``BoundExperts`` keeps them on the hosts of each expert.
+belong to this class and nobody else sees them. Behind them may be room for transient copies of others' residents.
+``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for all; ``BoundExperts`` keeps them on the hosts
+of each expert.
 
 Shape suffixes: N ranks, E experts, R residents of this rank.
 """
@@ -23,6 +24,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFactory
+from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement
 
 
@@ -60,6 +62,7 @@ class HostedExperts(ABC):
         gradient_dtype: in which gradients travel; None: that in which they add up.
         offload: keep Parameters, and with them gradients and optimizer state, on the host.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
+        transient_copies: room behind the residents for so many, where ranks can lend each other experts on the device.
         make_exchange: of a way for state to travel, for GPUs; None: by all-to-all of ``communicator``.
     """
 
@@ -78,6 +81,7 @@ class HostedExperts(ABC):
         gradient_dtype: torch.dtype | None = None,
         offload: bool = False,
         masters: Mapping[str, Tensor] | None = None,
+        transient_copies: int = 0,
         make_exchange: ShardExchangeFactory | None = None,
     ) -> None:
         self.experts = experts
@@ -102,7 +106,9 @@ class HostedExperts(ABC):
             key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
             for key, param in self.originals.items()
         }
-        self._residents = self._make_residents(compute_dtype)
+        self._residents = self._make_residents(compute_dtype, transient_copies if self._reaches_peers else 0)
+        lends = transient_copies > 0 and self._reaches_peers
+        self.transient_copies = self._make_copies(transient_copies) if lends else None
         self.forwards_since_backward = 0
         self.forwards_since_step = 0
         self._gradients: Locals = {}
@@ -335,11 +341,11 @@ class HostedExperts(ABC):
         """Host memory that a GPU reads at full speed, where one will."""
         return tensor.pin_memory() if self.offload and self.communicator.device.type == "cuda" else tensor
 
-    def _make_residents(self, compute_dtype: torch.dtype | None) -> Locals:
+    def _make_residents(self, compute_dtype: torch.dtype | None, num_copies: int) -> Locals:
         narrow = any(dtype != self.local(key).dtype for key, dtype in self.dtypes.items())
         if self.communicator.num_ranks == 1 and self.replicas is None and not self.offload and not narrow:
             return {}
-        rows = min(self.placement.slots_per_rank, self.placement.num_experts)
+        rows = min(self.placement.slots_per_rank, self.placement.num_experts) + num_copies
         residents = {}
         for key, shape in self.shapes.items():
             dtype = self.dtypes[key]
@@ -354,6 +360,15 @@ class HostedExperts(ABC):
     def _make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros ``[>= R, rows, cols]`` on the device."""
         return torch.zeros(shape, dtype=dtype, device=self.communicator.device)
+
+    @property
+    def _reaches_peers(self) -> bool:
+        """Whether ranks read and write each other's residents."""
+        return False
+
+    def _make_copies(self, most: int) -> SymmetricCopies | None:
+        """How this rank borrows and lends residents, of which the last ``most`` are room for copies."""
+        return None
 
     # -- gradients, inside -------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from lightning_swiftmoe.kernels.launch import next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
 from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanSize, TokenPlan, Turns
 from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement, TokenRule, slot_capacity
 from lightning_swiftmoe.placement.exact_split import turn_table
 
@@ -111,6 +112,14 @@ class RowTrip(ABC):
             out_TK: what is written, in the dtype of the numbers.
         """
 
+    def with_loans(self, grad_up: Tensor | None, grad_down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of residents, once those of what other ranks have borrowed joined them; behind ``to_tokens``.
+
+        Args:
+            grad_up, grad_down: ``[>= R, rows, cols]``, copies of this rank last; changed in place. None: not wanted.
+        """
+        return grad_up, grad_down
+
     @abstractmethod
     def result_buffer(self, like_PD: Tensor) -> Tensor | None:
         """Where the rows of ``to_tokens`` should be written so that they travel without a copy; None: anywhere."""
@@ -179,7 +188,15 @@ class RowExchange(ABC):
     """Plans trips over one transport."""
 
     @abstractmethod
-    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> RowTrip:
+    def plan(
+        self,
+        routed: Routed,
+        tables: PlacementTables,
+        name: str,
+        *,
+        training: bool,
+        copies: SymmetricCopies | None = None,
+    ) -> RowTrip:
         """The trip of what was routed.
 
         Args:
@@ -187,6 +204,7 @@ class RowExchange(ABC):
             tables: the placement.
             name: of the layer, for error messages.
             training: whether the like will be asked for again and again, so that preparing for it pays.
+            copies: where this rank's copies go, if the rule has any.
         """
 
 
@@ -226,7 +244,7 @@ class PlacementTables:
         packed = self.packed if packed is None else packed
         num_ranks, num_experts = counts.shape
         pairs = num_ranks * num_experts
-        multiplicity = packed[:pairs].view(num_ranks, num_experts)
+        multiplicity = self.multiplicity(packed)
         replicas = packed[pairs : pairs + num_experts]
         turns = None
         if self.rule.split == "exact":
@@ -241,10 +259,16 @@ class PlacementTables:
             return None
         return Capacity(self.capacity_factor, self.placement.table.size, self.rule.capacity_scope)
 
+    def multiplicity(self, packed: Tensor) -> Tensor:
+        """``[N, E]`` int32 of the tables or a copy of them."""
+        num_ranks, num_experts = self.placement.num_ranks, self.placement.num_experts
+        return packed[: num_ranks * num_experts].view(num_ranks, num_experts)
+
     @property
     def max_residents(self) -> int:
-        """The most distinct experts that a rank may host."""
-        return min(self.placement.slots_per_rank, self.placement.num_experts)
+        """The most distinct experts that a rank may host, and those that it may borrow."""
+        hosted = min(self.placement.slots_per_rank, self.placement.num_experts)
+        return hosted + self.rule.transient_copies
 
     @property
     def _slots_bound_ranks(self) -> bool:

@@ -238,6 +238,7 @@ def build_layers(
             accumulates=accumulates,
             gradient_dtype=gradient_dtype,
             offload=offload,
+            transient_copies=rule.transient_copies,
             make_exchange=parallelism.make_exchange,
             masters={key: masters[n] for key, _ in parameters if (n := f"{prefix}.{key}") in masters},
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.functional import Blocks, gather_shards, pack_shards, place_shards, sum_shards
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
+from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import EvenShards, Placement
 
 Locals = dict[str, Tensor]
@@ -41,6 +42,15 @@ class ShardExchange(ABC):
             shards: what the gradients are to look like.
             placement: under which they were computed.
         """
+
+    def make_copies(self, most: int, up_name: str) -> SymmetricCopies | None:
+        """How experts are lent on the device; None: they are not. Collective, at set-up, behind ``make_resident``.
+
+        Args:
+            most: how many of the residents that were made are room for copies.
+            up_name: of the up projection.
+        """
+        return None
 
     def gradient_memory(self, residents: Locals) -> Locals | None:
         """Where gradients for the next ``start_gradients``, like ``residents``, travel from without a copy.

@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_swiftmoe.kernels.dispatch import tile_rows
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
 from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
+from lightning_swiftmoe.kernels.shards.lent_experts import Loans
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
 from lightning_swiftmoe.kernels.token_dispatch.move import (
     clear_padding,
@@ -46,6 +47,7 @@ from lightning_swiftmoe.parallel.row_exchange import (
     TokenBound,
     Way,
 )
+from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 
 _FORWARD = 1  # the buffer in which rows of forwards arrive
 
@@ -163,15 +165,24 @@ class SymmetricRows(RowExchange):
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
         # How many rows travel is known on the device alone, and when they do to graphs alone.
-        communicator.meter.leave_out("dispatch", "combine")
+        communicator.meter.leave_out("dispatch", "combine", "transient_copies")
 
-    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> SymmetricTrip:
+    def plan(
+        self,
+        routed: Routed,
+        tables: PlacementTables,
+        name: str,
+        *,
+        training: bool,
+        copies: SymmetricCopies | None = None,
+    ) -> SymmetricTrip:
         """See ``RowExchange.plan``: the plan itself is made at the beginning of the first way."""
         tile = tile_rows(self.device)
         num_ranks = self.communicator.num_ranks
         most = num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         desk = self._desk_of(name)
-        size = PlanSize(tables.max_residents, desk.most_rows(tables, most, tile), tile)
+        most_rows = desk.most_rows(tables, most, tile)
+        size = PlanSize(tables.max_residents, most_rows, tile, max_copies=tables.rule.transient_copies)
         buffers = self._buffers_for(routed.width, routed.dtype, most + (tables.max_residents + 1) * tile)
         all_counts = self._counts_for(routed.counts.shape[0])
         self.communicator.meter.add("load", (num_ranks - 1) * routed.counts.nbytes)
@@ -181,7 +192,7 @@ class SymmetricRows(RowExchange):
         else:
             inputs = _Inputs.like(routed, tables)
             inputs.tables.copy_(tables.packed)
-        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, name, fixed=fixed)
+        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, copies, name, fixed=fixed)
         if fixed:
             desk.serve(trip)
         return trip
@@ -244,6 +255,7 @@ class SymmetricTrip(RowTrip):
         all_counts: ``[N, E]``, written by all ranks.
         size: of the plan.
         tables: the placement.
+        copies: where this rank's copies go; None: it borrows nothing.
         name: of the layer.
         fixed: whether inputs and plan stand in the desk's memory.
     """
@@ -260,6 +272,7 @@ class SymmetricTrip(RowTrip):
         all_counts: SharedTensor,
         size: PlanSize,
         tables: PlacementTables,
+        copies: SymmetricCopies | None,
         name: str,
         *,
         fixed: bool,
@@ -273,15 +286,19 @@ class SymmetricTrip(RowTrip):
         self._all_counts = all_counts
         self._size = size
         self._tables = tables
+        self._copies = copies
         self._name = name
         self._fixed = fixed
         self._planned: _Planned | None = None
         self._buffer = _FORWARD
+        self._fetches = False
 
     def travel(self, way: Way, key: Hashable, work: Callable[..., T], *tensors: Tensor) -> T:
         """See ``RowTrip``."""
         is_first = self._planned is None
         self._buffer = self._exchange.next_buffer(self, way)
+        # Another forward may have borrowed other experts since.
+        self._fetches = self._copies is not None and not self._copies.are_of(self)
         point(self._inputs.cells, tensors, self._routed_copies())
 
         def whole() -> tuple[_Planned, T]:
@@ -294,6 +311,8 @@ class SymmetricTrip(RowTrip):
             self._planned, result = self.desk.sections.run(section, self._key(key, tensors), whole, feeds)
         else:
             self._planned, result = whole()
+        if self._copies is not None:
+            self._copies.keep_for(self)
         if is_first:
             self._tell(self._planned)
         self._exchange.communicator.watch(f"{way} token", self._name)
@@ -302,15 +321,33 @@ class SymmetricTrip(RowTrip):
     def to_hosts(self, tokens_TD: OfTokens, weights_TK: OfTokens) -> tuple[Tensor, Tensor]:
         """See ``RowTrip``."""
         rows_PD = self._push(tokens_TD, self.buffers.arriving, weights_TK)
-        self._exchange.memory.barrier(Channel.ROWS)
+        self._meet()
         return rows_PD, self.buffers.weights.local[: rows_PD.shape[0]]
 
     def gradients_to_hosts(self, grads_TD: OfTokens, tokens_TD: OfTokens | None = None) -> tuple[Tensor, Tensor | None]:
         """See ``RowTrip``."""
         grads_PD = self._push(grads_TD, self.buffers.arriving)
         rows_PD = None if tokens_TD is None else self._push(tokens_TD, self.buffers.again)
-        self._exchange.memory.barrier(Channel.ROWS)
+        self._meet()
         return grads_PD, rows_PD
+
+    def _meet(self) -> None:
+        """A barrier; copies are fetched while others are still on their way to it."""
+        if self._copies is None or not self._fetches:
+            self._exchange.memory.barrier(Channel.ROWS)
+            return
+        self._exchange.memory.arrive(Channel.ROWS)
+        self._copies.fetch(self._loans)
+        self._exchange.memory.wait(Channel.ROWS)
+
+    def with_loans(self, grad_up: Tensor | None, grad_down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """See ``RowTrip``."""
+        grads = grad_up, grad_down
+        if self._copies is not None:
+            self._copies.offer(self._loans, grads)
+            self._exchange.memory.barrier(Channel.ROWS)
+            self._copies.collect(self._loans, grads)
+        return grads
 
     def _push(
         self,
@@ -360,6 +397,11 @@ class SymmetricTrip(RowTrip):
         return RowLayout(plan.starts, plan.ends, plan.order, plan.tile_expert, plan.num_rows, plan.size.tile)
 
     @property
+    def _loans(self) -> Loans:
+        plan = self._here.plan
+        return Loans(plan.copies, plan.lenders, self._tables.multiplicity(self._inputs.tables), plan.rank)
+
+    @property
     def _here(self) -> _Planned:
         assert self._planned is not None, "to_hosts comes first"
         return self._planned
@@ -399,4 +441,4 @@ class SymmetricTrip(RowTrip):
         planned = None if self._planned is None else identity(self._planned.facts, self._planned.address.row)
         # Buffers are made anew all at once.
         buffers = identity(self.buffers.results.local), self._buffer
-        return key, fixed, shapes, planned, self._size, self._tables.capacity, buffers
+        return key, fixed, shapes, planned, self._size, self._tables.capacity, buffers, self._fetches

@@ -14,6 +14,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.cuda_graphs import GraphedSections, GraphMemory, identity
 from lightning_swiftmoe.parallel.peer_memory import Channel, PeerMemory, SharedTensor
 from lightning_swiftmoe.parallel.shard_exchange import Cuts, Locals, ShardExchange
+from lightning_swiftmoe.parallel.symmetric_copies import OfferedGradients, SymmetricCopies
 from lightning_swiftmoe.placement import Placement
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -29,6 +30,7 @@ class SymmetricState:
     def __init__(self, memory: PeerMemory) -> None:
         self._memory = memory
         self._buffers = GradientBuffers(memory)
+        self._offered = OfferedGradients(memory)
         # One for all layers: these graphs give nothing. Rows have others, which run beside them.
         self._graphs: GraphMemory | None = None
         if memory.device.type == "cuda":
@@ -37,7 +39,9 @@ class SymmetricState:
     def __call__(self, communicator: Communicator, name: str, cuts: Cuts, num_sharers: int) -> ShardExchange:
         """See ``ShardExchangeFactory``."""
         sections = GraphedSections(self._graphs)
-        return SymmetricShards(communicator, self._memory, self._buffers, sections, name, cuts, num_sharers)
+        return SymmetricShards(
+            communicator, self._memory, self._buffers, self._offered, sections, name, cuts, num_sharers
+        )
 
 
 class GradientBuffers:
@@ -97,6 +101,7 @@ class SymmetricShards(ShardExchange):
         communicator: for expert state: its stream, and what times and watches.
         memory: of the same ranks.
         buffers: for gradients of all layers.
+        offered: room for those of copies, of all layers.
         sections: of this layer; they run on the communicator's stream.
         name: of the layer.
         cuts: who owns what of each parameter.
@@ -108,6 +113,7 @@ class SymmetricShards(ShardExchange):
         communicator: Communicator,
         memory: PeerMemory,
         buffers: GradientBuffers,
+        offered: OfferedGradients,
         sections: GraphedSections,
         name: str,
         cuts: Cuts,
@@ -117,6 +123,7 @@ class SymmetricShards(ShardExchange):
         self._memory = memory
         self._buffers = buffers
         self._turn = buffers.turn()
+        self._offered = offered
         self._sections = sections
         self._name = name
         self._cuts = cuts
@@ -131,6 +138,12 @@ class SymmetricShards(ShardExchange):
         shared.local.zero_()
         self._residents[key] = shared
         return shared.local
+
+    def make_copies(self, most: int, up_name: str) -> SymmetricCopies | None:
+        """See ``ShardExchange``."""
+        residents = [self._residents[key] for key in (up_name, "down_proj")]
+        offered = [self._offered.like(number, shared.local, most) for number, shared in enumerate(residents)]
+        return SymmetricCopies(residents, offered)
 
     def start_weights(self, shards: Locals, residents: Locals, placement: Placement) -> Pending[None]:
         """See ``ShardExchange``."""

@@ -90,7 +90,7 @@ class DeviceDispatcher:
         rows: carries rows.
         name: of the MoE layer, for error messages.
         rule: which assignments are kept, and who processes them.
-        fallback: for transient copies, and for dtypes that the kernels do not take.
+        fallback: for dtypes that the kernels do not take, and for copies where ranks cannot lend them on the device.
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class DeviceDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.rule.transient_copies or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
+        copies = self.layer.hosted.transient_copies
+        lends_elsewhere = self.rule.transient_copies > 0 and copies is None
+        if lends_elsewhere or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
             return self._fallback(x_TD, routing, experts, capacity_factor)
         self.layer.before_tokens(self.name, x_TD)
         tables = self._tables_on(x_TD.device, capacity_factor)
@@ -130,7 +132,7 @@ class DeviceDispatcher:
             return self._last
         self._last = None
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD))
-        trip = self.rows.plan(routed, tables, self.name, training=training)
+        trip = self.rows.plan(routed, tables, self.name, training=training, copies=self.layer.hosted.transient_copies)
         if training and not in_backward():
             self._last = trip
         return trip

@@ -33,9 +33,15 @@ def test_other_rules_drop_the_same(one, two, rule, transport):
     check_against_virtual_ranks(one, two, "random", 2, transport, capacity_scope=scope, split=split)
 
 
-def check_against_virtual_ranks(one, two, policy, top_k, transport, **rule):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_copies_drop_the_same(one, two, transport):
+    rule = {"capacity_scope": "pooled", "split": "exact", "transient_copies": 1}
+    check_against_virtual_ranks(one, two, "random", 2, transport, at_least_once=1.0, **rule)
+
+
+def check_against_virtual_ranks(one, two, policy, top_k, transport, at_least_once=0.95, **rule):
     real = two.run(fit, make(policy, top_k, transport, **rule))[0]
-    assert min(layer.survival for step in real.steps for layer in step.layers) < 0.95
+    assert min(layer.survival for step in real.steps for layer in step.layers) < at_least_once
     for place in PLACES:
         virtual = one.run(fit_virtually_at, make(policy, top_k, **rule), place)[0]
         assert len(real.steps) == len(virtual.steps) == 4

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lightning_swiftmoe.placement.exact_split import exact_split
 from tests.gpu.cases import (
     HOPPER,
     TRANSPORTS,
@@ -28,6 +29,9 @@ STARVED = {**HOPPER, "bias_update_rate": 1e-3}
 # Hidden values as wide as what is kept of them: memory of one kind would fit in the place of the other.
 UNGATED = {"ffn_size": 128, "activation": "gelu", "bias_update_rate": 1e-3}
 
+# No expert has two hosts: the exact split leaves ranks as uneven as they are, and one borrows.
+COPIES = {"num_experts": 4, "slots": 2, "strategy": {"split": "exact", "transient_copies": 1}, **WIDE}
+
 # By precision, so that both have each.
 SHAPES = {
     "hopper_k1": {"top_k": 1, **WIDE},
@@ -47,6 +51,12 @@ VARIANTS = {
     "reentrant": {"module": ReentrantCheckpointed, **WIDE},
     "twice": {"module": Twice, **WIDE},
     "static": {"policy": "static", "slots": 5, **WIDE},
+    "copies": COPIES,
+    "copies_odd": {"num_experts": 4, "slots": 2, "strategy": COPIES["strategy"]},
+    "copies_accumulate": {"trainer": {"accumulate_grad_batches": 2}, **COPIES},
+    "copies_twice": {"module": Twice, **COPIES},
+    "copies_checkpointed": {"module": Checkpointed, **COPIES},
+    "copies_validate": {"validates": True, **COPIES},
     # Room for rows grows in one layer and then in another, and their graphs are recorded in any order.
     "wandering": {
         "module": Wandering,
@@ -99,6 +109,11 @@ def expected(one):
     return of
 
 
+def borrows(layer):
+    """Whether a rank processed what no host of an expert could have."""
+    return exact_split(layer.loads, layer.placement).sum(axis=1).tolist() != layer.rank_load.tolist()
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(("case", "precision"), COMBINATIONS)
 def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
@@ -109,6 +124,8 @@ def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
     assert largest_error(first.weights, want.weights) < bound
     if case != "validates_unevenly":  # a mean of the ranks' means is not that of all batches
         assert first.metrics == pytest.approx(want.metrics, rel=bound)
+    if case == "copies":
+        assert sum(borrows(layer) for step in first.steps for layer in step.layers) > 5
     if case == "starved":
         assert all((layer.loads[-2:] == 0).all() for step in first.steps for layer in step.layers)
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from lightning_swiftmoe.kernels.expert_mlp import activations_triton, gemm_hopper, gemm_triton  # noqa: E402
 from lightning_swiftmoe.kernels.router import route_tokens_triton  # noqa: E402
-from lightning_swiftmoe.kernels.shards import expert_shards_triton, peer_shards_triton  # noqa: E402
+from lightning_swiftmoe.kernels.shards import expert_shards_triton, lent_experts_triton, peer_shards_triton  # noqa: E402
 from lightning_swiftmoe.kernels.token_permute import routing_triton, rows_triton  # noqa: E402
 
 TARGETS = {
@@ -29,6 +29,7 @@ MAX_SPILL_BYTES = 0  # registers spilled to memory, per thread
 MAX_HOPPER_SPILL_BYTES = 32  # the two register budgets of a warp-specialised kernel leave an epilogue a little short
 
 ROWS, INTS, WIDE = "*bf16", "*i32", "*fp32"
+LOANS = dict.fromkeys(("copies", "lenders", "multiplicity"), INTS)
 ACT = {"ACT": 0, "GATED": True, "BLOCK": 1024}
 
 # Kernel, pointer arguments, compile-time arguments (None: absent), warps.
@@ -152,6 +153,31 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         peer_shards_triton.pull_shards_kernel,
         {"total": "*i64", "peers": "*i64", "first": INTS, "hosts": INTS, "numbers": INTS, "scale": "fp32"},
         {"INDIRECT": True, "ELEMENT": triton.language.float32, "DTYPE": triton.language.bfloat16, "BLOCK": 1024},
+        4,
+    ),
+    (
+        lent_experts_triton.fetch_experts_kernel,
+        {**LOANS, "weights": ROWS, "peers": "*i64"},
+        {"COPIES": 2, "BINS": 256, "DTYPE": triton.language.bfloat16, "BLOCK": 2048},
+        4,
+    ),
+    (
+        lent_experts_triton.offer_gradients_kernel,
+        {"copies": INTS, "grads": ROWS, "offered": ROWS},
+        {"COPIES": 2, "BLOCK": 2048},
+        4,
+    ),
+    (
+        lent_experts_triton.collect_gradients_kernel,
+        {**LOANS, "grads": ROWS, "peers": "*i64"},
+        {
+            "COPIES": 2,
+            "LANES": 16,
+            "BINS": 256,
+            "DTYPE": triton.language.bfloat16,
+            "WIDE": triton.language.float32,
+            "BLOCK": 2048,
+        },
         4,
     ),
 ]
@@ -302,6 +328,7 @@ def test_every_kernel_is_compiled() -> None:
         rows_triton,
         expert_shards_triton,
         peer_shards_triton,
+        lent_experts_triton,
     )
     known = {case[0].__name__ for case in (*PORTABLE, *HOPPER)}
     assert known == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

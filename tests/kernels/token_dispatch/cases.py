@@ -27,13 +27,21 @@ class Case:
     placement: Placement
     capacity: Capacity | None
     exact: bool = False
+    copies: int = 0
 
     @cached_property
     def _shares(self) -> Shares:
         split = "exact" if self.exact else "even"
         if self.capacity is None:
-            return TokenRule(split=split).share_out(self.counts, self.placement, None)
-        return TokenRule(self.capacity.scope, split).share_out(self.counts, self.placement, self.capacity.factor)
+            return TokenRule("cluster", split, self.copies).share_out(self.counts, self.placement, None)
+        rule = TokenRule(self.capacity.scope, split, self.copies)
+        return rule.share_out(self.counts, self.placement, self.capacity.factor)
+
+    @property
+    def copied(self) -> np.ndarray:
+        """`[N, E]` who borrows what."""
+        copied = self._shares.copied
+        return np.zeros(self.counts.shape, dtype=bool) if copied is None else copied
 
     @property
     def kept(self) -> np.ndarray:
@@ -56,9 +64,8 @@ class Case:
         padded = (-(-self.share // tile) * tile).sum(axis=1).max()
         arrivals = int(self.share.sum(axis=1).max()) + slack
         rows = max(int(padded) + slack * tile, tile)
-        return PlanSize(
-            self.placement.slots_per_rank, rows, tile, layout, max(arrivals, 1) if layout == "packed" else 0
-        )
+        residents = self.placement.slots_per_rank + self.copies
+        return PlanSize(residents, rows, tile, layout, max(arrivals, 1) if layout == "packed" else 0, self.copies)
 
     def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Counts, multiplicity and replicas as `plan_tokens` takes them."""
@@ -126,7 +133,7 @@ def random_case(seed: int) -> Case:
     exact = seed % 8 > 3
     factor = float(rng.choice([0.5, 1.0, 1.1, 1.25, 2.0]))
     capacity = None if scope is None else Capacity(factor, num_ranks * slots, scope)
-    return Case(batches, counts, placement, capacity, exact)
+    return Case(batches, counts, placement, capacity, exact, seed % 3 if exact else 0)
 
 
 def check_plan(case: Case, rank: int, plan: TokenPlan) -> None:
@@ -149,11 +156,17 @@ def check_layout(case: Case, rank: int, plan: TokenPlan) -> None:
     """This rank as a host: residents one after the other in whole tiles, inside them sources in rank order."""
     size, residents = plan.size, case.placement.residents(rank).tolist()
     recv = case.plan(rank).recv
-    missing = size.max_residents - len(residents)
-    assert plan.residents.tolist() == residents + [-1] * missing
+    residents += [-1] * (size.max_residents - size.max_copies - len(residents))
+    residents += plan.copies[rank].tolist()
+    assert plan.residents.tolist() == residents
+    assert sorted(plan.copies[rank][plan.copies[rank] >= 0].tolist()) == np.flatnonzero(case.copied[rank]).tolist()
     arrival_start = (np.cumsum(recv.ravel()) - recv.ravel()).reshape(recv.shape)
     starts, ends, order, tile_expert = [0], [], [], []
     for number, expert in enumerate(residents):
+        if expert < 0:
+            ends.append(starts[-1])
+            starts.append(starts[-1])
+            continue
         arrivals = []
         for source in range(recv.shape[0]):
             arrivals += range(arrival_start[source, expert], arrival_start[source, expert] + recv[source, expert])
@@ -164,8 +177,8 @@ def check_layout(case: Case, rank: int, plan: TokenPlan) -> None:
         starts.append(len(order))
         tile_expert += [number] * (len(order) // size.tile - len(tile_expert))
     used = len(order)
-    assert plan.starts.tolist() == starts + [used] * missing
-    assert plan.ends.tolist() == ends + [used] * missing
+    assert plan.starts.tolist() == starts
+    assert plan.ends.tolist() == ends
     assert plan.num_rows.tolist() == [used]
     order += [-1] * (size.max_rows - used)
     assert plan.order.tolist() == order
@@ -194,8 +207,11 @@ def rows_at(case: Case, rank: int, plan: TokenPlan, host: int, expert: int) -> l
         start = int(send.ravel()[: host * send.shape[1] + expert].sum())
     else:
         padded = -(-case.share[host] // plan.size.tile) * plan.size.tile
+        copies = plan.copies[host].tolist()
+        before = [*np.flatnonzero(~case.copied[host]), *(copy for copy in copies if copy >= 0)]
+        before = before[: before.index(expert)]
         theirs = case.plan(host).recv
-        start = int(padded[:expert].sum() + theirs[:rank, expert].sum())
+        start = int(padded[before].sum() + theirs[:rank, expert].sum())
     return list(range(start, start + int(send[host, expert])))
 
 

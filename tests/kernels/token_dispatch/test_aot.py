@@ -65,11 +65,11 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     *(
         (
             plan_triton.plan_hosts_kernel,
-            dict.fromkeys(PLAN_INTS + ROW_INTS, INTS) | dict.fromkeys(SUMS, LONGS),
-            {**HOSTS, "PACKED": packed},
+            dict.fromkeys((*PLAN_INTS, *ROW_INTS, "copies"), INTS) | dict.fromkeys(SUMS, LONGS),
+            {**HOSTS, "PACKED": packed, "COPIES": copies},
             4,
         )
-        for packed in (False, True)
+        for packed, copies in ((False, 0), (True, 0), (False, 2))
     ),
     *(
         (
