@@ -34,7 +34,7 @@ def _resident(multiplicity, rank, expert, E, BINS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank", "R"])
 def fetch_experts_kernel(
-    copies, lenders, multiplicity, weights, peers, rank, E, R, P,
+    copies, lenders, multiplicity, weights, peers, rank, E, R, P, num_tiles,
     COPIES: tl.constexpr, BINS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`weights[R - M + number]` becomes the resident of the lender."""
@@ -45,19 +45,19 @@ def fetch_experts_kernel(
             source = pointer_from(tl.load(peers + lender), DTYPE)
             source += _resident(multiplicity, lender, expert, E, BINS) * P
             target = weights + (R - COPIES + number).to(tl.int64) * P
-            for start in range(tl.program_id(0) * BLOCK, P, tl.num_programs(0) * BLOCK):
-                at = start + tl.arange(0, BLOCK)
+            for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+                at = tile * BLOCK + tl.arange(0, BLOCK)
                 tl.store(target + at, tl.load(source + at, mask=at < P), mask=at < P)
 
 
 @triton.jit(do_not_specialize=["rank", "R"])
-def offer_gradients_kernel(copies, grads, offered, rank, R, P, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+def offer_gradients_kernel(copies, grads, offered, rank, R, P, num_tiles, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     """`offered[number]` becomes `grads[R - M + number]`, where there is a copy."""
     for number in tl.static_range(COPIES):
         if tl.load(copies + rank * COPIES + number) >= 0:
             source = grads + (R - COPIES + number).to(tl.int64) * P
-            for start in range(tl.program_id(0) * BLOCK, P, tl.num_programs(0) * BLOCK):
-                at = start + tl.arange(0, BLOCK)
+            for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+                at = tile * BLOCK + tl.arange(0, BLOCK)
                 tl.store(offered + number * P + at, tl.load(source + at, mask=at < P), mask=at < P)
 
 
@@ -69,7 +69,7 @@ def _first(among, lane, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank"])
 def collect_gradients_kernel(
-    copies, lenders, multiplicity, grads, peers, rank, N, E, P,
+    copies, lenders, multiplicity, grads, peers, rank, N, E, P, num_tiles,
     COPIES: tl.constexpr, LANES: tl.constexpr, BINS: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +83,8 @@ def collect_gradients_kernel(
         expert = tl.load(copies + loan)
         of_expert = waiting & (chosen == expert)
         target = grads + _resident(multiplicity, rank, expert, E, BINS) * P
-        for start in range(tl.program_id(0) * BLOCK, P, tl.num_programs(0) * BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            at = tile * BLOCK + tl.arange(0, BLOCK)
             total = tl.load(target + at, mask=at < P, other=0.0).to(WIDE)
             place = loan
             while place < LANES:
@@ -105,7 +105,7 @@ def launch_fetch(loans: Loans, weights: Tensor, peers: Tensor) -> None:
     """`lent_experts.fetch_experts`."""
     num_residents, size = weights.shape
     num_experts = loans.multiplicity.shape[1]
-    grid, block = _blocks(weights)
+    grid, block, num_tiles = _tiles(weights)
     _fetch(
         grid,
         loans.copies,
@@ -117,6 +117,7 @@ def launch_fetch(loans: Loans, weights: Tensor, peers: Tensor) -> None:
         num_experts,
         num_residents,
         size,
+        num_tiles,
         COPIES=loans.most,
         BINS=next_power_of_2(num_experts),
         DTYPE=_ELEMENT[weights.dtype],
@@ -127,14 +128,25 @@ def launch_fetch(loans: Loans, weights: Tensor, peers: Tensor) -> None:
 def launch_offer(loans: Loans, grads: Tensor, offered: Tensor) -> None:
     """`lent_experts.offer_gradients`."""
     num_residents, size = grads.shape
-    grid, block = _blocks(grads)
-    _offer(grid, loans.copies, grads, offered, loans.rank, num_residents, size, COPIES=loans.most, BLOCK=block)
+    grid, block, num_tiles = _tiles(grads)
+    _offer(
+        grid,
+        loans.copies,
+        grads,
+        offered,
+        loans.rank,
+        num_residents,
+        size,
+        num_tiles,
+        COPIES=loans.most,
+        BLOCK=block,
+    )
 
 
 def launch_collect(loans: Loans, grads: Tensor, peers: Tensor) -> None:
     """`lent_experts.collect_gradients`."""
     num_ranks, num_experts = loans.multiplicity.shape
-    grid, block = _blocks(grads)
+    grid, block, num_tiles = _tiles(grads)
     _collect(
         grid,
         loans.copies,
@@ -146,6 +158,7 @@ def launch_collect(loans: Loans, grads: Tensor, peers: Tensor) -> None:
         num_ranks,
         num_experts,
         grads.shape[1],
+        num_tiles,
         COPIES=loans.most,
         LANES=next_power_of_2(num_ranks * loans.most),
         BINS=next_power_of_2(num_experts),
@@ -155,7 +168,8 @@ def launch_collect(loans: Loans, grads: Tensor, peers: Tensor) -> None:
     )
 
 
-def _blocks(tensor: Tensor) -> tuple[tuple[int, int, int], int]:
-    """Grid, and elements that a program moves at a time, for `[., P]`."""
+def _tiles(tensor: Tensor) -> tuple[tuple[int, int, int], int, int]:
+    """Grid, elements of a tile, and tiles of an expert `[., P]`."""
     block = _INTERPRETER_BLOCK if tensor.device.type == "cpu" else _BLOCK
-    return (min(cdiv(tensor.shape[1], block), _PROGRAMS), 1, 1), block
+    num_tiles = cdiv(tensor.shape[1], block)
+    return (min(num_tiles, _PROGRAMS), 1, 1), block, num_tiles
