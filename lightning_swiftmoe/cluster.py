@@ -45,6 +45,11 @@ class ClusterShape:
         """Slots in the whole cluster, ``N * s``."""
         return self.num_ranks * self.slots_per_rank
 
+    @property
+    def may_lack_experts(self) -> bool:
+        """Whether a rank may be without some expert."""
+        return self.num_ranks > 1 and self.slots_per_rank < self.num_experts
+
 
 @dataclass(frozen=True)
 class ExpertGroup:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -69,7 +69,14 @@ from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
-from lightning_swiftmoe.placement import CapacityScope, Split, TokenRule, try_policy
+from lightning_swiftmoe.placement import (
+    CapacityScope,
+    Split,
+    TokenRule,
+    token_rule,
+    try_policy,
+    with_chosen_copies,
+)
 from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
@@ -99,13 +106,16 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             summed over the groups, whose weights stay equal. Metrics, traces and losses are of all ranks. None: all
             ranks are one group.
         offload_optimizer: keep master weights, moments and the optimizer's step on the host.
-        capacity_scope: ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas
-            (SwiftMoE); ``"rank"``: every rank drops on its own, as DeepSpeed does; ``"pooled"``: the slots of a rank
-            share their capacity, whichever experts they hold.
-        split: of an expert's tokens over its hosts: ``"even"`` by their slots (SwiftMoE); ``"exact"`` on the loads of
-            this very step, so that the busiest rank has as little as the placement allows.
+        capacity_scope: ``"pooled"``: the slots of a rank share their capacity, whichever experts they hold;
+            ``"cluster"``: an expert's capacity is shared by all ranks and grows with its replicas (SwiftMoE);
+            ``"rank"``: every rank drops on its own, as DeepSpeed does.
+        split: of an expert's tokens over its hosts: ``"exact"`` on the loads of this very step, so that the busiest
+            rank has as little as the placement allows; ``"even"`` by their slots (SwiftMoE).
         transient_copies: on a rank, at most, of experts that it borrows for one forward, where the split alone leaves
-            ranks uneven; with ``split="exact"``. On GPUs the host then plans, and waits for the device in every layer.
+            ranks uneven; with ``split="exact"``. Where ranks reach each other's memory nothing waits for the host, and
+            every layer has room for so many more experts; elsewhere, and with offloaded or bound state, the host plans.
+            ``"auto"``: one or two where that needs no host, each for so many tokens that it saves time, else none;
+            ``fit`` says what it chose and why.
         optimizer_state: ``"decoupled"``: cut evenly over all ranks (SwiftMoE); ``"bound"``: over the hosts of each
             expert, as in DeepSpeed and FlexMoE, and moved whenever an expert changes hosts.
         transport: how tokens and expert state travel: ``"symmetric"`` through memory that all ranks reach, ``"nccl"``,
@@ -136,7 +146,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self,
         slots_per_rank: int | str = "auto",
         offload_optimizer: bool = False,
-        capacity_scope: CapacityScope = "cluster",
+        capacity_scope: CapacityScope = "pooled",
         optimizer_state: str = "decoupled",
         transport: str = "auto",
         timeout: timedelta | float = timedelta(minutes=10),
@@ -146,12 +156,13 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         checkpoint: str = "full",
         async_save: bool = False,
         redundancy: int = 1,
-        split: Split = "even",
-        transient_copies: int = 0,
+        split: Split = "exact",
+        transient_copies: int | Literal["auto"] = 0,
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
-        self.rule = TokenRule(capacity_scope, split, transient_copies)
+        self.rule = token_rule(capacity_scope, split, transient_copies)
+        self.transient_copies = transient_copies
         check_transport(transport)
         check_choice("optimizer_state", optimizer_state, _STATES)
         check_group_size(expert_parallel_size)
@@ -350,7 +361,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             accumulates=self._accumulates,
             gradient_dtype=_GRADIENT_DTYPES[self.gradient_dtype],
             offload=self.offload_optimizer,
-            rule=self.rule,
+            rule=self._rule_on(self.parallelism),
             state_place=self.state_place,
             masters=self._masters,
         )
@@ -377,6 +388,22 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         hint = advice(module)
         if hint is not None:
             rank_zero_info(hint)
+
+    def _rule_on(self, parallelism: Parallelism) -> TokenRule:
+        """The rule, once it is known what ``transient_copies="auto"`` comes to."""
+        if self.transient_copies != "auto":
+            return self.rule
+        clusters = {self._cluster_of(name, moe) for name, moe in find_layers(self._module).items()}
+        obstacle = None
+        if parallelism.group_size == 1:
+            obstacle = "an expert group is one rank"
+        elif parallelism.transport != "symmetric":
+            obstacle = f"with transport={parallelism.transport!r} they would have to be planned on the host"
+        elif self.state_place == "bound" or self.offload_optimizer:
+            obstacle = "with bound or offloaded state they would have to be planned on the host"
+        rule, line = with_chosen_copies(self.rule, clusters, obstacle)
+        rank_zero_info(line)
+        return rule
 
     def _prepare_validation(self, layers: Sequence[ExpertLayer]) -> None:
         """Ranks will validate together. Lightning asks every rank alone whether there is something to validate.

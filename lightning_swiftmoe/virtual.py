@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,7 +19,15 @@ from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.dispatchers import VirtualDispatcher
 from lightning_swiftmoe.layers.layer import MoELayer
 from lightning_swiftmoe.parallel.find_layers import find_layers
-from lightning_swiftmoe.placement import CapacityScope, Placement, Split, TokenRule, try_policy
+from lightning_swiftmoe.placement import (
+    CapacityScope,
+    Placement,
+    Split,
+    TokenRule,
+    token_rule,
+    try_policy,
+    with_chosen_copies,
+)
 
 
 class VirtualCluster(ExpertRebalancer):
@@ -30,7 +39,7 @@ class VirtualCluster(ExpertRebalancer):
     Args:
         num_ranks: ranks to act as.
         slots_per_rank, capacity_scope, split: as for ``SwiftMoEStrategy``.
-        transient_copies: on a rank, at most, of experts that it borrows for one step; with ``split="exact"``.
+        transient_copies: as for ``SwiftMoEStrategy``; ``"auto"`` as where ranks reach each other's memory.
         **kwargs: as for ``ExpertRebalancer``.
 
     Raises:
@@ -42,16 +51,17 @@ class VirtualCluster(ExpertRebalancer):
         self,
         num_ranks: int,
         slots_per_rank: int | str = "auto",
-        capacity_scope: CapacityScope = "cluster",
-        split: Split = "even",
-        transient_copies: int = 0,
+        capacity_scope: CapacityScope = "pooled",
+        split: Split = "exact",
+        transient_copies: int | Literal["auto"] = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         resolve_slots(slots_per_rank, 1, 1)
         check_count("num_ranks", num_ranks)
         self.num_ranks, self.slots_per_rank = num_ranks, slots_per_rank
-        self.rule = TokenRule(capacity_scope, split, transient_copies)
+        self.rule = token_rule(capacity_scope, split, transient_copies)
+        self._chooses_copies = transient_copies == "auto"
         self._virtual: ExpertEngine | None = None
         self._last_step = 0
 
@@ -60,14 +70,22 @@ class VirtualCluster(ExpertRebalancer):
         if trainer.world_size > 1:
             raise ValueError(f"a virtual cluster runs in one process, but the Trainer has {trainer.world_size}")
         only_rebalancer(trainer_callbacks(trainer))
+        moes = find_layers(pl_module)
+        clusters = {name: self._cluster_of(moe) for name, moe in moes.items()}
+        rule = self.rule
+        if self._chooses_copies:
+            rule, line = with_chosen_copies(rule, clusters.values())
+            rank_zero_info(line)
         layers = []
-        for name, moe in find_layers(pl_module).items():
-            slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
-            cluster = ClusterShape(self.num_ranks, slots, moe.num_experts, self.rule.caps_experts(moe.capacity_factor))
+        for name, cluster in clusters.items():
             try_policy(self.rebalancing.policy, cluster)
-            layers.append(VirtualLayer(name, moe, cluster, self.state.first_placement(name, cluster), self.rule))
+            layers.append(VirtualLayer(name, moes[name], cluster, self.state.first_placement(name, cluster), rule))
         self._virtual = ExpertEngine(layers, self.rebalancing, self.state)
         self.follow(self._virtual)
+
+    def _cluster_of(self, moe: MoELayer) -> ClusterShape:
+        slots = resolve_slots(self.slots_per_rank, moe.num_experts, self.num_ranks)
+        return ClusterShape(self.num_ranks, slots, moe.num_experts, self.rule.caps_experts(moe.capacity_factor))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

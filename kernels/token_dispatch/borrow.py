@@ -12,7 +12,7 @@ from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.transient_copies import lenders, with_copies
 
 
-def borrow_experts(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def borrow_experts(share: Tensor, multiplicity: Tensor, most: int, least_copied: int = 0) -> tuple[Tensor, Tensor]:
     """Copies for what the exact split has left uneven; `share` changes in place.
 
     One program on a GPU; nothing depends on the loads but how long it takes.
@@ -21,6 +21,7 @@ def borrow_experts(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tens
         share: `[N, E]` int32 of the exact split, below 2**30 together.
         multiplicity: `[N, E]` int32 slots of rank j that hold expert e.
         most: M, at least 1.
+        least_copied: assignments that a copy must take over.
 
     Returns:
         `[N, M]` int32 experts that every rank borrows, the largest part first, -1 for none; and the host of each.
@@ -38,19 +39,21 @@ def borrow_experts(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tens
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
     if not uses_triton(share):
-        return borrow_experts_reference(share, multiplicity, most)
+        return borrow_experts_reference(share, multiplicity, most, least_copied)
     from lightning_swiftmoe.kernels.token_dispatch import borrow_launch
 
     with on_device(share):
-        return borrow_launch.borrow_experts(share, multiplicity, most)
+        return borrow_launch.borrow_experts(share, multiplicity, most, least_copied)
 
 
-def borrow_experts_reference(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def borrow_experts_reference(
+    share: Tensor, multiplicity: Tensor, most: int, least_copied: int = 0
+) -> tuple[Tensor, Tensor]:
     """`borrow_experts` on the host."""
     before = share.long().cpu().numpy()
     slots = multiplicity.cpu().numpy()
     placement = placement_of(slots)
-    found = with_copies(before, placement, most)
+    found = with_copies(before, placement, most, least_copied=least_copied)
     lender = lenders(found.copied, placement)
     copies = np.full((len(before), most), -1)
     hosts = np.full((len(before), most), -1)

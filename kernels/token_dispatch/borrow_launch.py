@@ -16,7 +16,7 @@ _INTERPRETER_COLUMNS = 4  # several steps also in small tests
 _borrow = Launcher(borrow_triton.borrow_kernel)
 
 
-def borrow_experts(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def borrow_experts(share: Tensor, multiplicity: Tensor, most: int, least_copied: int) -> tuple[Tensor, Tensor]:
     """`borrow.borrow_experts` in one program."""
     num_ranks, num_experts = share.shape
     lanes = next_power_of_2(num_ranks)
@@ -35,6 +35,7 @@ def borrow_experts(share: Tensor, multiplicity: Tensor, most: int) -> tuple[Tens
         notes,
         num_ranks,
         num_experts,
+        least_copied,
         num_warps=num_warps,
         MOST=most,
         LEAST_PART=LEAST_PART,

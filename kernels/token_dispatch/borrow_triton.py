@@ -56,9 +56,9 @@ def _lent(share, surplus, N, E, LANES: tl.constexpr, EXPERTS: tl.constexpr):
     return best_expert, tl.where(lane < N, best >> 31, 0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["least_copied"])
 def borrow_kernel(
-    share, multiplicity, copies, lenders, notes, N, E,
+    share, multiplicity, copies, lenders, notes, N, E, least_copied,
     MOST: tl.constexpr, LEAST_PART: tl.constexpr,
     LANES: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def borrow_kernel(
     for number in tl.static_range(MOST):
         tl.store(copies + lane * MOST + number, tl.full([LANES], -1, tl.int32), mask=mask)
         tl.store(lenders + lane * MOST + number, tl.full([LANES], -1, tl.int32), mask=mask)
-    least = (mean + LEAST_PART - 1) // LEAST_PART
+    least = tl.maximum((mean + LEAST_PART - 1) // LEAST_PART, least_copied)
     tl.debug_barrier()
     if tl.max(missing, axis=0) >= least:
         surplus = tl.where(mask, tl.maximum(level - mean, 0), 0)

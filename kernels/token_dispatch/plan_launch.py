@@ -57,7 +57,7 @@ def plan_tokens(
         if turns is not None:
             split_exactly(load, share, turns)
         if size.max_copies:
-            copies, lenders = borrow_experts(share, multiplicity, size.max_copies)
+            copies, lenders = borrow_experts(share, multiplicity, size.max_copies, size.least_copied)
         if pooled:
             assert capacity is not None
             _keep_within_ranks(

@@ -58,7 +58,7 @@ def plan_tokens_reference(
     if turns is not None:
         share = split_exactly_reference(load, share.int(), turns)
         if size.max_copies:
-            copies, lenders = borrow_experts_reference(share, multiplicity, size.max_copies)
+            copies, lenders = borrow_experts_reference(share, multiplicity, size.max_copies, size.least_copied)
         share = share.long()
     if capacity is not None and capacity.scope == "pooled":
         room = slot_capacity(capacity.factor, counts.sum(), capacity.num_slots) * (capacity.num_slots // len(counts))

@@ -70,6 +70,7 @@ class PlanSize:
             send order and arrive by source rank, then expert; the padded layout gathers them.
         max_arrivals: A, rows of the arrival buffer of the packed layout; the padded layout has none.
         max_copies: M, how many of the residents are copies that a rank borrows, at most; with an exact split.
+        least_copied: assignments that a copy must take over.
 
     Raises:
         ValueError: for an unknown layout, rows that are not whole tiles, missing arrivals, or nothing but copies.
@@ -81,6 +82,7 @@ class PlanSize:
     layout: str = "padded"
     max_arrivals: int = 0
     max_copies: int = 0
+    least_copied: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:

@@ -44,6 +44,7 @@ from lightning_swiftmoe.placement import get_policy
 from lightning_swiftmoe.simulate import (
     Coefficient,
     Efficiency,
+    ExactSplit,
     Hardware,
     ModelShape,
     PolicyResult,
@@ -374,7 +375,7 @@ def compare(setting: Setting, policy: str, rate_mbit: float, measured: Measured,
         efficiency=efficiency,
         expert_parallel_size=setting.expert_parallel_size,
     )
-    system = System(policy, get_policy(policy))
+    system = System(policy, get_policy(policy), split=ExactSplit())
     result = simulate(load_trace(measured.trace), scenario, [system]).results[policy]
     used = slice(setting.warmup, None)
     modelled_s = {phase: float(np.median(values[used])) for phase, values in modelled_phases(result).items()}

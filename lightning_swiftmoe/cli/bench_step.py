@@ -140,7 +140,7 @@ def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str,
     """The summary of each system by name, first the peers; they take turns.
 
     ``static`` is our strategy with DeepSpeed's rules, as ``strategy=static``: uniform replicas, optimizer state on the
-    hosts, every rank drops on its own. ``swiftmoe`` is SwiftMoE with the policy of ``config``.
+    hosts, every rank drops on its own. ``swiftmoe`` is SwiftMoE as published, with the policy of ``config``.
 
     Raises:
         ImportError: a peer's package is not installed.
@@ -150,8 +150,8 @@ def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str,
     check_fit(config, model, instantiate(config.data), instantiate(config.optimizer), build_trainer(config))
     config.callbacks.rebalancer.trace = None
     swiftmoe, static = copy.deepcopy(config), copy.deepcopy(config)
-    swiftmoe.strategy.capacity_scope, swiftmoe.strategy.optimizer_state = "cluster", "decoupled"
-    static.strategy.capacity_scope, static.strategy.optimizer_state = "rank", "bound"
+    swiftmoe.strategy.update({"capacity_scope": "cluster", "split": "even", "optimizer_state": "decoupled"})
+    static.strategy.update({"capacity_scope": "rank", "split": "even", "optimizer_state": "bound"})
     static.policy.name, static.policy.every_n_steps = "static", 1
     deepspeed = partial(_deepspeed_peer.train_steps, config, model, options.warmup, options.steps, PROFILED)
     systems: dict[str, Callable[[], Measured | None]] = {

@@ -78,7 +78,7 @@ def _split_of(config: DictConfig) -> str:
     text = f"split {'on the exact load' if exact else 'evenly'} over replicas"
     copies = config.strategy.get("transient_copies")
     if copies:
-        text += f", a rank borrows up to {copies} experts"
+        text += f", a rank borrows {'experts' if copies == 'auto' else f'up to {copies} experts'}"
     if config.model.capacity_factor is None:
         return text
     scopes = {"cluster": "an expert", "rank": "an expert on each rank", "pooled": "a rank"}

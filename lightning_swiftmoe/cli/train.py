@@ -196,7 +196,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
             strategy.slots_per_rank,
             strategy.rule.capacity_scope,
             strategy.rule.split,
-            strategy.rule.transient_copies,
+            strategy.transient_copies,
             policy=policy if isinstance(policy := config.policy.name, str) else instantiate(policy),
             every_n_steps=config.policy.every_n_steps,
             trace=config.callbacks.rebalancer.trace,

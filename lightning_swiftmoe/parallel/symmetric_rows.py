@@ -182,7 +182,14 @@ class SymmetricRows(RowExchange):
         most = num_ranks * self.bound.of(routed.topk_idx.numel(), name)
         desk = self._desk_of(name)
         most_rows = desk.most_rows(tables, most, tile)
-        size = PlanSize(tables.max_residents, most_rows, tile, max_copies=tables.rule.transient_copies)
+        rule = tables.rule
+        size = PlanSize(
+            tables.max_residents,
+            most_rows,
+            tile,
+            max_copies=rule.transient_copies,
+            least_copied=rule.least_copied,
+        )
         buffers = self._buffers_for(routed.width, routed.dtype, most + (tables.max_residents + 1) * tile)
         all_counts = self._counts_for(routed.counts.shape[0])
         self.communicator.meter.add("load", (num_ranks - 1) * routed.counts.nbytes)

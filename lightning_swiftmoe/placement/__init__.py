@@ -14,7 +14,7 @@ from lightning_swiftmoe.placement.policies import (
     uniform,
 )
 from lightning_swiftmoe.placement.shards import EvenShards
-from lightning_swiftmoe.placement.token_rule import Shares, Split, TokenRule
+from lightning_swiftmoe.placement.token_rule import Shares, Split, TokenRule, token_rule, with_chosen_copies
 
 __all__ = [
     "CapacityScope",
@@ -34,6 +34,8 @@ __all__ = [
     "policy_names",
     "register_policy",
     "slot_capacity",
+    "token_rule",
     "try_policy",
     "uniform",
+    "with_chosen_copies",
 ]

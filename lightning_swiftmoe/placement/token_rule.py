@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_swiftmoe.arguments import check_choice, check_count
+from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement.capacity import CapacityScope, check_scope, keep_within_capacity, slot_capacity
 from lightning_swiftmoe.placement.dispatch import host_share
 from lightning_swiftmoe.placement.exact_split import exact_split, keep_within_ranks
 from lightning_swiftmoe.placement.placement import IntArray, Placement
-from lightning_swiftmoe.placement.transient_copies import with_copies
+from lightning_swiftmoe.placement.transient_copies import LEAST_COPIED, copies_worth_room, with_copies
 
 Split = Literal["even", "exact"]
 """Over the hosts of an expert: ``"even"`` by their slots (SwiftMoE), ``"exact"`` so that the busiest rank has least."""
@@ -39,24 +41,26 @@ class TokenRule:
     """How a layer treats its tokens; the same on all ranks.
 
     Args:
-        capacity_scope: where capacity counts. ``"cluster"``: an expert has that of its replicas, whoever routed to
-            it. ``"rank"``: every rank drops on its own, as DeepSpeed does. ``"pooled"``: the slots of a rank share
-            their room, whichever experts they hold.
+        capacity_scope: where capacity counts. ``"pooled"``: the slots of a rank share their room, whichever experts
+            they hold. ``"cluster"``: an expert has that of its replicas, whoever routed to it. ``"rank"``: every rank
+            drops on its own, as DeepSpeed does.
         split: over the hosts of an expert.
         transient_copies: on a rank, at most, of experts that it borrows for one step; with ``split="exact"``.
+        least_copied: assignments that a copy must take over.
 
     Raises:
         ValueError: for a scope or split that does not exist, or copies without the exact split.
     """
 
-    capacity_scope: CapacityScope = "cluster"
-    split: Split = "even"
+    capacity_scope: CapacityScope = "pooled"
+    split: Split = "exact"
     transient_copies: int = 0
+    least_copied: int = 0
 
     def __post_init__(self) -> None:
         check_scope(self.capacity_scope)
         check_choice("split", self.split, get_args(Split))
-        check_count("transient_copies", self.transient_copies, "an integer, 0 or more", least=0)
+        check_count("transient_copies", self.transient_copies, "'auto' or an integer, 0 or more", least=0)
         if self.transient_copies and self.split != "exact":
             raise ValueError(f"transient_copies={self.transient_copies} needs split='exact', got {self.split!r}")
 
@@ -87,7 +91,8 @@ class TokenRule:
         """``hosted`` and ``copied`` of ``Shares``."""
         if self.split == "even":
             return host_share(load, placement), None
-        found = with_copies(exact_split(load, placement), placement, self.transient_copies)
+        even = exact_split(load, placement)
+        found = with_copies(even, placement, self.transient_copies, least_copied=self.least_copied)
         return found.hosted, found.copied if found.copied.any() else None
 
     def _kept(self, counts: IntArray, placement: Placement, capacity_factor: float | None) -> IntArray:
@@ -98,3 +103,36 @@ class TokenRule:
             return keep_within_capacity(counts, slot * placement.replicas)
         limit = [slot_capacity(capacity_factor, int(routed), placement.num_experts) for routed in counts.sum(axis=1)]
         return np.minimum(counts, np.array(limit)[:, None])
+
+
+def token_rule(capacity_scope: CapacityScope, split: Split, transient_copies: int | Literal["auto"]) -> TokenRule:
+    """The rule of these options; without copies as long as ``with_chosen_copies`` has not chosen for ``"auto"``.
+
+    Raises:
+        ValueError: see ``TokenRule``.
+    """
+    if transient_copies != "auto":
+        return TokenRule(capacity_scope, split, transient_copies)
+    if split != "exact":
+        raise ValueError(f"transient_copies='auto' needs split='exact', got {split!r}")
+    return TokenRule(capacity_scope, split)
+
+
+def with_chosen_copies(
+    rule: TokenRule, clusters: Iterable[ClusterShape], obstacle: str | None = None
+) -> tuple[TokenRule, str]:
+    """What ``transient_copies="auto"`` comes to, and a line that says why.
+
+    Args:
+        rule: without copies.
+        clusters: shapes of all layers.
+        obstacle: why copies would cost too much here.
+    """
+    most = copies_worth_room(clusters)
+    if obstacle is None and not most:
+        obstacle = "every rank has a slot for every expert"
+    if obstacle is not None:
+        return rule, f"transient_copies='auto' is off: {obstacle}"
+    what = "an expert" if most == 1 else f"up to {most} experts"
+    line = f"transient_copies='auto': a rank may borrow {what}, for {LEAST_COPIED:,} assignments or more each"
+    return replace(rule, transient_copies=most, least_copied=LEAST_COPIED), line

@@ -8,17 +8,24 @@ at once, without another round, but for what the most copies of a rank do not co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.placement.placement import IntArray, Placement
 
 # A copy must take over this part of a rank's mean load: a twentieth. A public trace then needs one copy in six layers
 # instead of four in each, and keeps as much (docs/decisions/0020-transient-copies.md).
 LEAST_PART = 20
+
+# Assignments from which on a copy saves more than it costs, for ``transient_copies="auto"``. It costs its weights on
+# the way there and its gradient on the way back, 4 P bytes of bf16 for P parameters; an assignment costs the busiest
+# rank 6 P operations. One H200 does 627 T of them a second in the expert MLP (docs/results/kernels.md), NVLink carries
+# 450 GB/s one way: 4 / 6 * 627e12 / 450e9 = 929, whatever P is.
+LEAST_COPIED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +45,19 @@ PooledSplit = Callable[[IntArray, Placement], WithCopies]
 """From ``[E]`` assignments and the placement in force: who processes how much, where the slots of a rank share room."""
 
 
-def with_copies(hosted: IntArray, placement: Placement, most: int, least_part: int | None = LEAST_PART) -> WithCopies:
+def copies_worth_room(clusters: Iterable[ClusterShape]) -> int:
+    """How many copies a rank should have room for: one with fewer than 8 slots, two with more; 0 if it can hold all.
+
+    On a public trace one a rank leaves the largest rank 2 % above the mean where experts have two replicas and 7 %
+    where they have 1.5, two leave 0.5 and 2 % (docs/decisions/0020-transient-copies.md).
+    """
+    found = [2 if cluster.slots_per_rank >= 8 else 1 for cluster in clusters if cluster.may_lack_experts]
+    return max(found, default=0)
+
+
+def with_copies(
+    hosted: IntArray, placement: Placement, most: int, least_part: int | None = LEAST_PART, least_copied: int = 0
+) -> WithCopies:
     """``hosted[N, E]`` with at most ``most`` copies on every rank; its columns keep their sums.
 
     Nothing changes where ranks may have none, or no rank has room for what makes a copy worth it.
@@ -48,12 +67,13 @@ def with_copies(hosted: IntArray, placement: Placement, most: int, least_part: i
         placement: of the hosts.
         most: copies on a rank.
         least_part: a copy must take over the mean rank load divided by this to be worth fetching; None: anything.
+        least_copied: and so many assignments.
     """
     num_ranks, num_experts = hosted.shape
     rank_load = hosted.sum(axis=1)
     mean = -(-int(rank_load.sum()) // num_ranks)
     missing = np.maximum(mean - rank_load, 0)
-    least = 0 if least_part is None else -(-mean // least_part)
+    least = max(0 if least_part is None else -(-mean // least_part), least_copied)
     if not most or missing.max() < least:
         return WithCopies(hosted, np.zeros(hosted.shape, dtype=bool))
     lendable = np.minimum(hosted, np.maximum(rank_load - mean, 0)[:, None])

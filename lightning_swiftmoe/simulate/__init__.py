@@ -16,7 +16,7 @@ from lightning_swiftmoe.simulate.load_trace import LoadTrace, load_trace
 from lightning_swiftmoe.simulate.model import PAPER_MODELS, ModelShape
 from lightning_swiftmoe.simulate.replay import BYTE_PHASES, Scenario, simulate
 from lightning_swiftmoe.simulate.results import PolicyResult, Simulation, read_simulation
-from lightning_swiftmoe.simulate.systems import Oracle, System, resolve_system, surviving_replicas
+from lightning_swiftmoe.simulate.systems import ExactSplit, Oracle, System, resolve_system, surviving_replicas
 
 __all__ = [
     "BYTE_PHASES",
@@ -26,6 +26,7 @@ __all__ = [
     "Coefficient",
     "CostModel",
     "Efficiency",
+    "ExactSplit",
     "Hardware",
     "LoadTrace",
     "ModelShape",

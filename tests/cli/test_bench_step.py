@@ -21,7 +21,7 @@ def bench(cwd, *args):
 @pytest.mark.parametrize("start_method", ["fork", "popen"])
 def test_what_rank_0_measured_arrives(tmp_path, start_method):
     method = f"cluster.start_method={start_method}"
-    status, text = bench(tmp_path, *SMALL, "model.capacity_factor=1.0", "policy=static", method)
+    status, text = bench(tmp_path, *SMALL, "model.capacity_factor=1.0", "strategy=paper", "policy=static", method)
     assert status == 0, text
     result = json.loads((tmp_path / "run/step.json").read_text())
     assert result["tokens_per_s"] * result["step_ms"] / 1e3 == pytest.approx(32 * 8)

@@ -9,14 +9,13 @@ from lightning_swiftmoe.report.runs import system_of
 from tests.processes import swiftmoe
 
 SYSTEMS = {
-    "swiftmoe": ("proportional", "cluster", "decoupled"),
+    "swiftmoe": ("exact", "pooled", "decoupled"),
+    "paper": ("proportional", "cluster", "decoupled"),
     "static": ("static", "rank", "bound"),
     "flexmoe": ("flexmoe", "cluster", "bound"),
     "flexmoe_10": ("flexmoe_10", "cluster", "bound"),
     "flexmoe_50": ("flexmoe_50", "cluster", "bound"),
     "flexmoe_100": ("flexmoe_100", "cluster", "bound"),
-    "exact": ("exact", "pooled", "decoupled"),
-    "exact_copies": ("exact_copies", "pooled", "decoupled"),
 }
 RECIPES = ["quickstart", "gpt_small_a100_16x1", "paper/fig7_table3", "paper/fig11_aux_loss"]
 

@@ -57,7 +57,7 @@ def test_quickstart_leaves_a_complete_run_folder(tmp_path):
     code, text = swiftmoe("train", *QUICK, "trainer.max_steps=3", cwd=tmp_path)
     assert code == 0, text
     (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*/config.yaml"))
-    check_run_folder(folder, 3, "proportional")
+    check_run_folder(folder, 3, "exact")
     for wanted in ("what will run", "2, 8 slots each", "what happened", "token survival", "weight phase"):
         assert wanted in text
     assert str(folder.relative_to(tmp_path)) in text

@@ -48,7 +48,7 @@ def _no_rank_is_started(monkeypatch, tmp_path):
         ("strategy.timeout=abc", "strategy.timeout must be a number, got 'abc'"),
         ("strategy.transport=ncl", "transport must be one of auto, gloo, nccl, symmetric, got 'ncl'; did you mean"),
         ("strategy.trust_optimizer=maybe", "strategy.trust_optimizer must be true or false, got 'maybe'"),
-        ("strategy=swiftmo", "Could not find 'strategy/swiftmo'; there are exact, exact_copies, flexmoe, "),
+        ("strategy=swiftmo", "Could not find 'strategy/swiftmo'; there are flexmoe, flexmoe_10, "),
         ("callbacks.rebalancer.every_n_steps=2.5", "callbacks.rebalancer.every_n_steps must be an integer, got 2.5"),
         ("cluster=slurm", "-m hydra/launcher=submitit_slurm (pip install 'lightning-swiftmoe[slurm]')"),
         ("cluster=slurm hydra/launcher=submitit_slurm", "submitit_slurm': pip install 'lightning-swiftmoe[slurm]'"),

@@ -119,7 +119,7 @@ def test_table1_capacity(sweep):
 def test_fig11_aux_loss(sweep):
     base = sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", "strategy=static", "report=false")
     assert not list(base.rglob("report.html"))
-    sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", "strategy=swiftmoe")
+    sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", "strategy=paper")
     assert len(list(base.rglob("report.html"))) == 2
     (table,) = paper_tables(load_runs([base]))
     rows = cells(table)

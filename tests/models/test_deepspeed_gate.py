@@ -41,7 +41,9 @@ def our_gate(logits, capacity_factor):
         seen.append((idx.flatten(), weights.flatten()))
         return x
 
-    VirtualDispatcher(placement, TokenRule("rank"))(torch.zeros(len(logits), 1), routing, experts, capacity_factor)
+    VirtualDispatcher(placement, TokenRule("rank", "even"))(
+        torch.zeros(len(logits), 1), routing, experts, capacity_factor
+    )
     return seen[0]
 
 

@@ -1,13 +1,15 @@
 """Copies against a linear program over every choice of them, and what must hold of any."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.cluster import ClusterShape
+from lightning_swiftmoe.placement import Placement, TokenRule, with_chosen_copies
 from lightning_swiftmoe.placement.exact_split import exact_split
-from lightning_swiftmoe.placement.transient_copies import with_copies
+from lightning_swiftmoe.placement.transient_copies import LEAST_COPIED, with_copies
 from tests.placement.test_exact_split import SHAPES, cases, smallest_largest_rank
 
 
@@ -40,6 +42,39 @@ def test_whatever_comes(shape, most):
             assert (found.hosted == hosted).all()
     if most == 2:
         assert np.quantile(worst, 0.9) < 1.01
+
+
+def test_a_copy_takes_over_enough():
+    """One that would take over less than asked for is not made, whatever the mean."""
+    kept, all_of_them = [], 0
+    for load, placement in cases(SHAPES[0]):
+        hosted = exact_split(load, placement)
+        found = with_copies(hosted, placement, 2, least_copied=300)
+        check(hosted, found, placement, 2)
+        kept += found.hosted[found.copied].tolist()
+        all_of_them += int(with_copies(hosted, placement, 2).copied.sum())
+    assert 0 < len(kept) < all_of_them
+    assert min(kept) >= 300
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most"),
+    [
+        ([(2, 8, 8)], 0),  # every rank may hold all
+        ([(1, 8, 8)], 0),
+        ([(2, 4, 8)], 1),
+        ([(8, 16, 128)], 2),
+        ([(2, 4, 4), (2, 4, 8)], 1),
+        ([], 0),
+    ],
+)
+def test_auto_leaves_room_where_experts_are_missing(shapes, most):
+    rule = TokenRule()
+    chosen, line = with_chosen_copies(rule, [ClusterShape(*shape) for shape in shapes])
+    assert chosen == (replace(rule, transient_copies=most, least_copied=LEAST_COPIED) if most else rule)
+    wanted = {0: "is off: every rank has a slot for every expert", 1: "may borrow an expert", 2: "up to 2 experts"}
+    assert wanted[most] in line
+    assert with_chosen_copies(rule, [ClusterShape(2, 4, 8)], "no") == (rule, "transient_copies='auto' is off: no")
 
 
 def test_one_expert_alone_is_everywhere():

@@ -118,7 +118,7 @@ def test_capacity_scope_rank(system, tmp_path):
     dropped = 0
     for counts, rank_load in zip(trace["counts"], trace["rank_load"], strict=True):
         for layer in range(2):
-            kept = TokenRule("rank").share_out(counts[layer].astype(np.int64), placement, 1.0).kept.sum()
+            kept = TokenRule("rank", "even").share_out(counts[layer].astype(np.int64), placement, 1.0).kept.sum()
             assert rank_load[layer].sum() == kept
             dropped += counts[layer].sum() - kept
     assert dropped > 20

@@ -89,7 +89,9 @@ def test_names_of_arguments_also_where_ddp_would_not_look_at_them():
         ({"transport": "ncl"}, "got 'ncl'; did you mean 'nccl'"),
         ({"capacity_scope": None}, "capacity_scope must be one of cluster, rank, pooled, got None"),
         ({"split": "equal"}, "split must be one of even, exact, got 'equal'"),
-        ({"transient_copies": 1}, "transient_copies=1 needs split='exact', got 'even'"),
+        ({"transient_copies": 1, "split": "even"}, "transient_copies=1 needs split='exact', got 'even'"),
+        ({"transient_copies": "auto", "split": "even"}, "transient_copies='auto' needs split='exact', got 'even'"),
+        ({"transient_copies": "some"}, "transient_copies must be 'auto' or an integer, 0 or more, got 'some'"),
         ({"expert_parallel_size": 2.0}, "expert_parallel_size must be None .* or a positive integer, got 2.0"),
     ],
 )

@@ -121,7 +121,7 @@ def test_users_see_whole_experts_once(size, mesh, placements):
 
 # -- what policies, metrics and traces see -----------------------------------------------------------------------------
 
-DROPS = {"policy": "proportional", "top_k": 1, "moe": {"capacity_factor": 1.0}, "optimizer": sgd}
+DROPS = {"policy": "proportional", "top_k": 1, "moe": {"capacity_factor": 0.6}, "optimizer": sgd}
 
 
 def fit_on(job, part, num_parts):

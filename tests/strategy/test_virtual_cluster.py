@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from lightning_swiftmoe import SwiftMoEStrategy
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.jobs import Job, Net, data, largest_error, make_trainer, our_trainer, train
 from tests.ranks import run_ranks
@@ -14,7 +15,20 @@ from tests.strategy.test_bytes import Recorder
 
 pytestmark = pytest.mark.distributed
 
-JOB = Job(num_experts=5, slots=2, steps=6, top_k=1, policy="proportional", moe={"capacity_factor": 1.0})
+
+def rule(capacity_scope, split):
+    return {"capacity_scope": capacity_scope, "split": split}
+
+
+JOB = Job(
+    num_experts=5,
+    slots=2,
+    steps=6,
+    top_k=1,
+    policy="proportional",
+    moe={"capacity_factor": 1.0},
+    strategy=rule("cluster", "even"),
+)
 
 
 def train_recorded(job):
@@ -31,17 +45,13 @@ def train_virtually(job, num_ranks):
     return module.state_dict(), recorder.steps
 
 
-def rule(capacity_scope, split):
-    return {"capacity_scope": capacity_scope, "split": split}
-
-
 @pytest.mark.parametrize(
     ("policy", "top_k", "strategy"),
     [
-        ("proportional", 1, {}),
-        ("static", 1, {}),
-        ("proportional", 2, {}),
-        ("static", 2, {}),
+        ("proportional", 1, rule("cluster", "even")),
+        ("static", 1, rule("cluster", "even")),
+        ("proportional", 2, rule("cluster", "even")),
+        ("static", 2, rule("cluster", "even")),
         ("proportional", 1, rule("cluster", "exact")),
         ("balanced", 2, rule("pooled", "exact")),
         ("random", 1, rule("pooled", "even")),
@@ -83,7 +93,7 @@ def validate_on_ranks(job):
 def test_validation_drops_by_the_placement_that_follows_the_last_step():
     job = dataclasses.replace(JOB, policy="random", trainer={"val_check_interval": 2, "num_sanity_val_steps": 0})
     losses = np.mean(run_ranks(4, validate_on_ranks, job), axis=0)
-    virtual = make_trainer(job, callbacks=[VirtualCluster(4, job.slots, policy=job.policy)])
+    virtual = make_trainer(job, callbacks=[VirtualCluster(4, job.slots, policy=job.policy, **job.strategy)])
     np.testing.assert_allclose(fit_and_validate(job, virtual, 0, 1), losses, rtol=1e-9)
 
 
@@ -115,6 +125,23 @@ def test_transient_copies_do_without_replicas():
         kept.append(np.mean([layer.survival for step in steps for layer in step.layers]))
     assert kept[1] > kept[0] + 0.05
     assert kept[1] > 0.97
+
+
+def test_copies_are_chosen_where_they_may_pay(caplog):
+    caplog.set_level("INFO")
+    fewest = {"slots": 2, "steps": 3, "moe": {"capacity_factor": None}}
+    chosen = dataclasses.replace(JOB, **fewest, strategy={"transient_copies": "auto"})
+    one = dataclasses.replace(JOB, **fewest, strategy={"transient_copies": 1})
+    loads = []
+    for job in (chosen, one):
+        _, steps = train_virtually(job, 4)
+        loads.append([layer.rank_load.tolist() for step in steps for layer in step.layers])
+    assert "transient_copies='auto': a rank may borrow an expert, for 1,024 assignments or more each" in caplog.text
+    assert loads[0] != loads[1]  # these batches have fewer
+
+    job = dataclasses.replace(JOB, slots=5, steps=1)
+    make_trainer(job, SwiftMoEStrategy(5, transient_copies="auto")).fit(Net(job), data(job))
+    assert "transient_copies='auto' is off: an expert group is one rank" in caplog.text
 
 
 def test_auto_places_for_the_room_there_is():
