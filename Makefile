@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Apart from the rest: torchmetrics imports transformers, where it is, in every process of the suite.
+# Apart from the rest: torchmetrics imports transformers, where it is, in every process of the suite. With peft, whose
+# tests wrap those models; what both need of torch is in the environment.
 TRANSFORMERS := $(VENV)/transformers
 
 .PHONY: quickstart test lint format clean
@@ -30,6 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(TRANSFORMERS)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $(TRANSFORMERS) --upgrade transformers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $(TRANSFORMERS) --no-deps peft accelerate
 	touch $@
 
 clean:

@@ -230,25 +230,39 @@ def _is_silent(config: Any) -> bool:
 
 def _layers_or_reasons(module: nn.Module) -> dict[str, ExpertsLayer | str]:
     """By name: layers, those that are attached as they are, or what speaks against one."""
-    models: dict[str, PreTrainedModel] = {}
     found: dict[str, ExpertsLayer | str] = {}
     for name, part in module.named_modules():
-        if isinstance(part, PreTrainedModel):
-            models[name] = part
         if has_experts_interface(part):
-            around = [model for outer, model in models.items() if outer == "" or name.startswith(f"{outer}.")]
-            found[name] = attached_layer(part) or _layer_or_reason(part, around)
+            found[name] = attached_layer(part) or _layer_or_reason(part, _modules_around(module, name))
     return found
 
 
-def _layer_or_reason(experts: nn.Module, around: list[PreTrainedModel]) -> ExpertsLayer | str:
-    """``around``: models it is in, the outermost first."""
-    if not around:
+def _modules_around(module: nn.Module, name: str) -> list[nn.Module]:
+    """What the part of that name is in, ``module`` first."""
+    around = [module]
+    for child in name.split(".")[:-1]:
+        around.append(around[-1].get_submodule(child))
+    return around if name else []
+
+
+def _layer_or_reason(experts: nn.Module, around: list[nn.Module]) -> ExpertsLayer | str:
+    """``around``: modules it is in, the outermost first."""
+    models = [part for part in around if isinstance(part, PreTrainedModel)]
+    if not models:
         return _refusal(experts, "got a module outside of any PreTrainedModel, whose setter picks the implementation")
+    # PEFT around a whole model changes nothing here.
+    inside = around[around.index(models[-1]) + 1 :]
+    adapters = [type(part).__name__ for part in inside if type(part).__module__.partition(".")[0] == "peft"]
+    if adapters:
+        return (
+            f"several ranks cannot share the experts of {type(experts).__name__}: got them inside PEFT's {adapters[-1]}"
+            ", which would see the weights of this process alone; adapt other layers (target_modules), and to train "
+            "experts themselves set requires_grad of their Parameters, instead of target_parameters or modules_to_save"
+        )
     if getattr(experts, "_is_expert_parallel", False):
         return _refusal(experts, "got experts that transformers itself has spread over ranks")
     try:
-        return ExpertsLayer(experts, around[0])
+        return ExpertsLayer(experts, models[0])
     except ValueError as error:
         return str(error)
 
