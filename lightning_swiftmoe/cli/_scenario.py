@@ -45,10 +45,12 @@ def model_of(config: DictConfig, trace: LoadTrace | None = None) -> ModelShape:
     """The model's sizes.
 
     Args:
-        config: holds ``model``, the fields of ``GPTConfig``.
+        config: holds ``model``, the fields of ``GPTConfig``; or ``hf``, a folder of a transformers model.
         trace: when given and ``adapt_model`` is set, its experts and top_k replace the model's, and its layers the
             number of MoE layers.
     """
+    if config.get("hf") is not None:
+        return shape_of_hf(config)
     shape = shape_of(GPTConfig(**_plain(config.model)))
     if trace is None or not config.adapt_model:
         return shape
@@ -85,6 +87,31 @@ def shape_of(gpt: GPTConfig) -> ModelShape:
     )
     count = count_parameters(gpt)
     return dataclasses.replace(shape, num_other_params=count.total - count.experts)
+
+
+def shape_of_hf(config: DictConfig) -> ModelShape:
+    """Sizes of the transformers model in ``config.hf``, experts and the rest counted from its modules.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: no model that ranks can share.
+    """
+    from lightning_swiftmoe.hf.sizes import read_sizes
+
+    sizes = read_sizes(config.hf)
+    return ModelShape(
+        dim=sizes.width,
+        ffn_dim=sizes.expert_width,
+        num_layers=sizes.num_layers,
+        num_moe_layers=sizes.num_moe_layers,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        vocab_size=sizes.vocab_size,
+        seq_len=config.hf_seq_len,
+        gated=sizes.gated,
+        recompute=config.hf_recompute,
+        num_other_params=sizes.num_params - sizes.num_expert_params,
+    )
 
 
 def scenario_of(config: DictConfig, model: ModelShape, hardware: Hardware) -> Scenario:

@@ -24,4 +24,13 @@ except ImportError as error:
         f"interface: {_HINT}"
     ) from error
 
-__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS", "PreTrainedModel", "use_experts_implementation"]
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+__all__ = [
+    "ACT2FN",
+    "ALL_EXPERTS_FUNCTIONS",
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "PreTrainedModel",
+    "use_experts_implementation",
+]

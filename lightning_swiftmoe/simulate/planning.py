@@ -94,13 +94,13 @@ def largest_slots(model: ModelShape, hardware: Hardware, tokens_per_rank: float,
 
 
 def modelled_step(scenario: Scenario, tokens_per_rank: int, skew: float = 1.0) -> dict[str, PolicyResult]:
-    """One step of ``static`` and ``auto`` on Zipf loads of that skew, all MoE layers, in steady state."""
+    """One step of ``static`` and ``exact`` on Zipf loads of that skew, all MoE layers, in steady state."""
     model = scenario.model
     tokens = tokens_per_rank * scenario.hardware.num_ranks
     # Layers cost the same, so four different draws stand for all of them; two steps, so that placements have adapted.
     num_layers = min(model.num_moe_layers, 4)
     work = Workload(2, num_layers, model.num_experts, tokens, model.top_k, skew=skew)
-    results = simulate(generate("zipf", work), scenario, ["static", "auto"]).results
+    results = simulate(generate("zipf", work), scenario, ["static", "exact"]).results
     return {name: _last_step(result, model.num_moe_layers / num_layers) for name, result in results.items()}
 
 

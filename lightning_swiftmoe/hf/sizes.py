@@ -1,0 +1,110 @@
+"""How large a model of transformers is, from its configuration alone: no weight is read, and none is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_swiftmoe.hf._transformers import AutoConfig, AutoModelForCausalLM
+from lightning_swiftmoe.hf.layer import ExpertsLayer, check_expert_layers, expert_layers
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # what configurations call it
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of a causal language model.
+
+    Args:
+        num_layers: blocks.
+        num_moe_layers: those with experts.
+        num_experts: of one of them.
+        top_k: experts of a token.
+        width: of the residual stream.
+        expert_width: hidden width of an expert.
+        gated: experts have a third matrix.
+        vocab_size: tokens of the vocabulary.
+        num_params: all of them.
+        num_expert_params: of all experts of all layers.
+    """
+
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    width: int
+    expert_width: int
+    gated: bool
+    vocab_size: int
+    num_params: int
+    num_expert_params: int
+
+
+def read_sizes(folder: str | Path) -> ModelSizes:
+    """Of the model that the ``config.json`` in a folder describes, built on the meta device.
+
+    Args:
+        folder: as ``from_pretrained`` takes it, or the file itself. Nothing is downloaded.
+
+    Raises:
+        ValueError: no such file, a model without experts, with experts that ranks cannot share, or with layers of
+            different experts.
+    """
+    path = Path(folder)
+    file = path if path.suffix == ".json" else path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: give the folder of a model of transformers, where its config.json is")
+    config = AutoConfig.from_pretrained(file, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sizes_of(model)
+
+
+def sizes_of(model: nn.Module) -> ModelSizes:
+    """Of a model of transformers, whatever device it is on.
+
+    Raises:
+        ValueError: as ``read_sizes``.
+    """
+    check_expert_layers(model)
+    layers = list(expert_layers(model).values())
+    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no experts, so there is nothing to place")
+    different = {_of_layer(layer) for layer in layers}
+    if len(different) > 1:
+        kinds = ", ".join(f"{experts} of {width} x {hidden}" for experts, width, hidden, _ in sorted(different))
+        raise ValueError(f"layers of {type(model).__name__} differ in their experts: got {kinds}, expected one kind")
+    ((num_experts, width, expert_width, gated),) = different
+    in_experts = {param for layer in layers for param in layer.experts.module.parameters()}
+    return ModelSizes(
+        num_layers=text.num_hidden_layers,
+        num_moe_layers=len(layers),
+        num_experts=num_experts,
+        top_k=_top_k(text),
+        width=width,
+        expert_width=expert_width,
+        gated=gated,
+        vocab_size=text.vocab_size,
+        num_params=sum(param.numel() for param in model.parameters()),
+        num_expert_params=sum(param.numel() for param in in_experts),
+    )
+
+
+def _of_layer(layer: ExpertsLayer) -> tuple[int, int, int, bool]:
+    parameters: Mapping[str, Any] = dict(layer.experts.module.named_parameters())
+    _, width, expert_width = parameters["down_proj"].shape
+    return layer.num_experts, width, expert_width, layer.experts.up_name == "gate_up_proj"
+
+
+def _top_k(config: Any) -> int:
+    for name in _TOP_K:
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    raise ValueError(f"{type(config).__name__} does not say how many experts a token takes, by {', '.join(_TOP_K)}")
