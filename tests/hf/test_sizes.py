@@ -28,6 +28,7 @@ QWEN3_30B_A3B = {
         ("olmoe", 2, 6, 3, True),
         ("qwen3_moe", 2, 6, 2, True),
         ("granitemoe", 2, 6, 2, True),
+        ("qwen3_5_moe", 2, 6, 2, True),
         ("deepseek_v3", 2, 8, 3, True),  # and a dense first layer
         ("nemotron_h", None, None, None, False),
     ],
