@@ -402,7 +402,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         elif self.state_place == "bound" or self.offload_optimizer:
             obstacle = "with bound or offloaded state they would have to be planned on the host"
         rule, line = with_chosen_copies(self.rule, clusters, obstacle)
-        rank_zero_info(line)
+        say = rank_zero_info if rule.transient_copies else rank_zero_warn
+        say(line)
         return rule
 
     def _prepare_validation(self, layers: Sequence[ExpertLayer]) -> None:

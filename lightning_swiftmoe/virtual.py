@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -75,7 +75,8 @@ class VirtualCluster(ExpertRebalancer):
         rule = self.rule
         if self._chooses_copies:
             rule, line = with_chosen_copies(rule, clusters.values())
-            rank_zero_info(line)
+            say = rank_zero_info if rule.transient_copies else rank_zero_warn
+            say(line)
         layers = []
         for name, cluster in clusters.items():
             try_policy(self.rebalancing.policy, cluster)
