@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
     folder, num_ranks = Path(config.run_dir), ranks_of(config)
     plan = plan_of(config, options.as_step_options(), num_ranks)
     segments = segments_of(options, config, plan, num_ranks)
-    head = about(config, options.as_step_options(), num_ranks, plan)
+    head = about(config, options.as_step_options(), num_ranks, plan) | {"options": asdict(options)}
     report = Report(segments[1:], Path(options.output or folder / "skew.json"), head)
     rows = run_systems(config, options, num_ranks, segments, folder, report.update)
     report.print()

@@ -127,6 +127,7 @@ def test_systems_train_alike_under_skew(tmp_path):
         assert len(system["losses"]) == 2 + 3 * 4
         assert system["losses"] == pytest.approx(found["systems"]["static"]["losses"], rel=1e-5)
         assert list(system["step_ms"]) == ["balanced", "one_hot", "mine.npz@100"]
+    assert found["options"]["workloads"] == ["one_hot", "mine.npz@100"]
     assert found["hottest_expert"]["balanced"] == 1
     assert found["hottest_expert"]["one_hot"] == 4  # of 8 experts one has half of all assignments
     load = counts.sum(axis=2)[11:14]
