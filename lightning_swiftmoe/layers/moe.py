@@ -35,8 +35,9 @@ class MoE(nn.Module):
         num_experts: experts ``E``.
         top_k: experts per token.
         activation: ``"gelu"``, ``"swiglu"``, ...; see ``lightning_swiftmoe.functional.activation_names``.
-        capacity_factor: None processes every token (dropless). A number lets each slot process that multiple of its
-            fair share; an expert's later tokens in the batch are dropped (they keep only what skips this layer).
+        capacity_factor: None processes every token (dropless). A number gives every slot room for that multiple of its
+            fair share, which the slots of a rank pool unless ``SwiftMoEStrategy(capacity_scope=...)`` says otherwise;
+            what finds no room is dropped, later tokens of a batch first (they keep only what skips this layer).
         score: ``"softmax"`` or ``"sigmoid"``.
         normalize_topk: whether a token's gate weights add up to one. None: yes where ``top_k > 1``.
         aux_loss_coef: factor of the load-balance loss.
