@@ -249,6 +249,8 @@ class ExpertEngine:
             layer.adopt(decision.next_placement, self._optimizer_states)
             self._everywhere[layer.name] = step.next_placement
             self._keep_loads(step)
+        # A forward since the optimizer's step has brought weights to where experts were then.
+        self._stale = True
         finished = Step(self._steps, tuple(steps), self.meter.pop())
         for observe in self.observers:
             observe(finished)

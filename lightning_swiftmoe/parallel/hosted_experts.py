@@ -213,6 +213,8 @@ class HostedExperts(ABC):
         if self._weights is not None:
             self._weights.wait()
             self._weights = None
+            if self.transient_copies is not None:
+                self.transient_copies.forget()
 
     def count_forward(self) -> None:
         """Take note of a training forward with the residents."""

@@ -59,6 +59,10 @@ class SymmetricCopies:
         """From now on they are."""
         self._holder = weakref.ref(forward)
 
+    def forget(self) -> None:
+        """Hosts have other weights now."""
+        self._holder = None
+
     def fetch(self, loans: Loans) -> None:
         """This rank's copies of both parameters."""
         for shared in self._residents:

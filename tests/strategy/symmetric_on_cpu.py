@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 # Ranks are forked from this process, and a forked OpenMP pool hangs. A number set by hand would not do: where the
 # variable is missing, launching sets another.
@@ -174,6 +175,16 @@ class HalfFrozen(Net):
             getattr(moe.experts, moe.experts.up_name).requires_grad_(False)
 
 
+class EditsBeforeBackward(Checkpointed):
+    """Experts change between a forward and the backward that repeats it."""
+
+    def on_before_backward(self, loss):
+        with torch.no_grad():
+            for moe in self.moes:
+                for param in moe.experts.parameters():
+                    param.mul_(0.5)
+
+
 CASES = {
     "plain": {},
     "accumulate": {"trainer": {"accumulate_grad_batches": 2}},
@@ -183,12 +194,22 @@ CASES = {
     "growing": {"module": Growing},
     "self_taught": {"module": SelfTaught},
     "half_frozen": {"module": HalfFrozen},
+    "edits_before_backward": {"module": EditsBeforeBackward},
 }
 
 
-def check(num_ranks, case):
+def job_of(num_ranks, case):
+    """With ``copies`` in front of its name no expert has two hosts, and ranks borrow."""
     # SGD, because a wrong scale of gradients leaves Adam's steps as they are.
-    job = Job(precision="32-true", optimizer=sgd, steps=2, batch=12, slots=-(-5 // num_ranks) + 1, **CASES[case])
+    job = Job(precision="32-true", optimizer=sgd, steps=2, batch=12, slots=-(-5 // num_ranks) + 1)
+    if case.startswith("copies_"):
+        strategy = {"split": "exact", "transient_copies": 1 if num_ranks == 2 else 2}
+        job = replace(job, num_experts=2 * num_ranks, slots=2, strategy=strategy)
+    return replace(job, **CASES[case.removeprefix("copies_")])
+
+
+def check(num_ranks, case):
+    job = job_of(num_ranks, case)
     expected = train_alone(job)
     with tempfile.TemporaryDirectory() as folder:
         results = run_ranks(num_ranks, train_through_files, job, folder)

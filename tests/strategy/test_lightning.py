@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.strategy import SwiftMoEStrategy
 from lightning_swiftmoe.trace_file import read_trace
-from tests.jobs import Job, Net, adamw, data, largest_error, make_trainer, our_trainer, sgd, train_alone
+from tests.jobs import Job, Net, adamw, data, largest_error, make_trainer, our_trainer, sgd, train, train_alone
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -76,6 +76,39 @@ def fit_manually():
     module = Manual(JOB)
     our_trainer(JOB).fit(module, data(JOB, dist.get_rank(), dist.get_world_size()))
     return module.state_dict()
+
+
+class LooksAfterTheStep(Net):
+    """The new weights run before anybody knows that the step is over."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        with torch.no_grad():
+            self.seen.append(self.loss(batch).item())
+
+
+class Looks(pl.Callback):
+    """In front of the rebalancer, whose hook ends the step."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        module.eval()
+        with torch.no_grad():
+            module.loss(batch)
+        module.train()
+
+
+@pytest.mark.parametrize("options", [{"module": LooksAfterTheStep}, {"callbacks": lambda: [Looks()]}])
+def test_a_forward_between_a_step_and_its_end(options):
+    """It needs the new weights where experts are; the next forward needs them where they will be then."""
+    job = Job(steps=4, slots=3, **options)
+    alone = train_alone(job)
+    for result in run_ranks(2, train, job):
+        assert largest_error(result, alone) < 1e-9
 
 
 def test_manual_optimization():
