@@ -1,7 +1,16 @@
 """Addresses in device memory: written here, read by the kernels that find their tensors by them."""
 
+import torch
 import triton
 import triton.language as tl
+
+# What an address may point to.
+ELEMENT = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit

@@ -9,19 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.indirect_triton import pointer_from
+from lightning_swiftmoe.kernels.indirect_triton import ELEMENT, pointer_from
 from lightning_swiftmoe.kernels.launch import Launcher, cdiv, next_power_of_2
 from lightning_swiftmoe.kernels.shards.lent_experts import Loans
 
 _BLOCK = 2048  # elements moved at a time by one program
 _PROGRAMS = 264  # two to a multiprocessor of an H100
 _INTERPRETER_BLOCK = 16  # several blocks also in small tests
-_ELEMENT = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 @triton.jit
@@ -120,7 +114,7 @@ def launch_fetch(loans: Loans, weights: Tensor, peers: Tensor) -> None:
         num_tiles,
         COPIES=loans.most,
         BINS=next_power_of_2(num_experts),
-        DTYPE=_ELEMENT[weights.dtype],
+        DTYPE=ELEMENT[weights.dtype],
         BLOCK=block,
     )
 
@@ -162,7 +156,7 @@ def launch_collect(loans: Loans, grads: Tensor, peers: Tensor) -> None:
         COPIES=loans.most,
         LANES=next_power_of_2(num_ranks * loans.most),
         BINS=next_power_of_2(num_experts),
-        DTYPE=_ELEMENT[grads.dtype],
+        DTYPE=ELEMENT[grads.dtype],
         WIDE=tl.float64 if grads.dtype == torch.float64 else tl.float32,
         BLOCK=block,
     )

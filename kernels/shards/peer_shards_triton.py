@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.indirect import Indirect
-from lightning_swiftmoe.kernels.indirect_triton import pointer_from, pointer_of
+from lightning_swiftmoe.kernels.indirect_triton import ELEMENT, pointer_from, pointer_of
 from lightning_swiftmoe.kernels.launch import Launcher
 from lightning_swiftmoe.kernels.shards.peer_shards import Residents
 
@@ -21,12 +21,6 @@ _BLOCK = 2048  # elements moved at a time by one program
 _WARPS = 4
 _PROGRAMS = 528  # four to a multiprocessor of an H100
 _INTERPRETER_BLOCK = 16  # several blocks also in small tests
-_ELEMENT = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 @triton.jit
@@ -89,7 +83,7 @@ def launch_push(shard: Tensor, residents: Residents, peers: Tensor, size: int, s
         start,
         num_tiles,
         num_warps=_WARPS,
-        DTYPE=_ELEMENT[dtype],
+        DTYPE=ELEMENT[dtype],
         BLOCK=block,
     )
 
@@ -119,8 +113,8 @@ def launch_pull(
         scale,
         num_warps=_WARPS,
         INDIRECT=isinstance(total, Indirect),
-        ELEMENT=_ELEMENT[total.dtype],
-        DTYPE=_ELEMENT[dtype],
+        ELEMENT=ELEMENT[total.dtype],
+        DTYPE=ELEMENT[dtype],
         BLOCK=block,
     )
 

@@ -22,9 +22,8 @@ def plan_tokens(
 ) -> TokenPlan:
     """This rank's plan: the numbers of `placement.TokenRule` and `plan_dispatch`, without the host.
 
-    Three kernels on a GPU, one more each with a capacity, an exact split, copies, and a capacity of ranks or an exact
-    split.
-    Neither launches nor compiled forms depend on counts.
+    Three kernels on a GPU, one more each with a capacity, an exact split, copies, pooled slots, and an exact split or
+    pooled slots. Neither launches nor compiled forms depend on counts.
 
     Args:
         counts: `[N, E]` int64 assignments that every rank routed, before drops.

@@ -106,9 +106,9 @@ class HostedExperts(ABC):
             key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
             for key, param in self.originals.items()
         }
-        self._residents = self._make_residents(compute_dtype, transient_copies if self._reaches_peers else 0)
-        lends = transient_copies > 0 and self._reaches_peers
-        self.transient_copies = self._make_copies(transient_copies) if lends else None
+        num_copies = transient_copies if self._reaches_peers else 0
+        self._residents = self._make_residents(compute_dtype, num_copies)
+        self.transient_copies = self._make_copies(num_copies) if num_copies else None
         self.forwards_since_backward = 0
         self.forwards_since_step = 0
         self._gradients: Locals = {}

@@ -22,7 +22,6 @@ from lightning_swiftmoe.parallel.row_exchange import (
     RowTrip,
     TokenBound,
 )
-from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 
 
 class NcclRows(RowExchange):
@@ -37,16 +36,8 @@ class NcclRows(RowExchange):
         self.communicator = communicator
         self.bound = bound
 
-    def plan(
-        self,
-        routed: Routed,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool,
-        copies: SymmetricCopies | None = None,
-    ) -> NcclTrip:
-        """See ``RowExchange.plan``; no rank lends experts this way."""
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> NcclTrip:
+        """See ``RowExchange.plan``."""
         gathered = self.communicator.gather_counts(routed.counts, name)
         tile = tile_rows(routed.topk_idx.device)
         # How many tokens other ranks have is not known yet, so arrays of integers have room for the most they can be.

@@ -188,15 +188,7 @@ class RowExchange(ABC):
     """Plans trips over one transport."""
 
     @abstractmethod
-    def plan(
-        self,
-        routed: Routed,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool,
-        copies: SymmetricCopies | None = None,
-    ) -> RowTrip:
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> RowTrip:
         """The trip of what was routed.
 
         Args:
@@ -204,7 +196,6 @@ class RowExchange(ABC):
             tables: the placement.
             name: of the layer, for error messages.
             training: whether the like will be asked for again and again, so that preparing for it pays.
-            copies: where this rank's copies go, if the rule has any.
         """
 
 
@@ -218,16 +209,23 @@ class PlacementTables:
             turns and their table ``[C, 3, N]`` behind them.
         capacity_factor: None processes every token.
         rule: which assignments are kept, and who processes them.
+        copies: where this rank has the experts that it borrows; None: it borrows none.
     """
 
     placement: Placement
     packed: Tensor
     capacity_factor: float | None
     rule: TokenRule
+    copies: SymmetricCopies | None
 
     @classmethod
     def on(
-        cls, device: torch.device, placement: Placement, capacity_factor: float | None, rule: TokenRule
+        cls,
+        device: torch.device,
+        placement: Placement,
+        capacity_factor: float | None,
+        rule: TokenRule,
+        copies: SymmetricCopies | None,
     ) -> PlacementTables:
         """Copies to the device without waiting for it."""
         parts = [placement.multiplicity, placement.replicas]
@@ -237,7 +235,7 @@ class PlacementTables:
             rows = max(next_power_of_2(len(turns)), 2 * placement.slots_per_rank)
             parts += [np.array([len(turns)]), turns, np.zeros((rows - len(turns), *turns.shape[1:]))]
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
-        return cls(placement, to_device(torch.from_numpy(packed), device), capacity_factor, rule)
+        return cls(placement, to_device(torch.from_numpy(packed), device), capacity_factor, rule, copies)
 
     def plan(self, counts: Tensor, rank: int, size: PlanSize, packed: Tensor | None = None) -> TokenPlan:
         """The plan of a rank for ``counts[N, E]``, by the tables or a copy of them on the device."""

@@ -47,7 +47,6 @@ from lightning_swiftmoe.parallel.row_exchange import (
     TokenBound,
     Way,
 )
-from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 
 _FORWARD = 1  # the buffer in which rows of forwards arrive
 
@@ -167,15 +166,7 @@ class SymmetricRows(RowExchange):
         # How many rows travel is known on the device alone, and when they do to graphs alone.
         communicator.meter.leave_out("dispatch", "combine", "transient_copies")
 
-    def plan(
-        self,
-        routed: Routed,
-        tables: PlacementTables,
-        name: str,
-        *,
-        training: bool,
-        copies: SymmetricCopies | None = None,
-    ) -> SymmetricTrip:
+    def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> SymmetricTrip:
         """See ``RowExchange.plan``: the plan itself is made at the beginning of the first way."""
         tile = tile_rows(self.device)
         num_ranks = self.communicator.num_ranks
@@ -199,7 +190,7 @@ class SymmetricRows(RowExchange):
         else:
             inputs = _Inputs.like(routed, tables)
             inputs.tables.copy_(tables.packed)
-        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, copies, name, fixed=fixed)
+        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, name, fixed=fixed)
         if fixed:
             desk.serve(trip)
         return trip
@@ -262,7 +253,6 @@ class SymmetricTrip(RowTrip):
         all_counts: ``[N, E]``, written by all ranks.
         size: of the plan.
         tables: the placement.
-        copies: where this rank's copies go; None: it borrows nothing.
         name: of the layer.
         fixed: whether inputs and plan stand in the desk's memory.
     """
@@ -279,7 +269,6 @@ class SymmetricTrip(RowTrip):
         all_counts: SharedTensor,
         size: PlanSize,
         tables: PlacementTables,
-        copies: SymmetricCopies | None,
         name: str,
         *,
         fixed: bool,
@@ -293,7 +282,7 @@ class SymmetricTrip(RowTrip):
         self._all_counts = all_counts
         self._size = size
         self._tables = tables
-        self._copies = copies
+        self._copies = tables.copies
         self._name = name
         self._fixed = fixed
         self._planned: _Planned | None = None

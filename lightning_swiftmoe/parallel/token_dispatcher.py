@@ -114,8 +114,7 @@ class DeviceDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        copies = self.layer.hosted.transient_copies
-        lends_elsewhere = self.rule.transient_copies > 0 and copies is None
+        lends_elsewhere = self.rule.transient_copies > 0 and self.layer.hosted.transient_copies is None
         if lends_elsewhere or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
             return self._fallback(x_TD, routing, experts, capacity_factor)
         self.layer.before_tokens(self.name, x_TD)
@@ -132,7 +131,7 @@ class DeviceDispatcher:
             return self._last
         self._last = None
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD))
-        trip = self.rows.plan(routed, tables, self.name, training=training, copies=self.layer.hosted.transient_copies)
+        trip = self.rows.plan(routed, tables, self.name, training=training)
         if training and not in_backward():
             self._last = trip
         return trip
@@ -141,7 +140,9 @@ class DeviceDispatcher:
         placement = self.layer.placement
         known = self._tables
         if known is None or known.capacity_factor != capacity_factor or not known.placement.same_residents(placement):
-            known = self._tables = PlacementTables.on(device, placement, capacity_factor, self.rule)
+            known = self._tables = PlacementTables.on(
+                device, placement, capacity_factor, self.rule, self.layer.hosted.transient_copies
+            )
         return known
 
 
