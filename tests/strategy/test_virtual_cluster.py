@@ -128,7 +128,8 @@ def test_transient_copies_do_without_replicas():
 
 
 def test_copies_are_chosen_where_they_may_pay(caplog):
-    caplog.set_level("INFO")
+    # Of that very logger: the command line silences those above it for the rest of a process.
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     fewest = {"slots": 2, "steps": 3, "moe": {"capacity_factor": None}}
     chosen = dataclasses.replace(JOB, **fewest, strategy={"transient_copies": "auto"})
     one = dataclasses.replace(JOB, **fewest, strategy={"transient_copies": 1})
