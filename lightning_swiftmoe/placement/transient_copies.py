@@ -21,11 +21,11 @@ from lightning_swiftmoe.placement.placement import IntArray, Placement
 # instead of four in each, and keeps as much (docs/decisions/0020-transient-copies.md).
 LEAST_PART = 20
 
-# Assignments from which on a copy saves more than it costs, for ``transient_copies="auto"``. It costs its weights on
-# the way there and its gradient on the way back, 4 P bytes of bf16 for P parameters; an assignment costs the busiest
-# rank 6 P operations. One H200 does 627 T of them a second in the expert MLP (docs/results/kernels.md), NVLink carries
-# 450 GB/s one way: 4 / 6 * 627e12 / 450e9 = 929, whatever P is.
-LEAST_COPIED = 1024
+# Assignments from which on a copy saves more than it costs, for ``transient_copies="auto"``. In bf16, on two H200 over
+# NVLink, its 2 P bytes for P parameters are fetched at 330 GB/s, their gradients offered at 1350 and collected at 300;
+# an assignment costs the busiest rank 6 P operations of 627 T a second (docs/decisions/0020-transient-copies.md,
+# docs/results/kernels.md): 2 (1 / 330e9 + 1 / 1350e9 + 1 / 300e9) / (6 / 627e12) = 1480, whatever P is.
+LEAST_COPIED = 1536
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,11 @@ QUICK = ["batch_per_rank=4", "steps=3", "settle=1", "warmup=2", "workloads=[one_
 SYSTEMS = "systems=[exact,fsdp2]"
 
 
+ONE_AND_TWO = ["ranks=[1,2]", "output=scaling.json", "hydra.run.dir=run"]
+
+
 def scale(folder, *args):
-    words = [*MODEL, *QUICK, "ranks=[1,2]", "output=scaling.json", "hydra.run.dir=run", *args]
+    words = [*MODEL, *QUICK, *ONE_AND_TWO, *args]
     status, text = swiftmoe("bench", "scaling", *words, cwd=folder, timeout_s=200)
     assert status == 0, text
     return json.loads((folder / "scaling.json").read_text()), text
@@ -22,8 +25,10 @@ def scale(folder, *args):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_it_goes_on_and_runs_nothing_twice(tmp_path):
-    expected, _ = scale(tmp_path, "predict=true", SYSTEMS)
+def test_it_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "scaling", *MODEL, *QUICK, *ONE_AND_TWO, SYSTEMS, "predict=true"]) == 0
+    expected = json.loads((tmp_path / "scaling.json").read_text())
     assert expected["1"]["systems"] == expected["2"]["systems"] == {}
     assert list(expected["2"]["modelled_ms"]["exact"]) == ["balanced", "one_hot"]
     assert "fsdp2" not in expected["2"]["modelled_ms"]

@@ -22,8 +22,8 @@ def fit_virtually_at(job, place):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("policy", ["proportional", "static"])
-def test_the_same_drops_and_weights(one, two, policy, top_k, transport):
-    check_against_virtual_ranks(one, two, policy, top_k, transport)
+def test_the_papers_rule_drops_the_same(one, two, policy, top_k, transport):
+    check_against_virtual_ranks(one, two, policy, top_k, transport, capacity_scope="cluster", split="even")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

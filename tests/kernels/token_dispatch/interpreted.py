@@ -41,7 +41,7 @@ def check_plans(seed: int) -> None:
     case = random_case(seed)
     for layout in ("padded", "packed"):
         size = case.size(layout, tile=4, slack=seed % 2)
-        for rank in range(case.placement.num_ranks):
+        for rank in {0, seed % case.placement.num_ranks, case.placement.num_ranks - 1}:
             plan = plan_tokens(*case.tensors(), rank, size, case.capacity, case.turns())
             check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, case.capacity, case.turns()))
             check_plan(case, rank, plan)
@@ -60,7 +60,7 @@ def check_many_ranks(capacity: Capacity | None, exact: bool = False) -> None:
     counts = rng.poisson(3, size=(num_ranks, num_experts))
     case = Case([], counts, random_placement(rng, num_ranks, 3, num_experts), capacity, exact)
     size = case.size("packed", tile=16)
-    for rank in (0, 11, 18):
+    for rank in (0, 18):
         plan = plan_tokens(*case.tensors(), rank, size, capacity, case.turns())
         check_same(plan, plan_tokens_reference(*case.tensors(), rank, size, capacity, case.turns()))
         check_plan(case, rank, plan)
