@@ -21,6 +21,9 @@ def load_metrics(layers: Sequence[LayerStep]) -> dict[str, float]:
 
     * ``moe/expert_imbalance``: max/mean load of the experts before drops, mean over layers; 1.0 is even.
     * ``moe/rank_imbalance``: max/mean load of the ranks after drops, mean over layers; 1.0 is even.
+    * ``moe/excess_load``: assignments that ranks process beyond 1.1 times the mean, per assignment processed, mean over
+      layers; 0.0 where no rank has so many. In layers without a capacity, with ``transport="symmetric"``, they are
+      computed twice, as memory is kept for no more.
     * ``moe/replicas_moved``: residents that reached a new rank, added over layers.
     * ``moe/token_survival``: assignments processed per assignment routed, over all layers; 1.0 when nothing was routed.
 
@@ -31,11 +34,13 @@ def load_metrics(layers: Sequence[LayerStep]) -> dict[str, float]:
     processed = sum(layer.num_processed for layer in layers)
     of_experts = [layer.expert_imbalance for layer in layers]
     of_ranks = [layer.rank_imbalance for layer in layers]
+    excess = [layer.excess_load for layer in layers]
     # In fp32, as torchmetrics has it.
-    expert_imbalance, rank_imbalance = torch.tensor([of_experts, of_ranks]).mean(dim=1).tolist()
+    expert_imbalance, rank_imbalance, excess_load = torch.tensor([of_experts, of_ranks, excess]).mean(dim=1).tolist()
     return {
         "moe/expert_imbalance": expert_imbalance,
         "moe/rank_imbalance": rank_imbalance,
+        "moe/excess_load": excess_load,
         "moe/replicas_moved": float(sum(layer.next_placement.moved_from(layer.placement) for layer in layers)),
         "moe/token_survival": processed / routed if routed else 1.0,
     }
@@ -87,6 +92,13 @@ class ExpertImbalance(_LayerMean):
 
     def __init__(self) -> None:
         super().__init__("expert_imbalance")
+
+
+class ExcessLoad(_LayerMean):
+    """Mean over layers and steps of what ranks process beyond 1.1 times the mean, per assignment; 0.0 is none."""
+
+    def __init__(self) -> None:
+        super().__init__("excess_load")
 
 
 class ReplicasMoved(Metric):

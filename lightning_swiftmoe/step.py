@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.parallel.row_exchange import USUAL_LOAD
 from lightning_swiftmoe.parallel.traffic import Traffic
 from lightning_swiftmoe.placement import Placement
 from lightning_swiftmoe.placement.placement import IntArray
@@ -91,6 +92,12 @@ class LayerStep:
     def rank_imbalance(self) -> float:
         """Largest over mean load of the ranks; 1.0 is even."""
         return imbalance(self.rank_load)
+
+    @property
+    def excess_load(self) -> float:
+        """Assignments that ranks process beyond what is usual, per assignment processed; 0.0 where none has so many."""
+        usual = USUAL_LOAD * self.num_processed / len(self.rank_load)
+        return sum(max(load - usual, 0.0) for load in self.rank_load.tolist()) / max(self.num_processed, 1)
 
     @property
     def expert_imbalance(self) -> float:

@@ -125,13 +125,14 @@ def up_gemm(
     routing: PaddedRouting | RowLayout,
     activation: str,
     hidden: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gather of `x[T, d]`, `pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)` in one kernel.
 
-    Rows in place are `x[P, d]`, loaded by TMA. `hidden` is allocated if None.
+    Rows in place are `x[P, d]`, loaded by TMA. `hidden` and `pre` are allocated if None.
     """
     gated = is_gated(activation)
-    pre = x.new_empty(routing.allocated_rows, up_proj.shape[1])
+    pre = x.new_empty(routing.allocated_rows, up_proj.shape[1]) if pre is None else pre
     hidden_width = up_proj.shape[1] // (2 if gated else 1)
     hidden = x.new_empty(routing.allocated_rows, hidden_width) if hidden is None else hidden
     grid, stride, span = _schedule(x.device, _row_tiles(routing, hidden_width, HALF if gated else BN))
@@ -167,7 +168,7 @@ def hidden_grad_gemm(
     weights: Tensor,
     routing: PaddedRouting | RowLayout,
     activation: str,
-    overwrite_pre: bool = False,
+    grad_pre: Tensor | None = None,
     scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows of grad_y[T, d] @ down_proj[e]` and the activation backward taken from its accumulators.
@@ -175,7 +176,7 @@ def hidden_grad_gemm(
     Args:
         grad_y: `[T, d]`, or `[P, d]` rows in place.
         weights: `[T, k]` router weights, or `[P]` of rows in place.
-        overwrite_pre: whether `grad_pre` takes the memory of `pre`.
+        grad_pre: `[P, H]`, which may be `pre`; allocated if None.
         scaled_hidden: `[P, h]`, allocated if None.
 
     Returns:
@@ -183,7 +184,7 @@ def hidden_grad_gemm(
     """
     hidden_width = down_proj.shape[2]
     block = (BM, BN // 4)
-    grad_pre = pre if overwrite_pre else torch.empty_like(pre)
+    grad_pre = torch.empty_like(pre) if grad_pre is None else grad_pre
     scaled_hidden = pre.new_empty(pre.shape[0], hidden_width) if scaled_hidden is None else scaled_hidden
     partials = torch.empty(-(-hidden_width // BN), pre.shape[0], dtype=torch.float32, device=pre.device)
     grid, stride, span = _schedule(grad_y.device, _row_tiles(routing, hidden_width, BN))

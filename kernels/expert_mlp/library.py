@@ -31,9 +31,10 @@ def up_gemm(
     routing: PaddedRouting | RowLayout,
     activation: str,
     hidden: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`; memory for it goes unused."""
-    pre = rows_gemm(rows, up_proj, routing, transposed=True)
+    """`pre[P, H] = rows @ up_proj[e].T` and `hidden[P, h] = act(pre)`; memory for hidden values goes unused."""
+    pre = rows_gemm(rows, up_proj, routing, transposed=True, out=pre)
     return pre, act_forward(pre, routing, activation)
 
 
@@ -44,12 +45,15 @@ def hidden_grad_gemm(
     weights: Tensor,
     routing: PaddedRouting | RowLayout,
     activation: str,
-    overwrite_pre: bool = False,
+    grad_pre: Tensor | None = None,
     scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`."""
+    """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`.
+
+    Memory for `scaled_hidden` goes unused.
+    """
     grad_hidden = rows_gemm(grad_rows, down_proj, routing, transposed=False)
-    return act_backward(pre, grad_hidden, weights, routing, activation, overwrite_pre)
+    return act_backward(pre, grad_hidden, weights, routing, activation, grad_pre)
 
 
 def weight_gemm(

@@ -65,7 +65,7 @@ def backward(
     gemm = gemms(path)
     grad_rows = gemm.expert_rows(grad_y, routing)
     grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
-        grad_rows, down_proj, pre, weights, routing, activation, overwrite_pre
+        grad_rows, down_proj, pre, weights, routing, activation, pre if overwrite_pre else None
     )
     grad_weights = router_grad(partials, routing, weights)
     grad_x = grad_up = grad_down = None

@@ -27,9 +27,10 @@ def up_gemm(
     layout: RowLayout,
     activation: str,
     hidden: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`pre[P, H] = rows @ up_proj[r].T` and `hidden[P, h] = act(pre)`; memory for it goes unused."""
-    pre = rows_gemm(rows, up_proj, layout, transposed=True)
+    """`pre[P, H] = rows @ up_proj[r].T` and `hidden[P, h] = act(pre)`; memory for hidden values goes unused."""
+    pre = rows_gemm(rows, up_proj, layout, transposed=True, out=pre)
     return pre, activation_forward(pre, activation)
 
 
@@ -40,17 +41,17 @@ def hidden_grad_gemm(
     weights: Tensor,
     layout: RowLayout,
     activation: str,
-    overwrite_pre: bool = False,
+    grad_pre: Tensor | None = None,
     scaled_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `partials[1, P]`; see `hopper.hidden_grad_gemm`.
 
-    `overwrite_pre` is a permission that goes unused, and so does memory.
+    Memory for results goes unused.
     """
     grad_hidden = rows_gemm(grad_rows, down_proj, layout, transposed=False)
     scale = torch.where(layout.order >= 0, weights, 0)
-    grad_pre, scaled, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
-    return grad_pre, scaled, grad_scale.unsqueeze(0)
+    new_grad_pre, scaled, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
+    return new_grad_pre, scaled, grad_scale.unsqueeze(0)
 
 
 def weight_gemm(

@@ -42,8 +42,9 @@ class RowLayout:
         return self.starts[1:]
 
 
-def row_layout_reference(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> RowLayout:
+def row_layout_reference(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int, first: int = 0) -> RowLayout:
     """`row_layout` in plain torch."""
+    starts, ends = ((bound - first).clamp(0, allocated_rows) for bound in (starts, ends))
     rows = torch.arange(allocated_rows, dtype=torch.int32, device=starts.device)
     # Residents without rows share their successor's start: the last one that starts at or before the tile owns it.
     owner = torch.searchsorted(starts[:-1].contiguous(), rows[::tile].contiguous(), right=True) - 1
@@ -52,14 +53,15 @@ def row_layout_reference(starts: Tensor, ends: Tensor, allocated_rows: int, tile
     return RowLayout(starts, ends, order, owner.to(torch.int32), starts[-1:], tile)
 
 
-def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> RowLayout:
-    """The layout of rows whose bounds stand in device memory, without waiting for it.
+def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int, first: int = 0) -> RowLayout:
+    """The layout of rows whose bounds stand in device memory, without waiting for it, or of some of them.
 
     Args:
-        starts: `[R + 1]` int32, multiples of the tile, from 0 to the rows in use, at most P.
+        starts: `[R + 1]` int32, multiples of the tile, from 0 to the rows in use.
         ends: `[R]` int32, one past each resident's last real row.
-        allocated_rows: P, a multiple of the tile.
+        allocated_rows: P, a multiple of the tile; rows beyond it are left out.
         tile: rows to which every resident is padded; 128 on a GPU.
+        first: rows before it are left out, and the others counted from it; a multiple of the tile.
 
     Raises:
         ValueError: if P is not a positive multiple of the tile.
@@ -68,10 +70,11 @@ def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> 
         raise ValueError(f"allocated_rows must be a positive multiple of the tile {tile}, got {allocated_rows}")
     # A meta tensor stands for a GPU's: `warmup.py` asks what would be launched.
     if not has_triton() or (starts.device.type == "cpu" and not interpreted()):
-        return row_layout_reference(starts, ends, allocated_rows, tile)
+        return row_layout_reference(starts, ends, allocated_rows, tile, first)
     from lightning_swiftmoe.kernels.token_permute import routing_triton
 
     num_residents, num_tiles = ends.shape[0], allocated_rows // tile
+    part_starts, part_ends = torch.empty_like(starts), torch.empty_like(ends)
     order = torch.empty(allocated_rows, dtype=torch.int32, device=starts.device)
     tile_expert = torch.empty(num_tiles, dtype=torch.int32, device=starts.device)
     with on_device(starts):
@@ -79,6 +82,9 @@ def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> 
             (-(-num_tiles // _TILES), 1, 1),
             starts,
             ends,
+            first,
+            part_starts,
+            part_ends,
             order,
             tile_expert,
             num_residents,
@@ -87,4 +93,4 @@ def row_layout(starts: Tensor, ends: Tensor, allocated_rows: int, tile: int) -> 
             BINS=1 << num_residents.bit_length(),
             TILES=_TILES,
         )
-    return RowLayout(starts, ends, order, tile_expert, starts[-1:], tile)
+    return RowLayout(part_starts, part_ends, order, tile_expert, part_starts[-1:], tile)

@@ -9,6 +9,7 @@ Shape legend: P rows of a `RowLayout`, R residents, d model width, h hidden widt
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import gemms
@@ -21,6 +22,26 @@ class HiddenGradients:
 
     grad_pre: Tensor  # [P, H], gate weights included
     scaled_hidden: Tensor  # [P, h], hidden values times gate weights
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Rows that may come but seldom do: their pre-activations are not kept, the backward computes them once more.
+
+    Args:
+        kept: layout of the first rows, whose pre-activations are.
+        rest: layout of all others, counted from the first of them.
+        memory: `[P, H]` for one forward or backward at a time.
+    """
+
+    kept: RowLayout
+    rest: RowLayout
+    memory: Tensor
+
+    @property
+    def num_kept(self) -> int:
+        """Rows, used or not, before the rest."""
+        return self.kept.allocated_rows
 
 
 def _check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -47,6 +68,7 @@ def forward_rows(
     path: str,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    spill: Spill | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each row through its resident's MLP.
 
@@ -60,16 +82,45 @@ def forward_rows(
         out: `[P, d]`, where the results go; allocated if None. Written by the GEMM, except on path "grouped_mm",
             whose GEMM allocates and is copied.
         workspace: `[P, h]` for hidden values, which nobody needs afterwards; a path may allocate its own.
+        spill: of which rows no pre-activations are wanted; with a workspace.
 
     Returns:
-        `out[P, d]`, without gate weights, and the pre-activations `pre[P, H]`. Padding rows are zeros; at and beyond
-        `num_rows` both hold anything.
+        `out[P, d]`, without gate weights, and the pre-activations `pre[P, H]`, or those of the rows that are kept.
+        Padding rows are zeros; at and beyond `num_rows` both hold anything.
     """
     _check_rows("rows", rows, layout, down_proj.shape[1])
     _check_out("out", out, tuple(rows.shape), rows)
     gemm = gemms(path)
-    pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation, workspace)
+    if spill is None:
+        pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation, workspace)
+    else:
+        hidden = _memory_for_hidden(workspace)
+        num_kept = spill.num_kept
+        pre, first = gemm.up_gemm(rows[:num_kept], up_proj, spill.kept, activation, hidden[:num_kept])
+        _moved(first, hidden[:num_kept])
+        _up_of_rest(rows, up_proj, activation, path, hidden, spill)
     return gemm.rows_gemm(hidden, down_proj, layout, True, out), pre
+
+
+def _memory_for_hidden(workspace: Tensor | None) -> Tensor:
+    if workspace is None:
+        raise ValueError("rows in two parts need a workspace, where their hidden values stand in one piece")
+    return workspace
+
+
+def _up_of_rest(rows: Tensor, up_proj: Tensor, activation: str, path: str, hidden: Tensor, spill: Spill) -> Tensor:
+    """Hidden values of the rows that are not kept, to their place; pre-activations, in the spill's memory."""
+    rest = slice(spill.num_kept, None)
+    memory = spill.memory[rest]
+    pre, values = gemms(path).up_gemm(rows[rest], up_proj, spill.rest, activation, hidden[rest], memory)
+    _moved(values, hidden[rest])
+    return pre
+
+
+def _moved(result: Tensor, place: Tensor) -> None:
+    """A result to its place, where a GEMM had memory of its own for it."""
+    if result.data_ptr() != place.data_ptr():
+        place.copy_(result)
 
 
 def input_gradients(
@@ -85,10 +136,13 @@ def input_gradients(
     wanted: bool = True,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    rows: Tensor | None = None,
+    spill: Spill | None = None,
 ) -> tuple[Tensor | None, Tensor, HiddenGradients]:
     """The half of the backward that other ranks wait for; see `backward_rows`.
 
-    `workspace [P, h]` may take the hidden values, which `weight_gradients` needs.
+    `workspace [P, h]` may take the hidden values, which `weight_gradients` needs. With the `spill` of the forward,
+    `pre` is that of the rows that are kept, and `rows [P, d]` are needed.
 
     Returns:
         Gradients of rows, `[P, d]` or None if not wanted, and of row_weights, `[P]`; and what `weight_gradients` takes.
@@ -96,10 +150,26 @@ def input_gradients(
     _check_rows("grad_rows", grad_rows, layout, down_proj.shape[1])
     _check_out("out_grad_rows", out, tuple(grad_rows.shape), grad_rows)
     gemm = gemms(path)
-    grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
-        grad_rows, down_proj, pre, row_weights, layout, activation, overwrite_pre, workspace
-    )
-    grad_row_weights = _sum_partials(partials, layout)
+    if spill is None:
+        grad_pre, scaled_hidden, partials = gemm.hidden_grad_gemm(
+            grad_rows, down_proj, pre, row_weights, layout, activation, pre if overwrite_pre else None, workspace
+        )
+        grad_row_weights = _sum_partials(partials, layout)
+    else:
+        assert rows is not None
+        grad_pre, scaled_hidden = spill.memory, _memory_for_hidden(workspace)
+        pre_of_rest = _up_of_rest(rows, up_proj, activation, path, scaled_hidden, spill)
+        kept, rest = slice(0, spill.num_kept), slice(spill.num_kept, None)
+        sums = []
+        for part, part_layout, part_pre in ((kept, spill.kept, pre), (rest, spill.rest, pre_of_rest)):
+            grads, hidden, partials = gemm.hidden_grad_gemm(
+                grad_rows[part], down_proj, part_pre, row_weights[part], part_layout, activation, grad_pre[part],
+                scaled_hidden[part],
+            )  # fmt: skip
+            _moved(grads, grad_pre[part])
+            _moved(hidden, scaled_hidden[part])
+            sums.append(_sum_partials(partials, part_layout))
+        grad_row_weights = torch.cat(sums)
     grad_x = gemm.rows_gemm(grad_pre, up_proj, layout, False, out) if wanted else None
     return grad_x, grad_row_weights, HiddenGradients(grad_pre, scaled_hidden)
 
@@ -158,6 +228,8 @@ def backward_rows(
     out_grad_rows: Tensor | None = None,
     out_grad_up: Tensor | None = None,
     out_grad_down: Tensor | None = None,
+    workspace: Tensor | None = None,
+    spill: Spill | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rows, row_weights, up_proj and down_proj.
 
@@ -171,6 +243,8 @@ def backward_rows(
         out_grad_rows: `[P, d]` buffer for the first; it must not be `rows` or `grad_rows`.
         out_grad_up: `[R, H, d]` buffer.
         out_grad_down: `[R, d, h]` buffer.
+        workspace: `[P, h]`; see `input_gradients`.
+        spill: of the forward.
 
     Returns:
         `[P, d]`, `[P]` in fp32 (fp64 for fp64), `[R, H, d]` and `[R, d, h]`. The first two are zeros in the padding and
@@ -178,7 +252,7 @@ def backward_rows(
     """
     grad_x, grad_row_weights, hidden = input_gradients(
         grad_rows, row_weights, up_proj, down_proj, pre, layout, activation, path, overwrite_pre, wanted[0],
-        out_grad_rows,
+        out_grad_rows, workspace, rows, spill,
     )  # fmt: skip
     grad_up, grad_down = weight_gradients(
         grad_rows, rows, hidden, layout, path, wanted[2], wanted[3], out_grad_up, out_grad_down

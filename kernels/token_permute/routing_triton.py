@@ -154,18 +154,31 @@ def route_block_kernel(
         tl.store(order + padding_row, tl.full([TILES, TILE], -1, tl.int32), mask=padding & (tile < num_tiles)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit
+def _inside(bound, first, size):
+    """A bound of rows as one of `[first, first + size)`."""
+    return tl.minimum(tl.maximum(bound - first, 0), size)
+
+
+@triton.jit(do_not_specialize=["first", "num_tiles"])
 def row_layout_kernel(
-    starts, ends, order, tile_expert, num_experts, num_tiles,
+    starts, ends, first, part_starts, part_ends, order, tile_expert, num_experts, num_tiles,
     TILE: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Name each tile's expert, and each row by itself or, in the padding, by -1."""
+    """Of the rows from `first` on: the bounds, each tile's expert, and each row by itself or, in the padding, by -1."""
+    bins = tl.arange(0, BINS)
+    size = num_tiles * TILE
+    start = _inside(tl.load(starts + bins, mask=bins <= num_experts, other=0), first, size)
+    end = _inside(tl.load(ends + bins, mask=bins < num_experts, other=0), first, size)
+    if tl.program_id(0) == 0:
+        tl.store(part_starts + bins, start, mask=bins <= num_experts)
+        tl.store(part_ends + bins, end, mask=bins < num_experts)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     live = tile < num_tiles
-    expert = _owner(starts, tile, num_experts, TILE, BINS)
+    expert = _owner_among(tl.where(bins < num_experts, start, 2147483647), tile, TILE)
     tl.store(tile_expert + tile, expert, mask=live)
     row = (tile * TILE)[:, None] + tl.arange(0, TILE)[None, :]
-    real = row < tl.load(ends + expert)[:, None]
+    real = row < tl.gather(end, expert, 0)[:, None]
     tl.store(order + row, tl.where(real, row, -1), mask=live[:, None])
 
 

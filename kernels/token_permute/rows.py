@@ -105,15 +105,15 @@ def act_backward(
     weights: Tensor,
     routing: PaddedRouting | RowLayout,
     activation: str,
-    overwrite_pre: bool = False,
+    grad_pre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad_pre[P, H]`, `scaled_hidden[P, h]` and `grad_scale[1, P]`; see `activations.activation_backward`.
 
     The scale of a row is the router weight of its assignment in `weights[T, k]` (of rows in place, its own in `[P]`),
-    zero in the padding. `scaled_hidden` takes the memory of `grad_hidden`, and with `overwrite_pre`, `grad_pre` that of
-    `pre`.
+    zero in the padding. `scaled_hidden` takes the memory of `grad_hidden`; `grad_pre` may be `pre` and is allocated if
+    None.
     """
-    grad_pre = pre if overwrite_pre else torch.empty_like(pre)
+    grad_pre = torch.empty_like(pre) if grad_pre is None else grad_pre
     scaled_hidden = grad_hidden
     grad_scale = torch.empty(1, pre.shape[0], dtype=torch.float32, device=pre.device)
     width = grad_hidden.shape[1]

@@ -64,6 +64,7 @@ class ExpertsElsewhere(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad)
         up, down = aligned(up_proj), aligned(down_proj)
         workspace = trip.workspace(hidden)
+        spill_memory = trip.spill_memory(up.shape[1]) if keeps else None
 
         def compute(x: OfTokens, weights: OfTokens, y: OfTokens) -> tuple[Tensor, ...]:
             rows_PD, row_weights_P = trip.to_hosts(x, weights)
@@ -71,13 +72,14 @@ class ExpertsElsewhere(torch.autograd.Function):
                 # What arrived may be in a buffer that the next layers use again.
                 row_weights_P = row_weights_P.clone()
             out = trip.result_buffer(rows_PD)
-            done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out, workspace)
+            spill = None if spill_memory is None else trip.spill(spill_memory)
+            done_PD, pre = forward_rows(rows_PD, up, down, trip.layout, activation, path, out, workspace, spill)
             trip.offer(done_PD)
             trip.to_tokens(done_PD, y, weights)
             return rows_PD, row_weights_P, pre
 
         with on_device(x_TD):
-            fixed = [up, down] if workspace is None else [up, down, workspace]
+            fixed = [memory for memory in (up, down, workspace, spill_memory) if memory is not None]
             key = (identity(*fixed), activation, path, keeps) if runs_without_host(path) else None
             tokens_TD = aligned(x_TD)
             y_TD = torch.empty_like(tokens_TD)
@@ -97,6 +99,7 @@ class ExpertsElsewhere(torch.autograd.Function):
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         out_up, out_down = sink.memory()
         workspace = trip.workspace(down.shape[2])
+        spill_memory = trip.spill_memory(up.shape[1])
 
         def compute(
             grad_y: OfTokens, grad_x: OfTokens, grad_weights: OfTokens, tokens: OfTokens | None = None
@@ -104,6 +107,7 @@ class ExpertsElsewhere(torch.autograd.Function):
             grad_PD, again_PD = trip.gradients_to_hosts(grad_y, tokens)
             rows_PD = again_PD if trip.resends_tokens else kept
             out = trip.result_buffer(grad_PD)
+            spill = None if spill_memory is None else trip.spill(spill_memory)
             grad_rows, grad_row_weights, hidden = input_gradients(
                 grad_PD,
                 row_weights_P,
@@ -116,6 +120,8 @@ class ExpertsElsewhere(torch.autograd.Function):
                 is_last,
                 out=out,
                 workspace=workspace,
+                rows=rows_PD,
+                spill=spill,
             )
             assert grad_rows is not None
             trip.offer(grad_rows, grad_row_weights)
@@ -134,10 +140,10 @@ class ExpertsElsewhere(torch.autograd.Function):
             grad_weights = grad_y.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
             tensors = [grads_TD, grad_x, grad_weights]
             fixed = [row_weights_P, up, down, pre]
-            fixed += [memory for memory in (out_up, out_down, workspace) if memory is not None]
+            fixed += [memory for memory in (out_up, out_down, workspace, spill_memory) if memory is not None]
             if not trip.resends_tokens:
                 fixed.append(kept)
-            elif wants_up:
+            elif wants_up or spill_memory is not None:
                 tensors.append(kept)
             # Gradients that nobody has memory for, nor copies, would wait where the next graphs have temporaries.
             have_memory = (out_up is not None or not wants_up) and (out_down is not None or not wants_down)

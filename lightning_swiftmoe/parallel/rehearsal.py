@@ -19,7 +19,8 @@ from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.setup import Parallelism
 
-_TOKENS = 64  # any number: no kernel is compiled for one
+# No kernel is compiled for a number; only with so many may one rank have more than usual, which takes kernels of its own.
+_TOKENS = 512
 
 Context = Callable[[], AbstractContextManager[None]]
 

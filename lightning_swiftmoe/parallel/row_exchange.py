@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import to_device
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
+from lightning_swiftmoe.kernels.expert_mlp.rows_mlp import Spill
 from lightning_swiftmoe.kernels.indirect import Indirect
 from lightning_swiftmoe.kernels.launch import next_power_of_2
 from lightning_swiftmoe.kernels.token_dispatch.plan import plan_tokens
@@ -27,6 +28,10 @@ from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement, TokenRule, slot_capacity
 from lightning_swiftmoe.placement.exact_split import turn_table
+
+# What a rank seldom exceeds, of what it would process if all had the same: the exact split leaves the busiest less than
+# 1 % above the mean (docs/decisions/0019-exact-split.md). Memory that every layer has for itself is for no more.
+USUAL_LOAD = 1.1
 
 T = TypeVar("T")
 OfTokens: TypeAlias = Tensor | Indirect
@@ -127,6 +132,14 @@ class RowTrip(ABC):
     def workspace(self, width: int) -> Tensor | None:
         """``[P, width]`` as ``dtype``, for what is not needed after a travel; None: take any memory."""
         return None
+
+    def spill_memory(self, width: int) -> Tensor | None:
+        """More of it, for ``spill``; None: what arrives is never so much more than usual that it should not be kept."""
+        return None
+
+    def spill(self, memory: Tensor) -> Spill:
+        """Which of the rows that arrived are not kept, once they have."""
+        raise NotImplementedError
 
     def end(self) -> None:
         """The last backward is over."""
@@ -267,6 +280,18 @@ class PlacementTables:
         """The most distinct experts that a rank may host, and those that it may borrow."""
         hosted = min(self.placement.slots_per_rank, self.placement.num_experts)
         return hosted + self.rule.transient_copies
+
+    def usual_rows(self, num_assignments: int, tile: int) -> int | None:
+        """Rows, in whole tiles, that a rank seldom exceeds; None where a capacity keeps it within what it should have.
+
+        Args:
+            num_assignments: ``tokens * top_k`` of the rank that has most.
+            tile: rows to which each resident is padded.
+        """
+        if self.capacity_factor is not None and self._slots_bound_ranks:
+            return None
+        rows = int(np.ceil(USUAL_LOAD * num_assignments)) + self.max_residents * (tile - 1)
+        return -(-rows // tile) * tile
 
     @property
     def _slots_bound_ranks(self) -> bool:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.kernels.dispatch import tile_rows
-from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout, row_layout
+from lightning_swiftmoe.kernels.expert_mlp.rows_mlp import Spill
 from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
 from lightning_swiftmoe.kernels.shards.lent_experts import Loans
 from lightning_swiftmoe.kernels.token_dispatch.address import Address, address_tokens
@@ -93,6 +94,7 @@ class _Planned:
     plan: TokenPlan
     address: Address
     facts: Tensor  # [N E + N] int64: counts of all ranks, and the load of each
+    parts: tuple[RowLayout, RowLayout] | None  # of rows that are kept and those that are not
 
 
 class _Desk:
@@ -159,7 +161,7 @@ class SymmetricRows(RowExchange):
         self.bound = bound
         self._counts: dict[int, SharedTensor] = {}
         self._buffers: dict[tuple[int, torch.dtype], _Buffers] = {}
-        self._workspaces: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._workspaces: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
@@ -190,7 +192,11 @@ class SymmetricRows(RowExchange):
         else:
             inputs = _Inputs.like(routed, tables)
             inputs.tables.copy_(tables.packed)
-        trip = SymmetricTrip(self, desk, buffers, routed, inputs, all_counts, size, tables, name, fixed=fixed)
+        usual = tables.usual_rows(most // num_ranks, tile)
+        kept_rows = most_rows if usual is None else min(usual, most_rows)
+        trip = SymmetricTrip(
+            self, desk, buffers, routed, inputs, all_counts, size, kept_rows, tables, name, fixed=fixed
+        )
         if fixed:
             desk.serve(trip)
         return trip
@@ -203,11 +209,12 @@ class SymmetricRows(RowExchange):
         self._still_read = number if way == "backward" else None
         return number
 
-    def workspace(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    def workspace(self, use: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """``[rows, width]`` for one way at a time: in graphs' own memory every layer would have one."""
-        known = self._workspaces.get((width, dtype))
+        key = use, width, dtype
+        known = self._workspaces.get(key)
         if known is None or known.shape[0] < rows:
-            known = self._workspaces[width, dtype] = torch.empty(rows, width, dtype=dtype, device=self.device)
+            known = self._workspaces[key] = torch.empty(rows, width, dtype=dtype, device=self.device)
         return known[:rows]
 
     def _desk_of(self, name: str) -> _Desk:
@@ -252,6 +259,7 @@ class SymmetricTrip(RowTrip):
         inputs: where kernels read it.
         all_counts: ``[N, E]``, written by all ranks.
         size: of the plan.
+        kept_rows: of which pre-activations wait for the backward.
         tables: the placement.
         name: of the layer.
         fixed: whether inputs and plan stand in the desk's memory.
@@ -268,6 +276,7 @@ class SymmetricTrip(RowTrip):
         inputs: _Inputs,
         all_counts: SharedTensor,
         size: PlanSize,
+        kept_rows: int,
         tables: PlacementTables,
         name: str,
         *,
@@ -281,6 +290,7 @@ class SymmetricTrip(RowTrip):
         self._inputs = inputs
         self._all_counts = all_counts
         self._size = size
+        self._kept_rows = kept_rows
         self._tables = tables
         self._copies = tables.copies
         self._name = name
@@ -384,7 +394,22 @@ class SymmetricTrip(RowTrip):
 
     def workspace(self, width: int) -> Tensor | None:
         """See ``RowTrip``."""
-        return self._exchange.workspace(self._size.max_rows, width, self.dtype)
+        return self._exchange.workspace("hidden values", self._size.max_rows, width, self.dtype)
+
+    def spill_memory(self, width: int) -> Tensor | None:
+        """See ``RowTrip``."""
+        if not self._spills:
+            return None
+        return self._exchange.workspace("pre-activations", self._size.max_rows, width, self.dtype)
+
+    def spill(self, memory: Tensor) -> Spill:
+        """See ``RowTrip``."""
+        assert self._here.parts is not None, "spill_memory has none"
+        return Spill(*self._here.parts, memory)
+
+    @property
+    def _spills(self) -> bool:
+        return self._kept_rows < self._size.max_rows
 
     @property
     def layout(self) -> RowLayout:  # type: ignore[override]
@@ -420,7 +445,14 @@ class SymmetricTrip(RowTrip):
         counts.copy_(self._all_counts.local)
         plan = self._tables.plan(counts, self._exchange.communicator.rank, self._size, inputs.tables)
         rank_load.copy_(plan.rank_load)
-        return _Planned(plan, address_tokens(inputs.topk_idx, plan), facts)
+        return _Planned(plan, address_tokens(inputs.topk_idx, plan), facts, self._parts(plan))
+
+    def _parts(self, plan: TokenPlan) -> tuple[RowLayout, RowLayout] | None:
+        if not self._spills:
+            return None
+        kept, tile = self._kept_rows, plan.size.tile
+        first = row_layout(plan.starts, plan.ends, kept, tile)
+        return first, row_layout(plan.starts, plan.ends, plan.size.max_rows - kept, tile, kept)
 
     def _tell(self, planned: _Planned) -> None:
         """Counts and loads, in memory that stays as it is."""
@@ -437,4 +469,5 @@ class SymmetricTrip(RowTrip):
         planned = None if self._planned is None else identity(self._planned.facts, self._planned.address.row)
         # Buffers are made anew all at once.
         buffers = identity(self.buffers.results.local), self._buffer
-        return key, fixed, shapes, planned, self._size, self._tables.capacity, buffers, self._fetches
+        sizes = self._size, self._kept_rows
+        return key, fixed, shapes, planned, sizes, self._tables.capacity, buffers, self._fetches

@@ -95,6 +95,15 @@ class Starved(Net):
             moe.router.expert_bias[-2:] = -10.0
 
 
+class OneSided(Net):
+    """The router chooses the first two experts only; needs ``bias_update_rate``."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        for moe in self.moes:
+            moe.router.expert_bias[2:] = -10.0
+
+
 class Halved(Net):
     """What a mean over two ranks makes of a loss that one of them has no tokens for."""
 

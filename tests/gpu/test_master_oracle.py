@@ -12,6 +12,7 @@ from tests.gpu.cases import (
     Checkpointed,
     GpuJob,
     Halved,
+    OneSided,
     ReentrantCheckpointed,
     Starved,
     Twice,
@@ -31,6 +32,8 @@ UNGATED = {"ffn_size": 128, "activation": "gelu", "bias_update_rate": 1e-3}
 
 # No expert has two hosts: the exact split leaves ranks as uneven as they are, and one borrows.
 COPIES = {"num_experts": 4, "slots": 2, "strategy": {"split": "exact", "transient_copies": 1}, **WIDE}
+
+ONE_SIDED = {"num_experts": 4, "slots": 2, "policy": "static", "batch": 1024, "width": 64, "moe": STARVED}
 
 # By precision, so that both have each.
 SHAPES = {
@@ -57,6 +60,9 @@ VARIANTS = {
     "copies_twice": {"module": Twice, **COPIES},
     "copies_checkpointed": {"module": Checkpointed, **COPIES},
     "copies_validate": {"validates": True, **COPIES},
+    # One rank hosts all that is chosen: for half of its rows nothing is kept until the backward.
+    "one_sided": {"module": OneSided, **ONE_SIDED},
+    "one_sided_accumulate": {"module": OneSided, "trainer": {"accumulate_grad_batches": 2}, **ONE_SIDED},
     # Room for rows grows in one layer and then in another, and their graphs are recorded in any order. In fp64
     # two ranks are within 6e-15 after any number of steps; in fp32, on GPUs, within 2.5e-6 after 25 and 1e-5 after 30.
     "wandering": {
@@ -127,6 +133,8 @@ def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
         assert first.metrics == pytest.approx(want.metrics, rel=bound)
     if case == "copies":
         assert sum(borrows(layer) for step in first.steps for layer in step.layers) > 5
+    if case.startswith("one_sided"):
+        assert all(layer.excess_load > 0.4 for step in first.steps for layer in step.layers)
     if case == "starved":
         assert all((layer.loads[-2:] == 0).all() for step in first.steps for layer in step.layers)
 

@@ -25,7 +25,7 @@ from lightning_swiftmoe.kernels.expert_mlp.activations import (
     activation_names,
     is_gated,
 )
-from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout_reference
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout, row_layout_reference
 from lightning_swiftmoe.kernels.router.route_tokens import auxiliary_losses_reference, route_tokens_reference
 from lightning_swiftmoe.kernels.shards.expert_shards import (
     gather_shards_reference,
@@ -35,7 +35,14 @@ from lightning_swiftmoe.kernels.shards.expert_shards import (
 from lightning_swiftmoe.kernels.token_permute import rows as row_kernels
 from lightning_swiftmoe.kernels.token_permute.padded_routing import PaddedRouting, padded_rows, route
 from lightning_swiftmoe.placement import EvenShards
-from tests.kernels.rows_oracle import loop_over_residents, make_case, make_layout, relative_errors, run_rows
+from tests.kernels.rows_oracle import (
+    check_same_layout,
+    loop_over_residents,
+    make_case,
+    make_layout,
+    relative_errors,
+    run_rows,
+)
 
 
 def random_routing(tokens: int, top_k: int, experts: int, drop: float = 0.1) -> Tensor:
@@ -109,7 +116,7 @@ def check_activation(activation: str) -> None:
     want = activation_backward(pre, grad, scale, activation)
     for overwrite in (False, True):
         grad_pre, hidden, grad_scale = row_kernels.act_backward(
-            pre, grad.clone(), weights, routing, activation, overwrite
+            pre, grad.clone(), weights, routing, activation, pre if overwrite else None
         )
         assert (grad_pre is pre) == overwrite
         for got, expected in zip((grad_pre, hidden, grad_scale[0]), want, strict=True):
@@ -227,11 +234,11 @@ def shard_bounds(shapes: list[tuple[int, int]], ranks: int) -> list[tuple[int, .
 
 
 def check_row_layout(counts: list[int], tile: int) -> None:
-    layout = make_layout(counts, tile)
-    want = row_layout_reference(layout.starts, layout.ends, layout.allocated_rows, tile)
-    used_tiles = int(layout.num_rows) // tile
-    assert torch.equal(layout.tile_expert[:used_tiles], want.tile_expert[:used_tiles])
-    assert torch.equal(layout.order, want.order)
+    whole = make_layout(counts, tile)
+    num_tiles = whole.allocated_rows // tile
+    for first, tiles in ((0, num_tiles), (0, 1), (tile, num_tiles - 1), ((num_tiles - 1) * tile, 1)):
+        layout = row_layout(whole.starts, whole.ends, tiles * tile, tile, first)
+        check_same_layout(layout, row_layout_reference(whole.starts, whole.ends, tiles * tile, tile, first))
 
 
 def check_rows_mlp(counts: list[int], width: int, hidden: int, activation: str) -> None:
@@ -241,6 +248,8 @@ def check_rows_mlp(counts: list[int], width: int, hidden: int, activation: str) 
     for buffers in (False, True):
         got = run_rows(case, activation, "triton", buffers)
         assert max(relative_errors(got, want, int(case.layout.num_rows))) <= 1e-5
+    got = run_rows(case, activation, "triton", kept_tiles=1)
+    assert max(relative_errors(got, want, int(case.layout.num_rows))) <= 1e-5
 
 
 def check_partials() -> None:

@@ -13,6 +13,14 @@ from lightning_swiftmoe.kernels.warmup import LayerShape
 SPARE_TILES = 2  # allocated beyond the rows in use
 
 
+def check_same_layout(got: RowLayout, want: RowLayout) -> None:
+    """Everything that is defined."""
+    used_tiles = int(want.num_rows) // want.tile
+    for name in ("starts", "ends", "order", "num_rows"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert torch.equal(got.tile_expert[:used_tiles], want.tile_expert[:used_tiles])
+
+
 @dataclass
 class Case:
     """Inputs of `rows_mlp`, beyond `num_rows` filled with NaN."""
@@ -77,18 +85,48 @@ def loop_over_residents(case: Case, activation: str) -> list[Tensor]:
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
 
 
-def run_rows(case: Case, activation: str, path: str, buffers: bool = False) -> list[Tensor]:
-    """Everything forward and backward give, through buffers filled with NaN if asked."""
+def spill_behind(case: Case, tiles: int) -> tuple[Tensor, rows_mlp.Spill]:
+    """A workspace, and the spill that keeps what belongs to the first tiles; both hold NaN."""
+    layout = case.layout
+    kept = tiles * layout.tile
+    parts = [
+        row_layout(layout.starts, layout.ends, rows, layout.tile, first)
+        for rows, first in ((kept, 0), (layout.allocated_rows - kept, kept))
+    ]
+    workspace, memory = (
+        case.rows.new_full((layout.allocated_rows, width), float("nan"))
+        for width in (case.down_proj.shape[2], case.up_proj.shape[1])
+    )
+    return workspace, rows_mlp.Spill(*parts, memory)
+
+
+def run_rows(
+    case: Case, activation: str, path: str, buffers: bool = False, kept_tiles: int | None = None
+) -> list[Tensor]:
+    """Everything forward and backward give.
+
+    Args:
+        case: inputs.
+        activation: of the experts.
+        path: of the products.
+        buffers: results go to buffers filled with NaN.
+        kept_tiles: of so many tiles pre-activations are kept; None: of all.
+    """
 
     def buffer(like: Tensor) -> Tensor | None:
         return torch.full_like(like, float("nan")) if buffers else None
 
     outs = [buffer(case.rows), buffer(case.rows), buffer(case.up_proj), buffer(case.down_proj)]
     weights = case.up_proj, case.down_proj
-    out, pre = rows_mlp.forward_rows(case.rows, *weights, case.layout, activation, path, outs[0])
+    workspace, spill = (None, None) if kept_tiles is None else spill_behind(case, kept_tiles)
+    out, pre = rows_mlp.forward_rows(case.rows, *weights, case.layout, activation, path, outs[0], workspace, spill)
+    if spill is not None:
+        assert pre.shape[0] == spill.num_kept
+        spill.memory.fill_(float("nan"))  # other layers use it between a forward and its backward
+        workspace.fill_(float("nan"))
     grads = rows_mlp.backward_rows(
         case.grad_rows, case.rows, case.row_weights, *weights, pre, case.layout, activation, path, True, [True] * 4,
-        *outs[1:],
+        *outs[1:], workspace, spill,
     )  # fmt: skip
     if buffers:
         assert all(given is got for given, got in zip(outs, (out, grads[0], *grads[2:]), strict=True))

@@ -55,7 +55,7 @@ PORTABLE: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     ),
     (
         routing_triton.row_layout_kernel,
-        dict.fromkeys(("starts", "ends", "order", "tile_expert"), INTS),
+        dict.fromkeys(("starts", "ends", "part_starts", "part_ends", "order", "tile_expert"), INTS),
         {"TILE": 128, "BINS": 32, "TILES": 32},
         4,
     ),

@@ -11,11 +11,12 @@ pytest.importorskip("triton")
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels import dispatch, warmup
 from lightning_swiftmoe.kernels.expert_mlp import hopper, rows_mlp
-from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout_reference
+from lightning_swiftmoe.kernels.expert_mlp.row_layout import row_layout, row_layout_reference
 from lightning_swiftmoe.kernels.launch import recorded
 from lightning_swiftmoe.kernels.warmup import LayerShape
 from tests.kernels.rows_oracle import (
     Case,
+    check_same_layout,
     launch_rows,
     loop_over_residents,
     make_case,
@@ -65,6 +66,20 @@ def test_rows_match_a_loop_in_fp64(path: str, dtype: torch.dtype, size: tuple, b
     assert max(errors) <= TOLERANCE[dtype], errors
 
 
+@pytest.mark.parametrize("kept_tiles", [1, 3, 5])
+@pytest.mark.parametrize("size", SIZES[:4], ids=str)
+@pytest.mark.parametrize(("path", "dtype"), PATHS, ids=str)
+def test_rows_that_are_not_kept_have_the_same_bits(path: str, dtype: torch.dtype, size: tuple, kept_tiles: int) -> None:
+    needs(path)
+    counts, width, hidden, activation = size
+    case = make_case(counts, width, hidden, activation, TILE, dtype, "cuda")
+    kept_tiles = min(kept_tiles, case.layout.allocated_rows // TILE - 1)
+    got = run_rows(case, activation, path, kept_tiles=kept_tiles)
+    for one, other in zip(got, run_rows(case, activation, path), strict=True):
+        used = slice(int(case.layout.num_rows) if one.shape[0] == case.layout.allocated_rows else None)
+        assert torch.equal(one[used], other[used])
+
+
 def test_rows_give_the_same_bits_on_every_run() -> None:
     needs("hopper")
     first, again = (
@@ -93,11 +108,11 @@ def test_short_programs_give_the_same_bits(tiles: int) -> None:
 
 @pytest.mark.parametrize("counts", [[0], [1, 0, 300], [0, 0], [130] * 200], ids=str)
 def test_layout_matches_its_reference(counts: list[int]) -> None:
-    layout = make_layout(counts, TILE, CUDA)
-    want = row_layout_reference(layout.starts, layout.ends, layout.allocated_rows, TILE)
-    used_tiles = int(layout.num_rows) // TILE
-    assert torch.equal(layout.order, want.order)
-    assert torch.equal(layout.tile_expert[:used_tiles], want.tile_expert[:used_tiles])
+    whole = make_layout(counts, TILE, CUDA)
+    num_tiles = whole.allocated_rows // TILE
+    for first, tiles in ((0, num_tiles), (0, 1), (TILE, num_tiles - 1), ((num_tiles - 1) * TILE, 1)):
+        layout = row_layout(whole.starts, whole.ends, tiles * TILE, TILE, first)
+        check_same_layout(layout, row_layout_reference(whole.starts, whole.ends, tiles * TILE, TILE, first))
 
 
 def rows_step(case: Case, path: str) -> None:

@@ -19,6 +19,29 @@ def test_plain_torch_matches_a_loop(counts: list[int], activation: str, buffers:
     assert max(relative_errors(got, loop_over_residents(case, activation), int(case.layout.num_rows))) <= 1e-12
 
 
+@pytest.mark.parametrize("kept_tiles", [1, 2, 4])
+@pytest.mark.parametrize("counts", [[5, 0, 4, 1], [0, 0, 9], [1, 7]], ids=str)
+def test_rows_that_are_not_kept(counts: list[int], kept_tiles: int) -> None:
+    case = make_case(counts, 6, 5, "swiglu", 4, torch.float64)
+    num_rows = int(case.layout.num_rows)
+    for buffers in (False, True):
+        got = run_rows(case, "swiglu", "torch", buffers, kept_tiles)
+        for one, other in zip(got, run_rows(case, "swiglu", "torch"), strict=True):
+            used = slice(num_rows if one.shape[0] == case.layout.allocated_rows else None)
+            assert torch.equal(one[used], other[used])
+
+
+def test_parts_of_a_layout() -> None:
+    whole = make_layout([5, 0, 4, 1], 4)
+    first = row_layout(whole.starts, whole.ends, 4, 4)
+    assert (first.starts.tolist(), first.ends.tolist()) == ([0, 4, 4, 4, 4], [4, 4, 4, 4])
+    assert (first.order.tolist(), first.tile_expert.tolist(), first.num_rows.tolist()) == ([0, 1, 2, 3], [0], [4])
+    rest = row_layout(whole.starts, whole.ends, 16, 4, 4)
+    assert (rest.starts.tolist(), rest.ends.tolist()) == ([0, 4, 4, 8, 12], [1, 4, 8, 9])
+    assert rest.order.tolist() == [0, -1, -1, -1, 4, 5, 6, 7, 8] + [-1] * 7
+    assert (rest.tile_expert.tolist()[:3], rest.num_rows.tolist()) == ([0, 2, 3], [12])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_plain_torch_in_narrow_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     case = make_case([20, 0, 3], 16, 24, "swiglu", 8, dtype)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_swiftmoe.kernels.token_dispatch.move import peer_addresses
 from lightning_swiftmoe.parallel import setup
 from lightning_swiftmoe.parallel.peer_memory import PeerMemory, SharedTensor
-from lightning_swiftmoe.parallel.row_exchange import TokenBound
+from lightning_swiftmoe.parallel.row_exchange import PlacementTables, TokenBound
 from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
 from lightning_swiftmoe.parallel.symmetric_shards import SymmetricState
 from tests.jobs import Job, Net, largest_error, sgd, train, train_alone
@@ -199,23 +199,34 @@ CASES = {
 
 
 def job_of(num_ranks, case):
-    """With ``copies`` in front of its name no expert has two hosts, and ranks borrow."""
+    """With ``copies`` in front of its name no expert has two hosts, and ranks borrow.
+
+    With ``spilling`` pre-activations of the first tile of rows alone are kept.
+    """
     # SGD, because a wrong scale of gradients leaves Adam's steps as they are.
     job = Job(precision="32-true", optimizer=sgd, steps=2, batch=12, slots=-(-5 // num_ranks) + 1)
     if case.startswith("copies_"):
         strategy = {"split": "exact", "transient_copies": 1 if num_ranks == 2 else 2}
         job = replace(job, num_experts=2 * num_ranks, slots=2, strategy=strategy)
-    return replace(job, **CASES[case.removeprefix("copies_")])
+    return replace(job, **CASES[case.removeprefix("copies_").removeprefix("spilling_")])
+
+
+def one_tile(tables, num_assignments, tile):
+    return tile
 
 
 def check(num_ranks, case):
     job = job_of(num_ranks, case)
     expected = train_alone(job)
+    usual_rows = PlacementTables.usual_rows
+    if case.startswith("spilling_"):
+        PlacementTables.usual_rows = one_tile
     with tempfile.TemporaryDirectory() as folder:
         results = run_ranks(num_ranks, train_through_files, job, folder)
     for weights in results:
         assert largest_error(weights, expected) < 1e-5
         assert all(torch.equal(weights[key], results[0][key]) for key in weights)
+    PlacementTables.usual_rows = usual_rows
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torchmetrics import MeanMetric
 
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.metrics import (
+    ExcessLoad,
     ExpertImbalance,
     RankImbalance,
     ReplicasMoved,
@@ -31,6 +32,11 @@ def mean_over_layers(values):
     return metric.compute().item()
 
 
+def excess(loads):
+    beyond = [max(load - 1.1 * np.mean(loads), 0) for load in loads]
+    return float(np.sum(beyond)) / np.sum(loads) if np.sum(loads) else 0.0
+
+
 def imbalance(loads):
     return float(np.max(loads) / np.mean(loads)) if np.sum(loads) else 1.0
 
@@ -50,6 +56,7 @@ def test_to_the_last_digit(num_layers, largest):
     assert got == {
         "moe/expert_imbalance": mean_over_layers([imbalance(layer.counts.sum(axis=0)) for layer in layers]),
         "moe/rank_imbalance": mean_over_layers([imbalance(layer.rank_load) for layer in layers]),
+        "moe/excess_load": pytest.approx(mean_over_layers([excess(layer.rank_load) for layer in layers]), abs=1e-6),
         "moe/replicas_moved": moved,
         "moe/token_survival": processed / routed if routed else 1.0,
     }
@@ -62,6 +69,7 @@ def test_metrics_of_many_steps():
     metrics = {
         "moe/expert_imbalance": ExpertImbalance(),
         "moe/rank_imbalance": RankImbalance(),
+        "moe/excess_load": ExcessLoad(),
         "moe/replicas_moved": ReplicasMoved(),
         "moe/token_survival": TokenSurvival(),
     }
