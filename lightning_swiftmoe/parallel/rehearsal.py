@@ -19,7 +19,7 @@ from lightning_swiftmoe.layers.moe import MoE
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.setup import Parallelism
 
-# No kernel is compiled for a number; only with so many may one rank have more than usual, which takes kernels of its own.
+# No kernel is compiled for a number; only with so many may a rank have more rows than usual, which takes other kernels.
 _TOKENS = 512
 
 Context = Callable[[], AbstractContextManager[None]]

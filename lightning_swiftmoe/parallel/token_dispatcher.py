@@ -9,22 +9,29 @@ Shape suffixes: T tokens, D hidden size, E experts, K top-k, N ranks, R rows rec
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp
+from lightning_swiftmoe.kernels.dispatch import aligned
 from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import in_backward
 from lightning_swiftmoe.layers.router import Routing
 from lightning_swiftmoe.parallel.borrowed_experts import Loans, borrow
 from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.compiled_dispatch import KeptByTicket, dispatch_compiled, register
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
 from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip
 from lightning_swiftmoe.placement import TokenRule, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
+
+_tickets = itertools.count()
 
 
 class HostDispatcher:
@@ -109,32 +116,94 @@ class DeviceDispatcher:
         self._fallback = fallback
         self._tables: PlacementTables | None = None
         self._last: RowTrip | None = None
+        self._number = register(self)
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._kept: dict[int, KeptByTicket] = {}
 
-    @torch.compiler.disable  # communicates
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lends_elsewhere = self.rule.transient_copies > 0 and self.layer.hosted.transient_copies is None
-        if lends_elsewhere or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
+        if self._lends_elsewhere or (x_TD.dtype == torch.float64 and x_TD.device.type != "cpu"):
             return self._fallback(x_TD, routing, experts, capacity_factor)
-        self.layer.before_tokens(self.name, x_TD)
-        tables = self._tables_on(x_TD.device, capacity_factor)
-        trip = self._trip(x_TD, routing, tables, training=experts.training)
-        up, down = experts.matrices(self.layer.residents())
-        sink = _ResidentGradients(self.layer, experts)
-        y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, up, down, trip, experts.activation, sink)
+        dtype = compute_dtype(x_TD)
+        if torch.compiler.is_compiling():
+            known = self._anchor, self._number, self.num_processes
+            return dispatch_compiled(x_TD, routing, *known, capacity_factor, dtype)
+        trip, *fixed = self._prepare(x_TD, routing, experts, capacity_factor, dtype)
+        y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, *fixed)
         return y_TD, trip.counts, trip.rank_load
 
-    def _trip(self, x_TD: Tensor, routing: Routing, tables: PlacementTables, *, training: bool) -> RowTrip:
+    @property
+    def _lends_elsewhere(self) -> bool:
+        return self.rule.transient_copies > 0 and self.layer.hosted.transient_copies is None
+
+    def _prepare(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        experts: ExpertMLPs,
+        capacity_factor: float | None,
+        dtype: torch.dtype,
+    ) -> tuple[Any, ...]:
+        """The trip, and what ``ExpertsElsewhere`` takes beside tokens and gate weights."""
+        self.layer.before_tokens(self.name, x_TD)
+        tables = self._tables_on(x_TD.device, capacity_factor)
+        routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], dtype)
+        trip = self._trip(routed, tables, training=experts.training)
+        up, down = experts.matrices(self.layer.residents())
+        return trip, up, down, trip, experts.activation, _ResidentGradients(self.layer, experts)
+
+    def _trip(self, routed: Routed, tables: PlacementTables, *, training: bool) -> RowTrip:
         """A forward that activation checkpointing repeats takes the plan of the first, if it can only be the last."""
         if in_backward() and self._last is not None and self.layer.hosted.forwards_since_backward == 1:
             return self._last
         self._last = None
-        routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], compute_dtype(x_TD))
         trip = self.rows.plan(routed, tables, self.name, training=training)
         if training and not in_backward():
             self._last = trip
         return trip
+
+    def op_forward(
+        self,
+        x_TD: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        counts: Tensor,
+        capacity_factor: float | None,
+        dtype: torch.dtype,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """See ``CompiledDispatcher``."""
+        if self.layer.hosted.forwards_since_step == 0 and not in_backward():
+            self._kept.clear()  # of forwards that nobody went back through
+        routing = Routing(topk_idx, topk_weights, counts, counts, counts)
+        trip, *fixed = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype)
+        up, down = fixed[:2]
+        kept = KeptByTicket((keeps, keeps, keeps and up.requires_grad, keeps and down.requires_grad))
+        y_TD = ExpertsElsewhere.forward(kept, x_TD, topk_weights, *fixed)
+        ticket = next(_tickets)
+        if keeps:
+            self._kept[ticket] = kept
+            if trip.resends_tokens:
+                kept.saved_tensors = None, *kept.saved_tensors[1:]
+        return y_TD, trip.counts, trip.rank_load, ticket
+
+    def op_backward(self, grad_y: Tensor, x_TD: Tensor, ticket: int) -> tuple[Tensor, Tensor]:
+        """See ``CompiledDispatcher``."""
+        kept = self._kept.get(ticket)
+        if kept is None:
+            raise RuntimeError(
+                f"layer {self.name!r} has a backward of a forward from before the last optimizer step; go back "
+                "through every forward before the optimizer steps, or leave the layer out of torch.compile"
+            )
+        if kept.saved_tensors[0] is None:
+            kept.saved_tensors = aligned(x_TD), *kept.saved_tensors[1:]
+        grad_x, grad_weights, *_ = ExpertsElsewhere.backward(kept, grad_y)
+        assert grad_x is not None
+        assert grad_weights is not None
+        if kept.trip.has_ended:
+            del self._kept[ticket]
+        return grad_x, grad_weights
 
     def _tables_on(self, device: torch.device, capacity_factor: float | None) -> PlacementTables:
         placement = self.layer.placement

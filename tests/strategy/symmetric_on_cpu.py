@@ -30,7 +30,7 @@ from tests.jobs import Job, Net, largest_error, sgd, train, train_alone
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-PATIENCE_S = 0.1  # longer than a rank takes from one barrier to the next
+PATIENCE_S = 0.05  # longer than a rank takes from one barrier to the next
 
 
 class FileMemory(PeerMemory):
@@ -146,6 +146,34 @@ class Twice(Net):
         return self.out(x)
 
 
+class Compiled:
+    """One graph, without a break, with the strategy and without."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.compiled = torch.compile(super().loss, backend="aot_eager", fullgraph=True)
+
+    def loss(self, batch):
+        return self.compiled(batch)
+
+
+class CompiledTwice(Compiled, Twice):
+    pass
+
+
+class CompiledExperts(Compiled, Net):
+    """Nothing in front of the first experts wants a gradient, but they do."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.inp.requires_grad_(False)
+        for moe in self.moes:
+            moe.router.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([param for param in self.parameters() if param.requires_grad], lr=0.1)
+
+
 class Growing(Net):
     """Every step has more tokens than the last."""
 
@@ -192,6 +220,8 @@ CASES = {
     "checkpointed": {"module": Checkpointed},
     "twice": {"module": Twice},
     "growing": {"module": Growing},
+    "compiled_twice": {"module": CompiledTwice},
+    "compiled_experts": {"module": CompiledExperts},
     "self_taught": {"module": SelfTaught},
     "half_frozen": {"module": HalfFrozen},
     "edits_before_backward": {"module": EditsBeforeBackward},
