@@ -306,7 +306,8 @@ class Communicator:
 
     def watch(self, phase: str, layer: str) -> None:
         """What the current stream was given so far exchanges by itself: it ends in time, or this process does."""
-        if self.watchdog is not None:
+        # What a user captures is not running, and the graph's replays are the user's to watch.
+        if self.watchdog is not None and not torch.cuda.is_current_stream_capturing():
             done = torch.cuda.Event()
             done.record()
             self.watchdog.watch(phase, layer, done)

@@ -30,6 +30,7 @@ class ExpertLayer:
         before_tokens: called with a MoE layer's name and its tokens before these are sent anywhere.
         before_forward: called before residents are handed out.
         local_dispatchers: those of a single rank, which hold a placement of their own.
+        captures: called with every new placement, for forwards that users captured in a CUDA graph.
     """
 
     def __init__(self, name: str, moes: Mapping[str, MoELayer], cluster: ClusterShape, hosted: HostedExperts) -> None:
@@ -41,6 +42,7 @@ class ExpertLayer:
         self.before_tokens: Callable[[str, Tensor], None] = lambda name, x: None
         self.before_forward: Callable[[], None] = lambda: None
         self.local_dispatchers: list[LocalDispatcher] = []
+        self.captures: list[Callable[[], None]] = []
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +68,10 @@ class ExpertLayer:
         for dispatcher in self.local_dispatchers:
             dispatcher.placement = self.placement
         self.hosted.start_weights(self.placement)
+        if self.captures:
+            self.hosted.finish_weights()  # a replay does not ask for them
+            for refresh in self.captures:
+                refresh()
 
     def start_gradients(self) -> Pending[Locals]:
         """Gradient phase."""

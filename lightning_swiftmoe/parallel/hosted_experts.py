@@ -190,7 +190,7 @@ class HostedExperts(ABC):
         """``[>= R, rows, cols]`` weights by resident, experts ascending, once they have arrived."""
         if self.computes_with_parameters:
             return dict(self.parameters)
-        self._finish_weights()
+        self.finish_weights()
         for key, resident in self._residents.items():
             wanted = wants_gradient(self.parameters[key])
             if resident.requires_grad != wanted:
@@ -209,7 +209,8 @@ class HostedExperts(ABC):
     def _edits(self) -> list[tuple[int, ...]]:
         return [edits(param) for param in self.parameters.values()]
 
-    def _finish_weights(self) -> None:
+    def finish_weights(self) -> None:
+        """From now on the current stream finds the weights that were on their way."""
         if self._weights is not None:
             self._weights.wait()
             self._weights = None
@@ -223,7 +224,7 @@ class HostedExperts(ABC):
 
     def start_weights(self, placement: Placement) -> None:
         """Weight phase: every shard starts on its way to all hosts of its expert under ``placement``, now in force."""
-        self._finish_weights()
+        self.finish_weights()
         self.placement = placement
         if self._residents:
             self._sent = self._edits()

@@ -198,7 +198,13 @@ class Routed:
 
 
 class RowExchange(ABC):
-    """Plans trips over one transport."""
+    """Plans trips over one transport.
+
+    Attributes:
+        needs_host: whether a trip waits for the host, so that no graph of a user's can hold it.
+    """
+
+    needs_host: bool = True
 
     @abstractmethod
     def plan(self, routed: Routed, tables: PlacementTables, name: str, *, training: bool) -> RowTrip:

@@ -154,6 +154,8 @@ class SymmetricRows(RowExchange):
         bound: of the assignments of a rank.
     """
 
+    needs_host = False
+
     def __init__(self, communicator: Communicator, memory: PeerMemory, bound: TokenBound) -> None:
         self.communicator = communicator
         self.device = communicator.device
@@ -204,7 +206,8 @@ class SymmetricRows(RowExchange):
     def next_buffer(self, trip: SymmetricTrip, way: Way) -> int:
         """Number of the buffers in which the rows of a trip arrive next, once all ranks have used up what was there."""
         number = trip.desk.number % 2 if way == "backward" else _FORWARD
-        if number == self._still_read:
+        # Nobody knows what precedes the replays of a graph.
+        if number == self._still_read or torch.cuda.is_current_stream_capturing():
             self.memory.barrier(Channel.ROWS)
         self._still_read = number if way == "backward" else None
         return number
@@ -236,6 +239,12 @@ class SymmetricRows(RowExchange):
         key = width, dtype
         known = self._buffers.get(key)
         if known is None or known.results.local.shape[0] < rows:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"a CUDA graph is captured of tokens [., {width}] that need {rows} rows, and there is room for "
+                    f"{0 if known is None else known.results.local.shape[0]}: run the model once with as many tokens, "
+                    "in the same dtype, before the capture"
+                )
             shape = (rows, width)
             self._buffers[key] = _Buffers(
                 (self.memory.empty(shape, dtype), self.memory.empty(shape, dtype)),

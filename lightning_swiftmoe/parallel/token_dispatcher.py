@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp
-from lightning_swiftmoe.kernels.dispatch import aligned
+from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, runs_without_host
 from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import in_backward
@@ -119,6 +119,7 @@ class DeviceDispatcher:
         self._number = register(self)
         self._anchor = torch.zeros((), requires_grad=True)
         self._kept: dict[int, KeptByTicket] = {}
+        self._captured: dict[float | None, PlacementTables] = {}
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertMLPs, capacity_factor: float | None
@@ -146,12 +147,61 @@ class DeviceDispatcher:
         dtype: torch.dtype,
     ) -> tuple[Any, ...]:
         """The trip, and what ``ExpertsElsewhere`` takes beside tokens and gate weights."""
+        captured = torch.cuda.is_current_stream_capturing()
+        if captured:
+            self._check_capture(experts, dtype)
         self.layer.before_tokens(self.name, x_TD)
         tables = self._tables_on(x_TD.device, capacity_factor)
+        if captured:
+            tables = self._tables_for_capture(tables)
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], dtype)
         trip = self._trip(routed, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())
         return trip, up, down, trip, experts.activation, _ResidentGradients(self.layer, experts)
+
+    def _check_capture(self, experts: ExpertMLPs, dtype: torch.dtype) -> None:
+        """Refuse what replays would do wrong.
+
+        Raises:
+            RuntimeError: says why, and what to do.
+        """
+        width, hidden = self.layer.hosted.shapes["down_proj"][1:]
+        path = choose_path(self.layer.device, dtype, width, hidden, 1, experts.activation, "auto")
+        obstacle = None
+        if self.rows.needs_host:
+            obstacle = "this transport waits for the host in every forward: it takes transport='symmetric'"
+        elif experts.training or torch.is_grad_enabled():
+            obstacle = (
+                "the strategy must see every forward whose load or gradients count, and replays pass it by. It records "
+                "graphs of a layer's exchange itself: capture the model in eval mode and without gradients"
+            )
+        elif not runs_without_host(path):
+            obstacle = f"products of {dtype} wait for the host: it takes bf16, or fp16 in widths of whole tiles"
+        elif self.rule.transient_copies:
+            obstacle = "replays would take the room of copies that a backward needs: it takes transient_copies=0"
+        elif self.rule.split == "even":
+            obstacle = "how much room it needs depends on the placement: it takes split='exact'"
+        elif self._tables is None:
+            obstacle = "it has not run yet: run it once before the capture"
+        if obstacle is not None:
+            raise RuntimeError(f"layer {self.name!r} cannot be captured in a CUDA graph: {obstacle}")
+
+    def _tables_for_capture(self, tables: PlacementTables) -> PlacementTables:
+        """Tables whose memory will have those of the placement in force, at every replay."""
+        if not self._captured:
+            self.layer.captures.append(self._refresh_captured)
+        return self._captured.setdefault(tables.capacity_factor, tables)
+
+    def _refresh_captured(self) -> None:
+        for captured in self._captured.values():
+            tables = self._tables_on(captured.packed.device, captured.capacity_factor)
+            if tables.packed.shape != captured.packed.shape:
+                raise RuntimeError(
+                    f"layer {self.name!r} was captured in a CUDA graph, and the next placement has tables of "
+                    f"{tables.packed.numel()} numbers where that had {captured.packed.numel()}: capture it anew"
+                )
+            if tables is not captured:
+                captured.packed.copy_(tables.packed)
 
     def _trip(self, routed: Routed, tables: PlacementTables, *, training: bool) -> RowTrip:
         """A forward that activation checkpointing repeats takes the plan of the first, if it can only be the last."""

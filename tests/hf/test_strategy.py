@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from lightning_utilities.core import rank_zero
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -546,7 +547,7 @@ def fit_and_listen(job, family, on):
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = rank_zero.log  # whichever of Lightning's modules set it last
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     trainer, module = our_trainer(job), Causal(job, family)
