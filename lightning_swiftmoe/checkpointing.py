@@ -51,6 +51,13 @@ from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.layer import experts_name
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.meta_start import (
+    all_trained,
+    has_meta,
+    make_whole,
+    materialize_dense,
+    materialize_experts,
+)
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
 
@@ -250,9 +257,49 @@ class CheckpointingStrategy(DDPStrategy):
         if self._assembled is not None:
             return assembled_weights(state, self._experts, self._assembled.weights)
         self._refuse_after_failure()
+        if self.engine is None and any(value.is_meta for value in state.values() if isinstance(value, Tensor)):
+            return self._trained_weights(state)
         if self.sharded:
             return sharded_weights(state)
         return state if self.engine is None else full_weights(state, self._experts)
+
+    def _trained_weights(self, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` with experts that are on the meta device since ``fit`` ended. Collective."""
+        with self._ranks_after_fit():
+            if not self.sharded:
+                return full_weights(state, self._experts)
+            parts = {
+                f"{name}.{key}": hosted.local(key)
+                for name, hosted in self._experts.items()
+                for key in hosted.parameters
+            }
+            return state | full_parts(parts, self._experts, everywhere=True)
+
+    def fill_in(self, *, experts: bool) -> int:
+        """Weights for what the user's module has on the meta device. Collective where it has something there.
+
+        Args:
+            experts: every rank gets all of them, too; in ``fit`` each has a part of its own.
+
+        Returns:
+            The seed they are drawn with, rank 0's.
+        """
+        if not has_meta(self._module):
+            return 0
+        seed: int = self.broadcast(torch.initial_seed())
+        materialize_dense(self._module, seed)
+        if experts:
+            trained = all_trained(self._module)
+            if trained:
+                parallelism = Parallelism.on(
+                    self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size
+                )
+                for hosted in trained:
+                    hosted.communicator = parallelism.state
+                    make_whole(hosted)
+                parallelism.close()
+            materialize_experts(self._module, seed, self.root_device)
+        return seed
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -261,6 +308,7 @@ class CheckpointingStrategy(DDPStrategy):
             load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
             self.engine.weights_changed()
             return
+        self.fill_in(experts=self._trainer.state.fn != TrainerFn.FITTING)
         if self._trainer.state.fn == TrainerFn.FITTING:
             # There are no optimizers yet to compare their states with.
             self._before_loading = Snapshot(self._module)
@@ -274,6 +322,10 @@ class CheckpointingStrategy(DDPStrategy):
             for key, _ in moe.experts.module.named_parameters()
             if (k := f"{experts_name(name, moe)}.{key}") in state
         }
+        without_memory = {name for name, param in self._module.named_parameters() if param.is_meta}
+        if without_memory:
+            rest = {name: value for name, value in state.items() if name not in without_memory}
+            checkpoint, strict = {**checkpoint, "state_dict": rest}, False  # checked already
         super().load_model_state_dict(checkpoint, strict)
 
     def _check_checkpoint(self, checkpoint: Mapping[str, Any], strict: bool) -> None:

@@ -65,6 +65,7 @@ from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.find_layers import advice, check_layers, find_layers
 from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
+from lightning_swiftmoe.parallel.meta_start import keep_trained, without_meta
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
@@ -251,10 +252,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     @override
     def model_to_device(self) -> None:
         if self._trainer.state.fn != TrainerFn.FITTING:
+            self.fill_in(experts=True)
             super().model_to_device()
             return
         self._refuse_pruning()
-        self._make_engine()
+        self._make_engine(self.fill_in(experts=False))
         for hosted in self._experts.values():
             hosted.withdraw()
         super().model_to_device()
@@ -347,7 +349,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if self._redundant is not None:
             self._redundant.before_batch()
 
-    def _make_engine(self) -> None:
+    def _make_engine(self, seed: int) -> None:
         self.parallelism = Parallelism.on(
             self.root_device, self._timeout, self.transport, self.expert_parallel_size, self.on_hang
         )
@@ -364,6 +366,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             rule=self._rule_on(self.parallelism),
             state_place=self.state_place,
             masters=self._masters,
+            seed=seed,
         )
         self._masters = {}
         self._experts = {experts_name(name, moe): x.hosted for x in layers for name, moe in x.moes.items()}
@@ -622,6 +625,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._rebalancer.leave()
             for hosted in dict.fromkeys(self._experts.values()):
                 hosted.restore()
+                keep_trained(hosted)
             for optimizer in self.optimizers:
                 use_original_parameters(optimizer, self._experts.values())
             self._detach_layers()
@@ -632,7 +636,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.engine = None
         self.validation = None
         self.parallelism = None
-        super().teardown()
+        with without_meta(self._module):
+            super().teardown()
 
     def _put_back(self) -> None:
         """``fit`` failed before training: the module is what it was before weights were loaded, without other ranks."""

@@ -38,4 +38,4 @@ class Snapshot:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

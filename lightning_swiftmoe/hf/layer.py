@@ -67,6 +67,12 @@ class FusedExperts:
         weights = residents if residents is not None else self.module._parameters
         return weights[self.up_name], weights["down_proj"]  # type: ignore[return-value]
 
+    def draw(self, matrix: Tensor, generator: torch.Generator) -> None:
+        """See ``ExpertMLPs``: normal, as every model of transformers draws its experts."""
+        config: Any = self.module.config
+        std = getattr(config.get_text_config(), "initializer_range", 0.02)
+        nn.init.normal_(matrix, 0.0, std, generator=generator)
+
 
 class ExpertsLayer:
     """The ``MoELayer`` of an experts module. Its tokens come from ``experts_forward`` while it is attached.

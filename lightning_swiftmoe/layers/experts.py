@@ -48,6 +48,10 @@ class ExpertMLPs(Protocol):
         """Up and down projection, the Parameters or ``residents``."""
         ...
 
+    def draw(self, matrix: Tensor, generator: torch.Generator) -> None:
+        """Initial values of one expert, ``[rows, cols]`` of any of the Parameters, distributed as the module's own."""
+        ...
+
 
 class Experts(nn.Module):
     """Two-layer MLPs, one per expert; gated ones keep gate and up projection in one tensor, gate rows first.
@@ -67,8 +71,12 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every expert as ``nn.Linear`` would: uniform within ``1/sqrt(fan_in)``."""
         for weight in self.parameters():
-            bound = 1 / math.sqrt(weight.shape[-1])
-            nn.init.uniform_(weight, -bound, bound)
+            self.draw(weight)
+
+    def draw(self, matrix: Tensor, generator: torch.Generator | None = None) -> None:
+        """See ``ExpertMLPs``; without a generator torch's own."""
+        bound = 1 / math.sqrt(matrix.shape[-1])
+        nn.init.uniform_(matrix, -bound, bound, generator=generator)
 
     def forward(
         self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None

@@ -12,7 +12,7 @@ Shape suffixes: N ranks of an expert group, E experts, R residents of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,10 @@ class DecoupledExperts(HostedExperts):
         """``[E, own rows, cols]`` of a canonical tensor."""
         start, stop = self.cuts[key].row_interval(self.communicator.rank)
         return canonical[:, start:stop]
+
+    def _shard_of(self, key: str, chunks: Iterable[Tensor]) -> Tensor:
+        """Never more than a chunk beside the shard."""
+        return torch.cat([self.part(key, chunk).clone() for chunk in chunks])
 
     def _make_cut(self, shape: torch.Size) -> EvenShards:
         return EvenShards(shape[1], shape[2], self.communicator.num_ranks)

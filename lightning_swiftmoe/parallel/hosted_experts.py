@@ -12,9 +12,9 @@ Shape suffixes: N ranks, E experts, R residents of this rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFactory
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement
+
+# By key, ``[n, rows, cols]`` of some experts after the other: weights that nobody has in one piece.
+WeightSource: TypeAlias = Callable[[str], Iterable[Tensor]]
 
 
 def check_unchanged(experts: ExpertMLPs, name: str) -> None:
@@ -62,6 +65,7 @@ class HostedExperts(ABC):
         gradient_dtype: in which gradients travel; None: that in which they add up.
         offload: keep Parameters, and with them gradients and optimizer state, on the host.
         masters: canonical weights in a higher precision than the Parameters', by parameter name, from a checkpoint.
+        source: of the weights of Parameters on the meta device.
         transient_copies: room behind the residents for so many, where ranks can lend each other experts on the device.
         make_exchange: of a way for state to travel, for GPUs; None: by all-to-all of ``communicator``.
     """
@@ -81,6 +85,7 @@ class HostedExperts(ABC):
         gradient_dtype: torch.dtype | None = None,
         offload: bool = False,
         masters: Mapping[str, Tensor] | None = None,
+        source: WeightSource | None = None,
         transient_copies: int = 0,
         make_exchange: ShardExchangeFactory | None = None,
     ) -> None:
@@ -103,8 +108,7 @@ class HostedExperts(ABC):
         self.exchanges_next: Callable[[], bool] = lambda: False
         self._specs: dict[str, Any] = {}
         self.parameters = {
-            key: self._make_parameter(key, (masters or {}).get(key, param.detach()))
-            for key, param in self.originals.items()
+            key: self._make_parameter(key, self._first_shard(key, masters or {}, source)) for key in self.originals
         }
         num_copies = transient_copies if self._reaches_peers else 0
         self._residents = self._make_residents(compute_dtype, num_copies)
@@ -123,7 +127,7 @@ class HostedExperts(ABC):
         """Take the Parameters out of the module, so that moving it to a device leaves them where they are."""
         for key, original in self.originals.items():
             self.experts.module.register_parameter(key, None)
-            if self.parameters[key] is not original:
+            if self.parameters[key] is not original and not original.is_meta:
                 original.data = original.data.new_empty(0)
                 original.grad = None
 
@@ -133,13 +137,17 @@ class HostedExperts(ABC):
             self.experts.module.register_parameter(key, param)
 
     def restore(self) -> None:
-        """Give the user's Parameters their full canonical weights back, on every rank. Collective."""
+        """Give the user's Parameters their full canonical weights back, on every rank. Collective.
+
+        Parameters on the meta device stay there: whole, their weights may not fit.
+        """
         check_unchanged(self.experts, self.name)
         for key, original in self.originals.items():
             param = self.parameters[key]
-            full = self.gather(key, self.local(key), "setup")
-            assert full is not None
-            original.data = full.to(self.communicator.device, self.dtypes[key])
+            if not original.is_meta:
+                full = self.gather(key, self.local(key), "setup")
+                assert full is not None
+                original.data = full.to(self.communicator.device, self.dtypes[key])
             original.grad = None
             original.requires_grad_(param.requires_grad)
             self.experts.module.register_parameter(key, original)
@@ -325,11 +333,24 @@ class HostedExperts(ABC):
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    def _make_parameter(self, key: str, canonical: Tensor) -> nn.Parameter:
+    def _first_shard(self, key: str, masters: Mapping[str, Tensor], source: WeightSource | None) -> Tensor:
+        if key in masters:
+            return self.part(key, masters[key])
+        original = self.originals[key]
+        if not original.is_meta:
+            return self.part(key, original.detach())
+        assert source is not None
+        return self._shard_of(key, source(key))
+
+    def _shard_of(self, key: str, chunks: Iterable[Tensor]) -> Tensor:
+        """Of a canonical tensor that comes as ``[n, rows, cols]`` of some experts after the other."""
+        return self.part(key, torch.cat(list(chunks)))
+
+    def _make_parameter(self, key: str, shard: Tensor) -> nn.Parameter:
         """At least fp32: low-precision weights would swallow small updates."""
         original = self.originals[key]
-        dtype = torch.promote_types(canonical.dtype, torch.float32)
-        local = self.part(key, canonical).to(self.state_device, dtype, copy=True).contiguous()
+        dtype = torch.promote_types(shard.dtype, torch.float32)
+        local = shard.to(self.state_device, dtype, copy=True).contiguous()
         if self.mesh is None:
             original.data = self.pinned(local)
             return original

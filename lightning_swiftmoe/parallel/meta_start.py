@@ -1,0 +1,198 @@
+"""Modules that users built on the meta device: weights come into being where they are held, and nowhere else.
+
+What is dense is made on every rank. Of experts a rank makes its own part: each matrix is drawn by a generator of its
+own, seeded by the run's seed and the names of layer, parameter and expert, so that initial weights depend on nothing
+else, whatever the number of ranks. After ``fit`` the user's Parameters are on the meta device again, and whole experts
+exist where somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_swiftmoe.layers.experts import ExpertMLPs
+from lightning_swiftmoe.layers.layer import experts_name
+from lightning_swiftmoe.parallel.find_layers import find_layers
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+
+# Attribute of a Parameter that is on the meta device again after ``fit``: a table of ours would keep it alive.
+_TRAINED = "_swiftmoe_trained_by"
+
+
+def has_meta(module: nn.Module) -> bool:
+    """Whether a Parameter or buffer of ``module`` has no memory."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int, device: torch.device) -> Tensor:
+    """``[rows, cols]`` initial weights of one expert, in at least fp32.
+
+    Args:
+        experts: whose.
+        name: of the experts in the user's module.
+        key: of the Parameter.
+        expert: which.
+        seed: of the run.
+        device: to draw on; numbers of a GPU are others than those of the host.
+    """
+    param = experts.module.get_parameter(key)
+    text = f"{seed}/{name}.{key}/{expert}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    matrix = torch.empty(param.shape[1:], dtype=torch.promote_types(param.dtype, torch.float32), device=device)
+    with torch.no_grad():
+        experts.draw(matrix, generator)
+    return matrix
+
+
+def materialize_dense(module: nn.Module, seed: int) -> None:
+    """Everything but experts, on the host, as the modules themselves initialise it; the same on every rank.
+
+    Modules do so by ``reset_parameters``, those of transformers by their model.
+
+    Args:
+        module: the user's; other Parameters take the place of those on the meta device.
+        seed: of the run.
+
+    Raises:
+        ValueError: a module does not say how it is initialised.
+    """
+    experts = {layer.experts.module for layer in find_layers(module).values()}
+    made: dict[Tensor, Tensor] = {}  # tied Parameters stay tied
+    fresh = [part for part in module.modules() if part not in experts and _make(part, made)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        _initialize(module, set(fresh))
+    for name, part in module.named_modules():
+        if part in fresh:
+            _check_initialized(name, part)
+
+
+def materialize_experts(module: nn.Module, seed: int, device: torch.device) -> None:
+    """All experts that are on the meta device, whole: for a process that holds them all.
+
+    Args:
+        module: the user's; other Parameters take the place of those on the meta device.
+        seed: of the run.
+        device: to draw on.
+    """
+    for name, moe in find_layers(module).items():
+        experts = moe.experts
+        for key, param in list(experts.module.named_parameters()):
+            if param.is_meta:
+                drawn = (
+                    draw_expert(experts, experts_name(name, moe), key, expert, seed, device)
+                    for expert in range(param.shape[0])
+                )
+                whole = torch.stack([matrix.to(param.dtype) for matrix in drawn])
+                experts.module.register_parameter(key, nn.Parameter(whole, param.requires_grad))
+
+
+@contextmanager
+def without_meta(module: nn.Module) -> Iterator[None]:
+    """Parameters on the meta device are out of ``module`` meanwhile: it could not be moved to another device."""
+    taken = [
+        (part, key, param)
+        for part in module.modules()
+        for key, param in part.named_parameters(recurse=False)
+        if param.is_meta
+    ]
+    for part, key, _ in taken:
+        part.register_parameter(key, None)
+    yield
+    for part, key, param in taken:
+        part.register_parameter(key, param)
+
+
+def keep_trained(hosted: HostedExperts) -> None:
+    """``fit`` is over: trained weights of Parameters on the meta device stay in shards, and Parameters know where."""
+    for param in hosted.originals.values():
+        if param.is_meta:
+            setattr(param, _TRAINED, hosted)
+
+
+def trained_by(param: nn.Parameter) -> HostedExperts | None:
+    """Who has the trained weights of a Parameter on the meta device; None: nobody has trained it."""
+    return getattr(param, _TRAINED, None)
+
+
+def forget_trained(experts: ExpertMLPs) -> None:
+    """Others have their weights now."""
+    for param in experts.module.parameters():
+        if hasattr(param, _TRAINED):
+            delattr(param, _TRAINED)
+
+
+def all_trained(module: nn.Module) -> list[HostedExperts]:
+    """Who has those of ``module``, in the same order on every rank."""
+    found = (trained_by(param) for param in module.parameters() if param.is_meta)
+    return list(dict.fromkeys(hosted for hosted in found if hosted is not None))
+
+
+def make_whole(hosted: HostedExperts) -> None:
+    """Trained experts on every rank, in the user's module, where their Parameters were on the meta device. Collective.
+
+    Args:
+        hosted: with communicators.
+    """
+    for key, original in hosted.originals.items():
+        if original.is_meta:
+            full = hosted.gather(key, hosted.local(key), "setup")
+            assert full is not None
+            whole = nn.Parameter(full.to(hosted.dtypes[key]), original.requires_grad)
+            hosted.experts.module.register_parameter(key, whole)
+
+
+def _make(part: nn.Module, made: dict[Tensor, Tensor]) -> bool:
+    """Memory for what is the module's own; says whether it had none."""
+    before = len(made)
+    tied = False
+    for key, param in part.named_parameters(recurse=False):
+        if param.is_meta:
+            tied = tied or param in made
+            if param not in made:
+                made[param] = nn.Parameter(_unset(param), param.requires_grad)
+            part.register_parameter(key, made[param])  # type: ignore[arg-type]
+    for key, buffer in part.named_buffers(recurse=False):
+        if buffer.is_meta:
+            made.setdefault(buffer, _unset(buffer))
+            setattr(part, key, made[buffer])
+    return len(made) > before or tied
+
+
+def _unset(like: Tensor) -> Tensor:
+    """Memory in which one sees what nobody wrote to."""
+    return torch.full_like(like, math.nan if like.is_floating_point() else 0, device="cpu", requires_grad=False)
+
+
+def _initialize(part: nn.Module, fresh: set[nn.Module]) -> None:
+    if not any(inner in fresh for inner in part.modules()):
+        return
+    initialize = getattr(part, "initialize_weights", None)  # of a model of transformers: all that is in it
+    if callable(initialize):
+        initialize()
+        return
+    for child in part.children():
+        _initialize(child, fresh)
+    reset = getattr(part, "reset_parameters", None)
+    if part in fresh and callable(reset):
+        reset()
+
+
+def _check_initialized(name: str, part: nn.Module) -> None:
+    tensors: Iterable[tuple[str, Tensor]] = (
+        *part.named_parameters(recurse=False),
+        *part.named_buffers(recurse=False),
+    )
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ValueError(
+                f"{name}.{key} was built on the meta device and nobody initialises it: give {type(part).__name__} a "
+                "method reset_parameters() that does, or build it outside of torch.device('meta')"
+            )
