@@ -55,6 +55,11 @@ def on_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream's work goes into a CUDA graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`, without waiting for either."""
     if device.type != "cuda":

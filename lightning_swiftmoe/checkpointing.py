@@ -49,15 +49,10 @@ from lightning_swiftmoe.checkpoint.snapshot import Snapshot
 from lightning_swiftmoe.checkpoint.sums import fingerprint, not_finite
 from lightning_swiftmoe.engine import ExpertEngine
 from lightning_swiftmoe.layers.layer import experts_name
+from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
-from lightning_swiftmoe.parallel.meta_start import (
-    all_trained,
-    has_meta,
-    make_whole,
-    materialize_dense,
-    materialize_experts,
-)
+from lightning_swiftmoe.parallel.meta_start import has_meta, is_trained, materialize_dense, materialize_experts
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
 
@@ -288,17 +283,14 @@ class CheckpointingStrategy(DDPStrategy):
             return 0
         seed: int = self.broadcast(torch.initial_seed())
         materialize_dense(self._module, seed)
-        if experts:
-            trained = all_trained(self._module)
-            if trained:
-                parallelism = Parallelism.on(
-                    self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size
-                )
-                for hosted in trained:
-                    hosted.communicator = parallelism.state
-                    make_whole(hosted)
-                parallelism.close()
-            materialize_experts(self._module, seed, self.root_device)
+        if experts and is_trained(self._module):
+            parallelism = Parallelism.on(
+                self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size
+            )
+            materialize_experts(self._module, seed, parallelism.state)
+            parallelism.close()
+        elif experts:
+            materialize_experts(self._module, seed, Communicator(None, self.root_device))
         return seed
 
     @override

@@ -8,7 +8,8 @@ Raises:
 """
 
 from lightning_swiftmoe.hf.experts_interface import NAME, experts_forward, register
+from lightning_swiftmoe.hf.saved_weights import meta_model
 
-__all__ = ["NAME", "experts_forward", "register"]
+__all__ = ["NAME", "experts_forward", "meta_model", "register"]
 
 register()

@@ -24,7 +24,10 @@ except ImportError as error:
         f"interface: {_HINT}"
     ) from error
 
+from safetensors import safe_open  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: E402
 
 __all__ = [
     "ACT2FN",
@@ -32,5 +35,10 @@ __all__ = [
     "AutoConfig",
     "AutoModelForCausalLM",
     "PreTrainedModel",
+    "WeightConverter",
+    "WeightRenaming",
+    "get_model_conversion_mapping",
+    "rename_source_key",
+    "safe_open",
     "use_experts_implementation",
 ]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_swiftmoe.kernels.dispatch import is_capturing
 from lightning_swiftmoe.parallel.traffic import TrafficMeter
 from lightning_swiftmoe.parallel.watchdog import Watchdog
 
@@ -307,7 +308,7 @@ class Communicator:
     def watch(self, phase: str, layer: str) -> None:
         """What the current stream was given so far exchanges by itself: it ends in time, or this process does."""
         # What a user captures is not running, and the graph's replays are the user's to watch.
-        if self.watchdog is not None and not torch.cuda.is_current_stream_capturing():
+        if self.watchdog is not None and not is_capturing(self.device):
             done = torch.cuda.Event()
             done.record()
             self.watchdog.watch(phase, layer, done)

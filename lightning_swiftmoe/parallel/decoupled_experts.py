@@ -12,7 +12,7 @@ Shape suffixes: N ranks of an expert group, E experts, R residents of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_swiftmoe.parallel.communicator import Pending
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals, WeightSource
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchange, WireShards
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import EvenShards, Placement
@@ -50,9 +50,10 @@ class DecoupledExperts(HostedExperts):
         start, stop = self.cuts[key].row_interval(self.communicator.rank)
         return canonical[:, start:stop]
 
-    def _shard_of(self, key: str, chunks: Iterable[Tensor]) -> Tensor:
-        """Never more than a chunk beside the shard."""
-        return torch.cat([self.part(key, chunk).clone() for chunk in chunks])
+    def _shard_from(self, source: WeightSource, key: str) -> Tensor:
+        """Of no expert more than this rank's rows."""
+        rows = slice(*self.cuts[key].row_interval(self.communicator.rank))
+        return torch.cat(list(source(key, rows)))
 
     def _make_cut(self, shape: torch.Size) -> EvenShards:
         return EvenShards(shape[1], shape[2], self.communicator.num_ranks)

@@ -27,8 +27,8 @@ from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFact
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement
 
-# By key, ``[n, rows, cols]`` of some experts after the other: weights that nobody has in one piece.
-WeightSource: TypeAlias = Callable[[str], Iterable[Tensor]]
+# By key and for some rows, ``[n, rows, cols]`` of some experts after the other: weights that nobody has in one piece.
+WeightSource: TypeAlias = Callable[[str, slice], Iterable[Tensor]]
 
 
 def check_unchanged(experts: ExpertMLPs, name: str) -> None:
@@ -340,11 +340,11 @@ class HostedExperts(ABC):
         if not original.is_meta:
             return self.part(key, original.detach())
         assert source is not None
-        return self._shard_of(key, source(key))
+        return self._shard_from(source, key)
 
-    def _shard_of(self, key: str, chunks: Iterable[Tensor]) -> Tensor:
-        """Of a canonical tensor that comes as ``[n, rows, cols]`` of some experts after the other."""
-        return self.part(key, torch.cat(list(chunks)))
+    def _shard_from(self, source: WeightSource, key: str) -> Tensor:
+        """``part`` of what comes from there."""
+        return self.part(key, torch.cat(list(source(key, slice(None)))))
 
     def _make_parameter(self, key: str, shard: Tensor) -> nn.Parameter:
         """At least fp32: low-precision weights would swallow small updates."""

@@ -1,9 +1,10 @@
 """Modules that users built on the meta device: weights come into being where they are held, and nowhere else.
 
-What is dense is made on every rank. Of experts a rank makes its own part: each matrix is drawn by a generator of its
-own, seeded by the run's seed and the names of layer, parameter and expert, so that initial weights depend on nothing
-else, whatever the number of ranks. After ``fit`` the user's Parameters are on the meta device again, and whole experts
-exist where somebody asks for them.
+What is dense is made on every rank. Of experts a rank makes its own part. A model may know where its weights are saved
+(``SavedWeights``): then a rank reads its rows of every expert, and no others. Else each matrix is drawn by a generator
+of its own, seeded by the run's seed and the names of layer, parameter and expert, so that initial weights depend on
+nothing else, whatever the number of ranks. After ``fit`` the user's Parameters are on the meta device again, and whole
+experts exist where somebody asks for them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.layer import experts_name
+from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 
@@ -28,6 +31,68 @@ _TRAINED = "_swiftmoe_trained_by"
 def has_meta(module: nn.Module) -> bool:
     """Whether a Parameter or buffer of ``module`` has no memory."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+class SavedWeights(Protocol):
+    """Attribute ``swiftmoe_weights`` of a module whose weights are somewhere, by their names in it."""
+
+    def whole(self, name: str) -> Tensor | None:
+        """A tensor; None: it is tied to another."""
+        ...
+
+    def chunks(self, name: str, rows: slice) -> Iterable[Tensor]:
+        """``[n, rows, cols]`` of some experts after the other, of a tensor ``[E, rows, cols]``."""
+        ...
+
+
+class FirstWeights:
+    """``WeightSource`` of one module of experts: what an earlier fit trained, what was saved, or what is drawn.
+
+    Args:
+        module: the user's.
+        experts: whose.
+        name: of theirs in ``module``.
+        seed: of the run.
+        communicator: of the ranks that have what was trained, on the device to draw on.
+    """
+
+    def __init__(
+        self, module: nn.Module, experts: ExpertMLPs, name: str, seed: int, communicator: Communicator
+    ) -> None:
+        self._module = module
+        self._experts = experts
+        self._name = name
+        self._seed = seed
+        self._communicator = communicator
+
+    def __call__(self, key: str, rows: slice) -> Iterator[Tensor]:
+        """Rows of a Parameter on the meta device. Collective where it was trained."""
+        param = self._experts.module.get_parameter(key)
+        trained = trained_by(param)
+        if trained is not None:
+            trained.communicator = self._communicator
+            whole = trained.gather(key, trained.local(key), "setup")
+            assert whole is not None
+            yield whole[:, rows]
+            return
+        saved, inner = saved_around(self._module, self._name)
+        if saved is not None:
+            yield from saved.chunks(f"{inner}.{key}", rows)
+            return
+        for expert in range(param.shape[0]):
+            matrix = draw_expert(self._experts, self._name, key, expert, self._seed, self._communicator.device)
+            yield matrix[None, rows]
+
+
+def saved_around(module: nn.Module, name: str) -> tuple[SavedWeights | None, str]:
+    """The saved weights of what the part of that name is in, and its name there."""
+    inner = name.split(".")
+    part = module
+    while True:
+        saved = getattr(part, "swiftmoe_weights", None)
+        if saved is not None or not inner:
+            return saved, ".".join(inner)
+        part = part.get_submodule(inner.pop(0))
 
 
 def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int, device: torch.device) -> Tensor:
@@ -52,7 +117,7 @@ def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int
 
 
 def materialize_dense(module: nn.Module, seed: int) -> None:
-    """Everything but experts, on the host, as the modules themselves initialise it; the same on every rank.
+    """Everything but experts, on the host, as it was saved or as the modules initialise it; the same on every rank.
 
     Modules do so by ``reset_parameters``, those of transformers by their model.
 
@@ -71,26 +136,25 @@ def materialize_dense(module: nn.Module, seed: int) -> None:
         _initialize(module, set(fresh))
     for name, part in module.named_modules():
         if part in fresh:
+            _load_saved(module, name, part)
             _check_initialized(name, part)
 
 
-def materialize_experts(module: nn.Module, seed: int, device: torch.device) -> None:
-    """All experts that are on the meta device, whole: for a process that holds them all.
+def materialize_experts(module: nn.Module, seed: int, communicator: Communicator) -> None:
+    """All experts that are on the meta device, whole: for a process that holds them all. Collective if they are
+    trained.
 
     Args:
         module: the user's; other Parameters take the place of those on the meta device.
         seed: of the run.
-        device: to draw on.
+        communicator: of the ranks that have what was trained, on the device to draw on.
     """
     for name, moe in find_layers(module).items():
         experts = moe.experts
+        source = FirstWeights(module, experts, experts_name(name, moe), seed, communicator)
         for key, param in list(experts.module.named_parameters()):
             if param.is_meta:
-                drawn = (
-                    draw_expert(experts, experts_name(name, moe), key, expert, seed, device)
-                    for expert in range(param.shape[0])
-                )
-                whole = torch.stack([matrix.to(param.dtype) for matrix in drawn])
+                whole = torch.cat([chunk.to(param.dtype) for chunk in source(key, slice(None))])
                 experts.module.register_parameter(key, nn.Parameter(whole, param.requires_grad))
 
 
@@ -129,24 +193,9 @@ def forget_trained(experts: ExpertMLPs) -> None:
             delattr(param, _TRAINED)
 
 
-def all_trained(module: nn.Module) -> list[HostedExperts]:
-    """Who has those of ``module``, in the same order on every rank."""
-    found = (trained_by(param) for param in module.parameters() if param.is_meta)
-    return list(dict.fromkeys(hosted for hosted in found if hosted is not None))
-
-
-def make_whole(hosted: HostedExperts) -> None:
-    """Trained experts on every rank, in the user's module, where their Parameters were on the meta device. Collective.
-
-    Args:
-        hosted: with communicators.
-    """
-    for key, original in hosted.originals.items():
-        if original.is_meta:
-            full = hosted.gather(key, hosted.local(key), "setup")
-            assert full is not None
-            whole = nn.Parameter(full.to(hosted.dtypes[key]), original.requires_grad)
-            hosted.experts.module.register_parameter(key, whole)
+def is_trained(module: nn.Module) -> bool:
+    """Whether somebody has trained weights of ``module`` that are on the meta device; the same on every rank."""
+    return any(trained_by(param) is not None for param in module.parameters())
 
 
 def _make(part: nn.Module, made: dict[Tensor, Tensor]) -> bool:
@@ -185,12 +234,22 @@ def _initialize(part: nn.Module, fresh: set[nn.Module]) -> None:
         reset()
 
 
+def _load_saved(module: nn.Module, name: str, part: nn.Module) -> None:
+    saved, inner = saved_around(module, name)
+    if saved is None:
+        return
+    for key, tensor in _own_tensors(part):
+        value = saved.whole(f"{inner}.{key}" if inner else key)
+        if value is not None:
+            tensor.data.copy_(value)
+
+
+def _own_tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+
+
 def _check_initialized(name: str, part: nn.Module) -> None:
-    tensors: Iterable[tuple[str, Tensor]] = (
-        *part.named_parameters(recurse=False),
-        *part.named_buffers(recurse=False),
-    )
-    for key, tensor in tensors:
+    for key, tensor in _own_tensors(part):
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(
                 f"{name}.{key} was built on the meta device and nobody initialises it: give {type(part).__name__} a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
-from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.layer import MoELayer, experts_name
 from lightning_swiftmoe.parallel.abort import abort_all, abort_nccl
 from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
@@ -26,7 +25,7 @@ from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
-from lightning_swiftmoe.parallel.meta_start import draw_expert, forget_trained, materialize_experts, trained_by
+from lightning_swiftmoe.parallel.meta_start import FirstWeights, forget_trained, materialize_experts
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
@@ -222,7 +221,7 @@ def build_layers(
         seed: of the run, for weights that are drawn.
     """
     if parallelism.group_size == 1:
-        materialize_experts(module, seed, parallelism.device)
+        materialize_experts(module, seed, parallelism.state)
     layers = []
     mesh = parallelism.expert_mesh(on_host=offload)
     for moes in _by_experts(module):
@@ -248,37 +247,13 @@ def build_layers(
             transient_copies=rule.transient_copies,
             make_exchange=parallelism.make_exchange,
             masters={key: masters[n] for key, _ in parameters if (n := f"{prefix}.{key}") in masters},
-            source=partial(chunks_of, moe.experts, prefix, seed, parallelism),
+            source=FirstWeights(module, moe.experts, prefix, seed, parallelism.state),
         )
         forget_trained(moe.experts)
         layer = ExpertLayer(name, moes, cluster, hosted)
         _attach(layer, parallelism, rule)
         layers.append(layer)
     return layers
-
-
-def chunks_of(experts: ExpertMLPs, name: str, seed: int, parallelism: Parallelism, key: str) -> Iterator[Tensor]:
-    """``[n, rows, cols]`` of some experts after the other, for a Parameter on the meta device.
-
-    They are what an earlier fit trained, whole, or drawn, one by one. Collective.
-
-    Args:
-        experts: whose.
-        name: of the experts in the user's module.
-        seed: of the run.
-        parallelism: the ranks.
-        key: of the Parameter.
-    """
-    param = experts.module.get_parameter(key)
-    trained = trained_by(param)
-    if trained is not None:
-        trained.communicator = parallelism.state
-        whole = trained.gather(key, trained.local(key), "setup")
-        assert whole is not None
-        yield whole
-        return
-    for expert in range(param.shape[0]):
-        yield draw_expert(experts, name, key, expert, seed, parallelism.device)[None]
 
 
 def _device_exchanges(

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.kernels.dispatch import tile_rows
+from lightning_swiftmoe.kernels.dispatch import is_capturing, tile_rows
 from lightning_swiftmoe.kernels.expert_mlp.row_layout import RowLayout, row_layout
 from lightning_swiftmoe.kernels.expert_mlp.rows_mlp import Spill
 from lightning_swiftmoe.kernels.indirect import MOST_TENSORS, point, pointed
@@ -207,7 +207,7 @@ class SymmetricRows(RowExchange):
         """Number of the buffers in which the rows of a trip arrive next, once all ranks have used up what was there."""
         number = trip.desk.number % 2 if way == "backward" else _FORWARD
         # Nobody knows what precedes the replays of a graph.
-        if number == self._still_read or torch.cuda.is_current_stream_capturing():
+        if number == self._still_read or is_capturing(self.device):
             self.memory.barrier(Channel.ROWS)
         self._still_read = number if way == "backward" else None
         return number
@@ -239,7 +239,7 @@ class SymmetricRows(RowExchange):
         key = width, dtype
         known = self._buffers.get(key)
         if known is None or known.results.local.shape[0] < rows:
-            if torch.cuda.is_current_stream_capturing():
+            if is_capturing(self.device):
                 raise RuntimeError(
                     f"a CUDA graph is captured of tokens [., {width}] that need {rows} rows, and there is room for "
                     f"{0 if known is None else known.results.local.shape[0]}: run the model once with as many tokens, "

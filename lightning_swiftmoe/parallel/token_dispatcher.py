@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp
-from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, runs_without_host
+from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, is_capturing, runs_without_host
 from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import ExpertMLPs
 from lightning_swiftmoe.layers.load import in_backward
@@ -147,7 +147,7 @@ class DeviceDispatcher:
         dtype: torch.dtype,
     ) -> tuple[Any, ...]:
         """The trip, and what ``ExpertsElsewhere`` takes beside tokens and gate weights."""
-        captured = torch.cuda.is_current_stream_capturing()
+        captured = is_capturing(x_TD.device)
         if captured:
             self._check_capture(experts, dtype)
         self.layer.before_tokens(self.name, x_TD)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import transformers
 
 from lightning_swiftmoe.hf import NAME
+from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.meta_start import has_meta, materialize_dense, materialize_experts
 from tests.hf.families import FAMILIES, config_of
@@ -32,7 +33,7 @@ def test_weights_are_distributed_as_the_models_own(family):
     materialize_dense(model, seed=1)
     without_memory = {name for name, param in model.named_parameters() if param.is_meta}
     assert without_memory == {name for name, _ in model.named_parameters() if ".experts." in name}
-    materialize_experts(model, 1, torch.device("cpu"))
+    materialize_experts(model, 1, Communicator())
     assert not has_meta(model)
     assert find_layers(model)
     state, expected = model.state_dict(), real.state_dict()
@@ -94,6 +95,6 @@ def test_a_model_without_a_seed_of_its_own_differs():
     first, second = meta_model("qwen3_moe"), meta_model("qwen3_moe")
     for model, seed in ((first, 1), (second, 2)):
         materialize_dense(model, seed)
-        materialize_experts(model, seed, torch.device("cpu"))
+        materialize_experts(model, seed, Communicator())
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert sum(not torch.equal(one, other) for one, other in pairs) > 10
