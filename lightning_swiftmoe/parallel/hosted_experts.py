@@ -349,7 +349,7 @@ class HostedExperts(ABC):
     def _make_parameter(self, key: str, shard: Tensor) -> nn.Parameter:
         """At least fp32: low-precision weights would swallow small updates."""
         original = self.originals[key]
-        dtype = torch.promote_types(shard.dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(shard.dtype, original.dtype), torch.float32)
         local = shard.to(self.state_device, dtype, copy=True).contiguous()
         if self.mesh is None:
             original.data = self.pinned(local)

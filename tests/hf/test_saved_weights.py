@@ -115,7 +115,7 @@ def test_ranks_train_what_was_loaded_before_them(tmp_path, family, state):
     model_of(family, "eager", torch.float32).save_pretrained(tmp_path / "start", max_shard_size="20KB")
     job = job_of(strategy={"optimizer_state": state})
     results, metrics = [], []
-    for number, (num_ranks, on_meta) in enumerate([(1, False), (1, True), (2, True), (3, True)]):
+    for number, (num_ranks, on_meta) in enumerate([(1, False), (1, True), (2, True)]):
         path = tmp_path / str(number)
         metrics.append(run_ranks(num_ranks, train, job, tmp_path / "start", on_meta, path)[0])
         results.append(torch.load(path, weights_only=False)["state_dict"])

@@ -74,7 +74,7 @@ def fit(job, path, rounds=1, resume=None):
         {"strategy": {"optimizer_state": "bound"}},
         {"strategy": {"checkpoint": "sharded"}},
     ],
-    ids=str,
+    ids=["sgd", "adamw", "frozen", "offload", "bound", "sharded"],
 )
 def test_any_number_of_ranks(tmp_path, change):
     job = dataclasses.replace(JOB, **change)
