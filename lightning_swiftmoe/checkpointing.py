@@ -44,7 +44,7 @@ from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO, local_path
 from lightning_swiftmoe.checkpoint.random_numbers import GoingOn, current_state
 from lightning_swiftmoe.checkpoint.reading import listed
 from lightning_swiftmoe.checkpoint.sharded import sharded_optimizer_state, sharded_weights, share_of, write_folder
-from lightning_swiftmoe.checkpoint.sharded_reading import SavedOptimizer, read_folder
+from lightning_swiftmoe.checkpoint.sharded_reading import SavedOptimizer, SavedWeight, read_folder, saved_weights
 from lightning_swiftmoe.checkpoint.snapshot import Snapshot
 from lightning_swiftmoe.checkpoint.sums import fingerprint, not_finite
 from lightning_swiftmoe.engine import ExpertEngine
@@ -52,7 +52,13 @@ from lightning_swiftmoe.layers.layer import experts_name
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
-from lightning_swiftmoe.parallel.meta_start import has_meta, is_trained, materialize_dense, materialize_experts
+from lightning_swiftmoe.parallel.meta_start import (
+    experts_without_memory,
+    has_meta,
+    is_trained,
+    materialize_dense,
+    materialize_experts,
+)
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
 
@@ -92,7 +98,8 @@ class CheckpointingStrategy(DDPStrategy):
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
-        self._masters: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor | SavedWeight] = {}
+        self._left: dict[str, SavedWeight] = {}  # weights in a folder that nobody has read yet
         self._before_loading: Snapshot | None = None
         self.going_on: GoingOn | None = None
         self._steps_taken = 0  # by the weights of a checkpoint, behind all else in it
@@ -143,10 +150,14 @@ class CheckpointingStrategy(DDPStrategy):
 
         path = local_path(checkpoint_path)
         folder = path if path is not None and path.is_dir() else None
+        fits = self.engine is None and self._trainer.state.fn == TrainerFn.FITTING
+        unread = experts_without_memory(self._module) if fits else set()
+        self._left = {}
 
         def load() -> dict[str, Any]:
             if folder is not None:
-                checkpoint = read_folder(folder)
+                checkpoint = read_folder(folder, unread)
+                self._left = saved_weights(folder, unread)
                 if broken := not_finite(checkpoint):
                     rank_zero_warn(f"in {folder} {listed(broken)} not finite: training goes on from NaN or Inf")
             else:
@@ -309,7 +320,7 @@ class CheckpointingStrategy(DDPStrategy):
         # Masters may be more precise than the module's own weights (bf16-true); keep them until sharding.
         state = checkpoint["state_dict"]
         self._masters = {
-            k: state[k]
+            k: self._left[k] if k in self._left else state[k]
             for name, moe in find_layers(self._module).items()
             for key, _ in moe.experts.module.named_parameters()
             if (k := f"{experts_name(name, moe)}.{key}") in state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,12 @@ from lightning_swiftmoe.checkpoint.full import Owner
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_dtensor
 
 
-def read_folder(path: Path) -> dict[str, Any]:
+def read_folder(path: Path, left: Collection[str] = ()) -> dict[str, Any]:
     """A sharded checkpoint as Lightning wants one: weights whole, optimizer states to be read when wanted.
 
     Args:
         path: of the folder, looked at before by ``check_folder``.
+        left: names of weights that stay there: tensors on the meta device stand for them, and ``saved_weights`` reads.
 
     Raises:
         CheckpointError: it has not what a Trainer saved, or more than data.
@@ -41,12 +42,62 @@ def read_folder(path: Path) -> dict[str, Any]:
     rest = read_rest(path)
     table = read_table(path)
     keys = weight_keys(table)
-    values = {key: placeholder(table.state_dict_metadata[key]) for key in keys.values()}
-    read_values(path, values)
+    values = {
+        key: placeholder(table.state_dict_metadata[key], "meta" if name in left else "cpu")
+        for name, key in keys.items()
+    }
+    read_values(path, {key: value for key, value in values.items() if not _is_left(value)})
     checkpoint = {**rest, WEIGHTS: {name: values[key] for name, key in keys.items()}}
     if states := saved_optimizers(path, table):
         checkpoint[OPTIMIZERS] = states
     return checkpoint
+
+
+def saved_weights(path: Path, names: Collection[str]) -> dict[str, SavedWeight]:
+    """Those of the named weights that a folder has.
+
+    Args:
+        path: of the folder.
+        names: of the module.
+    """
+    table = read_table(path)
+    return {
+        name: SavedWeight(path, key, table.state_dict_metadata[key])
+        for name, key in weight_keys(table).items()
+        if name in names
+    }
+
+
+@dataclass(frozen=True)
+class SavedWeight:
+    """A weight in a folder, to be read when it is known how much of it is wanted. Not collective.
+
+    Args:
+        path: of the folder.
+        key: of the tensor there.
+        kind: as the folder's table describes it.
+    """
+
+    path: Path
+    key: str
+    kind: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what was saved."""
+        dtype: torch.dtype = self.kind.properties.dtype
+        return dtype
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        whole: Tensor = placeholder(self.kind)
+        read_values(self.path, {self.key: whole})
+        return whole
+
+    def read_into(self, target: Tensor) -> None:
+        """The part that ``target`` is of it: an ``ExpertTensor`` on the host."""
+        assert isinstance(target, ExpertTensor)
+        read_values(self.path, {self.key: as_dtensor(target)})
 
 
 def saved_optimizers(path: Path, table: Metadata) -> list[SavedOptimizer]:
@@ -137,6 +188,10 @@ class _Entry:
     place: Place
     key: str
     kind: Any
+
+
+def _is_left(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _room(entry: _Entry, owners: Sequence[Owner | None]) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_swiftmoe.parallel.communicator import Pending
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals, WeightSource
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals, SavedWhole, WeightSource
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchange, WireShards
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import EvenShards, Placement
@@ -49,6 +49,17 @@ class DecoupledExperts(HostedExperts):
         """``[E, own rows, cols]`` of a canonical tensor."""
         start, stop = self.cuts[key].row_interval(self.communicator.rank)
         return canonical[:, start:stop]
+
+    def _saved_part(self, key: str, saved: SavedWhole) -> Tensor:
+        """Nothing but this rank's rows are read."""
+        if self.mesh is None:
+            return saved.whole()
+        start, stop = self.cuts[key].row_interval(self.communicator.rank)
+        num_experts, _, cols = self.shapes[key]
+        local = torch.empty(num_experts, stop - start, cols, dtype=saved.dtype)
+        if local.numel():
+            saved.read_into(self.wrapped(key, local))
+        return local
 
     def _shard_from(self, source: WeightSource, key: str) -> Tensor:
         """Of no expert more than this rank's rows."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,27 @@ from lightning_swiftmoe.placement import Placement
 
 # By key and for some rows, ``[n, rows, cols]`` of some experts after the other: weights that nobody has in one piece.
 WeightSource: TypeAlias = Callable[[str, slice], Iterable[Tensor]]
+
+
+class SavedWhole(Protocol):
+    """Canonical weights in a checkpoint, of which a rank reads its part.
+
+    Attributes:
+        dtype: of what was saved.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See above."""
+        ...
+
+    def whole(self) -> Tensor:
+        """All of them."""
+        ...
+
+    def read_into(self, target: Tensor) -> None:
+        """The part of them that ``target`` is, as users see Parameters."""
+        ...
 
 
 def check_unchanged(experts: ExpertMLPs, name: str) -> None:
@@ -84,7 +105,7 @@ class HostedExperts(ABC):
         accumulates: bool = False,
         gradient_dtype: torch.dtype | None = None,
         offload: bool = False,
-        masters: Mapping[str, Tensor] | None = None,
+        masters: Mapping[str, Tensor | SavedWhole] | None = None,
         source: WeightSource | None = None,
         transient_copies: int = 0,
         make_exchange: ShardExchangeFactory | None = None,
@@ -333,14 +354,21 @@ class HostedExperts(ABC):
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    def _first_shard(self, key: str, masters: Mapping[str, Tensor], source: WeightSource | None) -> Tensor:
-        if key in masters:
-            return self.part(key, masters[key])
+    def _first_shard(self, key: str, masters: Mapping[str, Tensor | SavedWhole], source: WeightSource | None) -> Tensor:
+        master = masters.get(key)
+        if isinstance(master, Tensor):
+            return self.part(key, master)
+        if master is not None:
+            return self._saved_part(key, master)
         original = self.originals[key]
         if not original.is_meta:
             return self.part(key, original.detach())
         assert source is not None
         return self._shard_from(source, key)
+
+    def _saved_part(self, key: str, saved: SavedWhole) -> Tensor:
+        """``part`` of what was saved."""
+        return self.part(key, saved.whole())
 
     def _shard_from(self, source: WeightSource, key: str) -> Tensor:
         """``part`` of what comes from there."""

@@ -33,6 +33,16 @@ def has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
+def experts_without_memory(module: nn.Module) -> set[str]:
+    """Names of the Parameters of experts that are on the meta device."""
+    return {
+        f"{experts_name(name, moe)}.{key}"
+        for name, moe in find_layers(module).items()
+        for key, param in moe.experts.module.named_parameters()
+        if param.is_meta
+    }
+
+
 class SavedWeights(Protocol):
     """Attribute ``swiftmoe_weights`` of a module whose weights are somewhere, by their names in it."""
 

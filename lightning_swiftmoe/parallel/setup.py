@@ -23,7 +23,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.find_layers import find_layers
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, SavedWhole
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
 from lightning_swiftmoe.parallel.meta_start import FirstWeights, forget_trained, materialize_experts
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
@@ -201,7 +201,7 @@ def build_layers(
     offload: bool,
     rule: TokenRule,
     state_place: str,
-    masters: Mapping[str, Tensor],
+    masters: Mapping[str, Tensor | SavedWhole],
     seed: int,
 ) -> list[ExpertLayer]:
     """Shard the experts of ``module`` and attach its MoE layers; their Parameters are installed by the caller.
@@ -217,7 +217,7 @@ def build_layers(
         accumulates, gradient_dtype, offload: as for ``HostedExperts``.
         rule: which assignments are kept, and who processes them.
         state_place: ``"decoupled"`` or ``"bound"``.
-        masters: canonical weights of a checkpoint by name in ``module``.
+        masters: canonical weights of a checkpoint by name in ``module``, or where they are.
         seed: of the run, for weights that are drawn.
     """
     if parallelism.group_size == 1:

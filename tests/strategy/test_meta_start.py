@@ -165,11 +165,11 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def shapes_in_fit(job):
+def shapes_in_fit(job, path=None):
     trainer, module = our_trainer(job), job.module(job)
     whole = {tuple(param.shape) for moe in module.moes for param in moe.experts.parameters()}
     with Shapes() as shapes:
-        trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
+        trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=path)
     return whole, shapes.seen
 
 
@@ -181,3 +181,18 @@ def test_no_rank_ever_holds_all_experts_of_a_layer(strategy):
         assert not whole & seen
     for whole, seen in run_ranks(2, shapes_in_fit, dataclasses.replace(job, module=Net)):
         assert whole <= seen
+
+
+class Saves(Meta):
+    def on_train_end(self):
+        self.trainer.save_checkpoint(self.job.path)
+
+
+def test_nor_when_it_goes_on_from_a_sharded_checkpoint(tmp_path):
+    job = dataclasses.replace(JOB, num_experts=8, slots=4, strategy={"checkpoint": "sharded"})
+    saving = dataclasses.replace(job, module=Saves)
+    saving.path = tmp_path / "saved"
+    run_ranks(2, shapes_in_fit, saving)
+    for whole, seen in run_ranks(2, shapes_in_fit, dataclasses.replace(job, steps=5), tmp_path / "saved"):
+        assert {(8, 3, 6), (8, 2, 6)} & seen
+        assert not whole & seen
