@@ -288,11 +288,11 @@ class CheckpointingStrategy(DDPStrategy):
             experts: every rank gets all of them, too; in ``fit`` each has a part of its own.
 
         Returns:
-            The seed they are drawn with, rank 0's.
+            The seed they are drawn with, the module's ``meta_seed`` or torch's of rank 0.
         """
         if not has_meta(self._module):
             return 0
-        seed: int = self.broadcast(torch.initial_seed())
+        seed: int = self.broadcast(getattr(self._module, "meta_seed", torch.initial_seed()))
         materialize_dense(self._module, seed)
         if experts and is_trained(self._module):
             parallelism = Parallelism.on(

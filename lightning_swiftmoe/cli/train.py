@@ -152,7 +152,7 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
     Raises:
         ValueError: a batch the ranks cannot share, sequences too long for the model or the text, an optimizer with
             wrong arguments or one that cannot be sharded, a precision that experts do not have, no checkpoint, a trace
-            that cannot be written.
+            that cannot be written, a virtual cluster on the meta device.
     """
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
@@ -165,6 +165,8 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
         trial = optimizer([nn.Parameter(torch.zeros(2, 2))])
     except (TypeError, ValueError, LookupError) as error:
         raise ValueError(f"optimizer {config.optimizer._target_}: {str(error).splitlines()[0]}") from error
+    if config.cluster.virtual_ranks is not None and config.module.get("on_meta"):
+        raise ValueError("module.on_meta = true needs ranks that share experts; a virtual cluster is one process")
     if config.cluster.virtual_ranks is None:
         check_precision(trainer.precision)
         if not config.strategy.get("trust_optimizer"):

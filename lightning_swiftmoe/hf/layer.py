@@ -67,7 +67,7 @@ class FusedExperts:
         weights = residents if residents is not None else self.module._parameters
         return weights[self.up_name], weights["down_proj"]  # type: ignore[return-value]
 
-    def draw(self, matrix: Tensor, generator: torch.Generator) -> None:
+    def draw(self, key: str, matrix: Tensor, generator: torch.Generator) -> None:
         """See ``ExpertMLPs``: normal, as every model of transformers draws its experts."""
         config: Any = self.module.config
         std = getattr(config.get_text_config(), "initializer_range", 0.02)

@@ -48,8 +48,8 @@ class ExpertMLPs(Protocol):
         """Up and down projection, the Parameters or ``residents``."""
         ...
 
-    def draw(self, matrix: Tensor, generator: torch.Generator) -> None:
-        """Initial values of one expert, ``[rows, cols]`` of any of the Parameters, distributed as the module's own."""
+    def draw(self, key: str, matrix: Tensor, generator: torch.Generator) -> None:
+        """Initial values of one expert, ``[rows, cols]`` of the Parameter ``key``, distributed as the module's own."""
         ...
 
 
@@ -57,7 +57,12 @@ class Experts(nn.Module):
     """Two-layer MLPs, one per expert; gated ones keep gate and up projection in one tensor, gate rows first.
 
     Parameters: ``gate_up_proj [E, 2h, d]`` or ``up_proj [E, h, d]``, and ``down_proj [E, d, h]``.
+
+    Attributes:
+        initial_std: of a normal distribution, by Parameter; None: every expert is drawn as ``nn.Linear`` is.
     """
+
+    initial_std: Mapping[str, float] | None = None
 
     def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, activation: str) -> None:
         super().__init__()
@@ -69,12 +74,15 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every expert as ``nn.Linear`` would: uniform within ``1/sqrt(fan_in)``."""
-        for weight in self.parameters():
-            self.draw(weight)
+        """Draw all experts."""
+        for key, weight in self.named_parameters():
+            self.draw(key, weight)
 
-    def draw(self, matrix: Tensor, generator: torch.Generator | None = None) -> None:
+    def draw(self, key: str, matrix: Tensor, generator: torch.Generator | None = None) -> None:
         """See ``ExpertMLPs``; without a generator torch's own."""
+        if self.initial_std is not None:
+            nn.init.normal_(matrix, 0.0, self.initial_std[key], generator=generator)
+            return
         bound = 1 / math.sqrt(matrix.shape[-1])
         nn.init.uniform_(matrix, -bound, bound, generator=generator)
 

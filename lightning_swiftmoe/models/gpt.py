@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_swiftmoe.arguments import check_choice, check_count
 from lightning_swiftmoe.functional import activation_names, is_gated
 from lightning_swiftmoe.layers import MoE
+from lightning_swiftmoe.layers.moe import moe_layers
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.num_layers)])
         self.norm = (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._init_weights()
+        self.initialize_weights()
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -253,15 +254,20 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BT[:, 1:].flatten().long())
 
     @torch.no_grad()
-    def _init_weights(self) -> None:
+    def initialize_weights(self) -> None:
         """GPT-2's: normal 0.02, residual projections scaled down by the depth."""
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for moe in moe_layers(self).values():
+            # Where they are on the meta device, they are drawn later, one by one.
+            moe.experts.initial_std = {moe.experts.up_name: 0.02, "down_proj": residual}
+            if moe.router.expert_bias is not None:
+                moe.router.expert_bias.zero_()
         for name, param in self.named_parameters():
             if param.ndim >= 2:
                 is_residual = name.endswith(("attention.out.weight", "down_proj", "ffn.down.weight"))
                 nn.init.normal_(param, std=residual if is_residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(param)
+            else:
+                nn.init.constant_(param, 0.0 if name.endswith("bias") else 1.0)  # the others are norms
 
 
 @dataclass(frozen=True)

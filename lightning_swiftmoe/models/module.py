@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +29,8 @@ class GPTModule(pl.LightningModule):
         min_lr_ratio: the cosine ends at this share of the learning rate, at ``trainer.max_steps``.
         seed: draws the first weights; the same on every rank.
         compile: run the loss through ``torch.compile``: norms, residual additions and the loss in fewer kernels.
+        on_meta: build the model on the meta device, so that no rank ever holds all experts; with
+            ``strategy="swiftmoe"``. The same seed then draws other weights.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class GPTModule(pl.LightningModule):
         min_lr_ratio: float = 0.1,
         seed: int = 0,
         compile: bool = False,
+        on_meta: bool = False,
     ) -> None:
         super().__init__()
         self.config = model if isinstance(model, GPTConfig) else GPTConfig(**model)
         self._optimizer: OptimizerFactory = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=3e-4))
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
-        with torch.random.fork_rng(devices=[]):
+        self.meta_seed = seed
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if on_meta else nullcontext():
             torch.manual_seed(seed)
             self.gpt = GPT(self.config)
         self._loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss

@@ -122,7 +122,7 @@ def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
     matrix = torch.empty(param.shape[1:], dtype=torch.promote_types(param.dtype, torch.float32), device=device)
     with torch.no_grad():
-        experts.draw(matrix, generator)
+        experts.draw(key, matrix, generator)
     return matrix
 
 

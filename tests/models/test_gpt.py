@@ -15,7 +15,7 @@ from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.models import GPT, GPTConfig, GPTModule
 from lightning_swiftmoe.models.gpt import Attention, DenseMLP, rotate
 from lightning_swiftmoe.models.module import decay_groups, warmup_cosine
-from tests.jobs import Job, our_trainer
+from tests.jobs import Job, full, our_trainer
 from tests.ranks import run_ranks
 
 SMALL = {
@@ -249,3 +249,34 @@ def test_compiled_training_under_the_strategy(num_ranks):
     # On two ranks the graph is cut around the exchange, and gradients add up in another order.
     for got, want in zip(compiled, eager, strict=True):
         assert got == pytest.approx(want, rel=1e-13)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("extra", [{}, {"bias_update_rate": 1e-3, "shared_ffn_size": 8, "tie_embeddings": True}])
+def test_on_the_meta_device_it_is_drawn_alike(extra):
+    model = {**SMALL, "num_layers": 4, **extra}
+    real = GPTModule(model)
+    with_memory, without = (run_ranks(2, first_weights, model, on_meta) for on_meta in (False, True))
+    assert all(map(torch.equal, without[0].values(), without[1].values()))
+    for name, value in real.state_dict().items():
+        drawn = without[0][name]
+        assert drawn.shape == value.shape, name
+        assert torch.equal(with_memory[0][name], value)
+        if value.numel() > 100:
+            assert float(drawn.std()) == pytest.approx(float(value.std()), rel=0.3), name
+        elif value.ndim < 2:
+            assert torch.equal(drawn, value), name
+
+
+def first_weights(model, on_meta):
+    """Whole, as training starts with them."""
+    found = {}
+
+    class Take(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.update({name: full(value).clone() for name, value in pl_module.state_dict().items()})
+
+    trainer = our_trainer(Job(slots=5), max_steps=1, precision="32-true")
+    trainer.callbacks.append(Take())
+    trainer.fit(GPTModule(model, on_meta=on_meta), DataLoader(torch.randint(11, (4, 9)), batch_size=2))
+    return found
