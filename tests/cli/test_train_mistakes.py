@@ -83,6 +83,7 @@ def _no_rank_is_started(monkeypatch, tmp_path):
         ("strategy.expert_parallel_size=1 strategy.slots_per_rank=4", "1 ranks x 4 slots hold 4 experts"),
         ("strategy.expert_parallel_size=1 strategy.optimizer_state=bound", "needs optimizer_state='decoupled'"),
         ("cluster=virtual_16x1 strategy.expert_parallel_size=4", "a virtual cluster is one expert group"),
+        ("cluster=virtual_16x1 module.on_meta=true", "module.on_meta = true needs ranks that share experts"),
         ("data.batch_size=15", "batch_size = 15 is for all ranks together and must divide by 2"),
         ("data.seq_len=129", "data.seq_len = 129 is more than model.max_seq_len = 128 can read"),
         ("callbacks.rebalancer.trace=trace.npz", "trace must be a file named *.npy.gz, got 'trace.npz'"),

@@ -10,6 +10,7 @@ from tests.gpu.cases import (
     HOPPER,
     TRANSPORTS,
     Checkpointed,
+    Compiled,
     GpuJob,
     Halved,
     OneSided,
@@ -60,6 +61,8 @@ VARIANTS = {
     "copies_twice": {"module": Twice, **COPIES},
     "copies_checkpointed": {"module": Checkpointed, **COPIES},
     "copies_validate": {"validates": True, **COPIES},
+    "compiled": {"module": Compiled, "validates": True, **WIDE},
+    "compiled_accumulate": {"module": Compiled, "trainer": {"accumulate_grad_batches": 2}, **WIDE},
     # One rank hosts all that is chosen: for half of its rows nothing is kept until the backward.
     "one_sided": {"module": OneSided, **ONE_SIDED},
     "one_sided_accumulate": {"module": OneSided, "trainer": {"accumulate_grad_batches": 2}, **ONE_SIDED},
