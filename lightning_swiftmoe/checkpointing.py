@@ -304,6 +304,14 @@ class CheckpointingStrategy(DDPStrategy):
             materialize_experts(self._module, seed, Communicator(None, self.root_device))
         return seed
 
+    def gather_experts(self) -> None:
+        """Whole experts on every rank, in the user's module, after the ``fit`` of one built on the meta device.
+
+        Collective: for what Lightning knows nothing of, such as ``save_pretrained``. Validation, tests, predictions and
+        checkpoints of the Trainer do so by themselves.
+        """
+        self.fill_in(experts=True)
+
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))

@@ -65,7 +65,7 @@ from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.find_layers import advice, check_layers, find_layers
 from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
-from lightning_swiftmoe.parallel.meta_start import keep_trained, without_meta
+from lightning_swiftmoe.parallel.meta_start import experts_without_memory, keep_trained, without_meta
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
 from lightning_swiftmoe.parallel.transports import check_transport
@@ -626,6 +626,11 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             for hosted in dict.fromkeys(self._experts.values()):
                 hosted.restore()
                 keep_trained(hosted)
+            if experts_without_memory(self._module):
+                rank_zero_info(
+                    "experts stay in parts on all ranks, as they were built on the meta device: "
+                    "trainer.strategy.gather_experts() makes them whole on each"
+                )
             for optimizer in self.optimizers:
                 use_original_parameters(optimizer, self._experts.values())
             self._detach_layers()

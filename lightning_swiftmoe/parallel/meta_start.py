@@ -151,8 +151,8 @@ def materialize_dense(module: nn.Module, seed: int) -> None:
 
 
 def materialize_experts(module: nn.Module, seed: int, communicator: Communicator) -> None:
-    """All experts that are on the meta device, whole: for a process that holds them all. Collective if they are
-    trained.
+    """All experts that are on the meta device, whole, on the host: for a process that holds them all. Collective if
+    they are trained.
 
     Args:
         module: the user's; other Parameters take the place of those on the meta device.
@@ -164,7 +164,7 @@ def materialize_experts(module: nn.Module, seed: int, communicator: Communicator
         source = FirstWeights(module, experts, experts_name(name, moe), seed, communicator)
         for key, param in list(experts.module.named_parameters()):
             if param.is_meta:
-                whole = torch.cat([chunk.to(param.dtype) for chunk in source(key, slice(None))])
+                whole = torch.cat([chunk.to("cpu", param.dtype) for chunk in source(key, slice(None))])
                 experts.module.register_parameter(key, nn.Parameter(whole, param.requires_grad))
 
 

@@ -31,16 +31,16 @@ def run(folder, *args):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_systems_train_alike(tmp_path):
-    found, text = run(tmp_path, "peers=[ours_ep,ddp,fsdp2]")
+    found, text = run(tmp_path, "peers=[ours_ep,ddp]")
     systems = found["systems"]
     losses = systems["ours_ep"]["losses"]
     assert len(losses) == 6
     assert max(losses) - min(losses) > 0.2
-    for name in ("ddp", "fsdp2"):
-        assert systems[name]["losses"] == pytest.approx(losses, rel=1e-5)
-        assert systems[name]["loss_reference"] == "ours_ep"
-        assert systems[name]["loss_difference"] < 1e-5
-        assert systems[name]["gpus"] == 2
+    ddp = systems["ddp"]
+    assert ddp["losses"] == pytest.approx(losses, rel=1e-5)
+    assert ddp["loss_reference"] == "ours_ep"
+    assert ddp["loss_difference"] < 1e-5
+    assert ddp["gpus"] == 2
     assert "ours_ep: mean" in text
 
 

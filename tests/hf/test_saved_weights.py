@@ -102,9 +102,10 @@ def train(job, folder, on_meta, path):
     trainer, module = our_trainer(job), FromFolder(job, folder, on_meta)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
     trainer.save_checkpoint(path)
-    (metrics,) = trainer.validate(module, data(job, dist.get_rank(), dist.get_world_size()), verbose=False)
+    trainer.strategy.gather_experts()
     if dist.get_rank() == 0:
         module.model.save_pretrained(f"{path}-folder")
+    (metrics,) = trainer.validate(module, data(job, dist.get_rank(), dist.get_world_size()), verbose=False)
     return metrics
 
 
@@ -119,7 +120,7 @@ def test_ranks_train_what_was_loaded_before_them(tmp_path, family, state):
         path = tmp_path / str(number)
         metrics.append(run_ranks(num_ranks, train, job, tmp_path / "start", on_meta, path)[0])
         results.append(torch.load(path, weights_only=False)["state_dict"])
-        # What validation asked for is whole, and can be saved under the names of the hub.
+        # Whole, and under the names of the hub.
         again = transformers.AutoModelForCausalLM.from_pretrained(f"{path}-folder", dtype=torch.float64)
         of_module = {f"model.{name}": tensor for name, tensor in again.state_dict().items()}
         assert largest_error(of_module, results[0]) < 1e-9
