@@ -64,7 +64,8 @@ class DecoupledExperts(HostedExperts):
     def _shard_from(self, source: WeightSource, key: str) -> Tensor:
         """Of no expert more than this rank's rows."""
         rows = slice(*self.cuts[key].row_interval(self.communicator.rank))
-        return torch.cat(list(source(key, rows)))
+        # Copies: rows may be a view of all the others.
+        return torch.cat([chunk.clone() for chunk in source(key, rows)])
 
     def _make_cut(self, shape: torch.Size) -> EvenShards:
         return EvenShards(shape[1], shape[2], self.communicator.num_ranks)
