@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -54,10 +54,13 @@ from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.meta_start import (
     experts_without_memory,
+    forget_trained,
     has_meta,
     is_trained,
+    knowing_of_parts,
     materialize_dense,
     materialize_experts,
+    trained_by,
 )
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
@@ -259,27 +262,48 @@ class CheckpointingStrategy(DDPStrategy):
         """Canonical weights. While fitting this is collective, and rank 0 alone receives the experts; where checkpoints
         are sharded each rank has its parts.
         """
-        state = super().lightning_module_state_dict()
+        with knowing_of_parts():
+            state = super().lightning_module_state_dict()
         if self._assembled is not None:
             return assembled_weights(state, self._experts, self._assembled.weights)
         self._refuse_after_failure()
-        if self.engine is None and any(value.is_meta for value in state.values() if isinstance(value, Tensor)):
-            return self._trained_weights(state)
+        if self.engine is None and is_trained(self._module):
+            return self._with_trained_weights(state)
         if self.sharded:
             return sharded_weights(state)
         return state if self.engine is None else full_weights(state, self._experts)
 
-    def _trained_weights(self, state: dict[str, Any]) -> dict[str, Any]:
-        """``state`` with experts that are on the meta device since ``fit`` ended. Collective."""
-        with self._ranks_after_fit():
-            if not self.sharded:
-                return full_weights(state, self._experts)
-            parts = {
-                f"{name}.{key}": hosted.local(key)
-                for name, hosted in self._experts.items()
-                for key in hosted.parameters
-            }
-            return state | full_parts(parts, self._experts, everywhere=True)
+    def _with_trained_weights(self, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` with experts that are in parts since ``fit`` ended, complete on rank 0. Collective."""
+        gathered: dict[nn.Parameter, Tensor | None] = {}  # tied ones once
+        with self._ranks_of(self._module) as parallelism:
+            for name, param in self._module.named_parameters(remove_duplicate=False):
+                hosted = trained_by(param)
+                if hosted is None:
+                    continue
+                if param not in gathered:
+                    hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
+                    key = name.rpartition(".")[2]
+                    part = hosted.local(key)
+                    if self.sharded:
+                        gathered[param] = hosted.gather(key, part, "checkpoint")
+                    else:
+                        gathered[param] = hosted.gather_for_checkpoint(key, part)
+                whole = gathered[param]
+                if whole is None:
+                    del state[name]
+                else:
+                    state[name] = whole.cpu()
+        return state
+
+    @contextmanager
+    def _ranks_of(self, module: LightningModule) -> Iterator[Parallelism]:
+        """In the expert groups that the trained experts of ``module`` are in parts in, for the moment."""
+        found = (trained_by(param) for param in module.parameters())
+        size = next(hosted.group_size for hosted in found if hosted is not None)
+        parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=size)
+        yield parallelism
+        parallelism.close()
 
     def fill_in(self, *, experts: bool) -> int:
         """Weights for what the user's module has on the meta device. Collective where it has something there.
@@ -295,11 +319,8 @@ class CheckpointingStrategy(DDPStrategy):
         seed: int = self.broadcast(getattr(self._module, "meta_seed", torch.initial_seed()))
         materialize_dense(self._module, seed)
         if experts and is_trained(self._module):
-            parallelism = Parallelism.on(
-                self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size
-            )
-            materialize_experts(self._module, seed, parallelism.state)
-            parallelism.close()
+            with self._ranks_of(self._module) as parallelism:
+                materialize_experts(self._module, seed, parallelism.state)
         elif experts:
             materialize_experts(self._module, seed, Communicator(None, self.root_device))
         return seed
@@ -313,6 +334,7 @@ class CheckpointingStrategy(DDPStrategy):
         self.fill_in(experts=True)
 
     @override
+    @knowing_of_parts()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))
         if self.engine is not None:
@@ -397,6 +419,8 @@ class CheckpointingStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         self._before_loading = None
+        for hosted in self._experts.values():
+            forget_trained(hosted.originals.values())
         if self.going_on is not None:
             self.going_on.behind_loaders()
 

@@ -388,6 +388,7 @@ class GradientPhase:
         for layer in self._order:
             layer.hosted.drop_gradients()
             layer.hosted.forwards_since_step = 0
+            layer.hosted.num_steps += 1
 
     def _on_backward(self, _: Tensor) -> None:
         if not self._running:

@@ -26,6 +26,7 @@ from lightning_swiftmoe._compat import (
     set_num_threads,
 )
 from lightning_swiftmoe.failures import FailureBoard, show_instead
+from lightning_swiftmoe.parallel.meta_start import make_room
 
 _FOLDER = "SWIFTMOE_FAILURES"
 _GRACE_S = 5.0  # as long as Lightning gives the first process to end by itself
@@ -194,6 +195,17 @@ class ForkLauncher(MultiProcessingLauncher):
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    @override
+    def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
+        # The process that waits has no part of experts that were built on the meta device.
+        self._strategy.gather_experts()  # type: ignore[attr-defined]
+        return super()._collect_rank_zero_results(trainer, results)
+
+    @override
+    def _recover_results_in_main_process(self, worker_output: Any, trainer: Any) -> None:
+        make_room(trainer.lightning_module)
+        super()._recover_results_in_main_process(worker_output, trainer)
 
     def failed(self, rank: int, error: BaseException) -> None:
         """The user's own process has heard, by ``error``, that some rank failed."""

@@ -257,6 +257,11 @@ def _wide_copy(value: Tensor) -> Tensor:
 
 def _write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Into this rank's parts, in place: whoever computes with them looks at their version counters."""
+    for name, tensor in _tensors(module):
+        if tensor.is_meta and name in values:  # in parts since fit, or not there yet: an average is whole
+            owner, _, key = name.rpartition(".")
+            whole = nn.Parameter(values[name].to("cpu", tensor.dtype, copy=True), tensor.requires_grad)
+            module.get_submodule(owner).register_parameter(key, whole)
     tensors = [(tensor, values[name]) for name, tensor in _tensors(module) if name in values]
     if tensors:
         parts = [_part(tensor, value) for tensor, value in tensors]

@@ -9,8 +9,8 @@ expert, so that nobody needs the others.
 from __future__ import annotations
 
 import copy
-import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from lightning_swiftmoe.hf._transformers import (
 
 _INDEX = "model.safetensors.index.json"
 _FILE = "model.safetensors"
-_MOST_FILES = 256  # open at once: mapped, not read
 
 
 def meta_model(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -49,6 +48,8 @@ def meta_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no {path / 'config.json'}: give the folder of a model of transformers")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if options.get("dtype") == "auto":  # which is what from_config does without
+        del options["dtype"]
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     model.swiftmoe_weights = SavedWeights(path, model)
@@ -70,6 +71,7 @@ class SavedWeights:
         self.folder = folder
         self._config = model.config
         self._files = _files_of(folder)
+        self._opened: dict[Path, Any] = {}
         self._sources: dict[str, dict[str, list[str]]] = {}
         self._converters: dict[str, WeightConverter] = {}
         self._find_sources(model)
@@ -155,6 +157,13 @@ class SavedWeights:
                 f"{self.folder} lacks {', '.join(lacking[:3])} and {max(len(lacking) - 3, 0)} more of the "
                 f"{len(known)} tensors of {type(model).__name__}, expected all of them"
             )
+        for name, sources in self._sources.items():
+            shapes = [self._slice(key).get_shape() for keys in sources.values() for key in keys]
+            if sum(map(math.prod, shapes)) != known[name].numel():
+                raise ValueError(
+                    f"{self.folder} has {name} in tensors of {shapes[:3]}, and {type(model).__name__} wants "
+                    f"{list(known[name].shape)}: its config.json is of another model"
+                )
 
     def _converted(self, name: str, found: dict[str, list[Tensor]]) -> Tensor:
         """By the model's operations, from tensors by pattern of their names."""
@@ -173,11 +182,14 @@ class SavedWeights:
 
     def _slice(self, key: str) -> Any:
         """A tensor of which nothing is read but what is asked for by an index."""
-        return _opened(self._files[key]).get_slice(key)
+        path = self._files[key]
+        if path not in self._opened:
+            self._opened[path] = open_file(path)
+        return self._opened[path].get_slice(key)
 
 
-@functools.lru_cache(maxsize=_MOST_FILES)
-def _opened(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """A file of tensors, mapped: nothing is read yet."""
     return safe_open(path, framework="pt")
 
 
@@ -204,7 +216,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
     whole = folder / _FILE
     if not whole.is_file():
         raise ValueError(f"{folder} has neither {_INDEX} nor {_FILE}, expected weights in safetensors files")
-    return dict.fromkeys(_opened(whole).keys(), whole)
+    return dict.fromkeys(open_file(whole).keys(), whole)
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:

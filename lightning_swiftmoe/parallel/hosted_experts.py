@@ -115,6 +115,7 @@ class HostedExperts(ABC):
         self.communicator = communicator
         self.mesh = mesh
         self.placement = placement
+        self.group_size = communicator.num_ranks
         self.num_sharers = num_sharers
         self.replicas = replicas
         self.accumulates = accumulates
@@ -136,6 +137,7 @@ class HostedExperts(ABC):
         self.transient_copies = self._make_copies(num_copies) if num_copies else None
         self.forwards_since_backward = 0
         self.forwards_since_step = 0
+        self.num_steps = 0
         self._gradients: Locals = {}
         self._given: set[str] = set()
         self._held: set[str] = set()

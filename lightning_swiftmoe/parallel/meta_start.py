@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 
 # Attribute of a Parameter that is on the meta device again after ``fit``: a table of ours would keep it alive.
 _TRAINED = "_swiftmoe_trained_by"
+_GUARDED = "_swiftmoe_guarded"  # of a module of experts: its state dicts are looked at
+_IN_PARTS = (
+    "since fit each rank has a part of them, as they were built on the meta device. Call "
+    "trainer.strategy.gather_experts() on all ranks, or save by trainer.save_checkpoint"
+)
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 def has_meta(module: nn.Module) -> bool:
@@ -80,6 +88,11 @@ class FirstWeights:
         param = self._experts.module.get_parameter(key)
         trained = trained_by(param)
         if trained is not None:
+            if trained.group_size != self._communicator.num_ranks:
+                raise ValueError(
+                    f"{self._name} was trained in expert groups of {trained.group_size} ranks, and is in parts: call "
+                    f"strategy.gather_experts() before a fit in groups of {self._communicator.num_ranks}"
+                )
             trained.communicator = self._communicator
             whole = trained.gather(key, trained.local(key), "setup")
             assert whole is not None
@@ -87,11 +100,12 @@ class FirstWeights:
             return
         saved, inner = saved_around(self._module, self._name)
         if saved is not None:
-            yield from saved.chunks(f"{inner}.{key}", rows)
+            yield from (chunk.to(param.dtype) for chunk in saved.chunks(f"{inner}.{key}", rows))
             return
         for expert in range(param.shape[0]):
             matrix = draw_expert(self._experts, self._name, key, expert, self._seed, self._communicator.device)
-            yield matrix[None, rows]
+            # As a module with memory has it: rounded.
+            yield matrix.to(param.dtype)[None, rows]
 
 
 def saved_around(module: nn.Module, name: str) -> tuple[SavedWeights | None, str]:
@@ -141,13 +155,14 @@ def materialize_dense(module: nn.Module, seed: int) -> None:
     experts = {layer.experts.module for layer in find_layers(module).values()}
     made: dict[Tensor, Tensor] = {}  # tied Parameters stay tied
     fresh = [part for part in module.modules() if part not in experts and _make(part, made)]
+    untouched = {tensor: tensor._version for tensor in made.values()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        _initialize(module, set(fresh))
+        _initialize(module, set(fresh), set(untouched))
     for name, part in module.named_modules():
         if part in fresh:
             _load_saved(module, name, part)
-            _check_initialized(name, part)
+            _check_initialized(name, part, untouched)
 
 
 def materialize_experts(module: nn.Module, seed: int, communicator: Communicator) -> None:
@@ -179,16 +194,74 @@ def without_meta(module: nn.Module) -> Iterator[None]:
     ]
     for part, key, _ in taken:
         part.register_parameter(key, None)
-    yield
-    for part, key, param in taken:
-        part.register_parameter(key, param)
+    try:
+        yield
+    finally:
+        for part, key, param in taken:
+            part.register_parameter(key, param)
+
+
+def make_room(module: nn.Module) -> None:
+    """Memory for everything on the meta device, for weights that others have made."""
+    made: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        _make(part, made)
 
 
 def keep_trained(hosted: HostedExperts) -> None:
-    """``fit`` is over: trained weights of Parameters on the meta device stay in shards, and Parameters know where."""
+    """``fit`` is over: trained weights of Parameters on the meta device stay in shards, and Parameters know where.
+
+    So do copies of them. What would take them for weights is refused.
+    """
     for param in hosted.originals.values():
         if param.is_meta:
-            setattr(param, _TRAINED, hosted)
+            _mark(param, hosted)
+    module = hosted.experts.module
+    if _GUARDED not in vars(module):
+        setattr(module, _GUARDED, True)
+        module.register_state_dict_post_hook(_refuse_state_dict)
+        module.register_load_state_dict_pre_hook(_refuse_load)
+
+
+def _mark(param: nn.Parameter, hosted: HostedExperts) -> None:
+    setattr(param, _TRAINED, hosted)
+    # As methods of this very Parameter: a class of its own would be no plain Parameter to torch.
+    vars(param)["__deepcopy__"] = partial(_copy, param)
+    vars(param)["__reduce_ex__"] = _refuse_pickle
+
+
+def _copy(param: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+    """For ``copy.deepcopy``: the weights are where those of the original are."""
+    copied = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+    hosted = trained_by(param)
+    if hosted is not None:
+        _mark(copied, hosted)
+    memo[id(param)] = copied
+    return copied
+
+
+def _refuse_pickle(protocol: Any) -> Any:
+    raise RuntimeError(f"experts cannot be pickled: {_IN_PARTS}")
+
+
+def _refuse_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not _reading.get() and is_trained(module):
+        raise RuntimeError(f"{prefix.rstrip('.')} has no weights for a state_dict: {_IN_PARTS}")
+
+
+def _refuse_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not _reading.get() and is_trained(module):
+        raise RuntimeError(f"{prefix.rstrip('.')} has no memory for a state_dict: {_IN_PARTS}")
+
+
+@contextmanager
+def knowing_of_parts() -> Iterator[None]:
+    """Whoever reads or writes state dicts in here knows that experts may have no memory."""
+    token = _reading.set(True)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
 
 
 def trained_by(param: nn.Parameter) -> HostedExperts | None:
@@ -196,11 +269,11 @@ def trained_by(param: nn.Parameter) -> HostedExperts | None:
     return getattr(param, _TRAINED, None)
 
 
-def forget_trained(experts: ExpertMLPs) -> None:
+def forget_trained(params: Iterable[nn.Parameter]) -> None:
     """Others have their weights now."""
-    for param in experts.module.parameters():
-        if hasattr(param, _TRAINED):
-            delattr(param, _TRAINED)
+    for param in params:
+        for name in (_TRAINED, "__deepcopy__", "__reduce_ex__"):
+            vars(param).pop(name, None)
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -230,18 +303,28 @@ def _unset(like: Tensor) -> Tensor:
     return torch.full_like(like, math.nan if like.is_floating_point() else 0, device="cpu", requires_grad=False)
 
 
-def _initialize(part: nn.Module, fresh: set[nn.Module]) -> None:
+def _initialize(part: nn.Module, fresh: set[nn.Module], unset: set[Tensor]) -> None:
+    """``unset``: tensors that nobody has written to yet. All others keep their values."""
     if not any(inner in fresh for inner in part.modules()):
         return
     initialize = getattr(part, "initialize_weights", None)  # of a model of transformers: all that is in it
     if callable(initialize):
-        initialize()
+        _run_on(initialize, [*part.parameters(), *part.buffers()], unset)
         return
     for child in part.children():
-        _initialize(child, fresh)
+        _initialize(child, fresh, unset)
     reset = getattr(part, "reset_parameters", None)
     if part in fresh and callable(reset):
-        reset()
+        _run_on(reset, [tensor for _, tensor in _own_tensors(part)], unset)
+
+
+def _run_on(initialize: Callable[[], Any], tensors: Iterable[Tensor], unset: set[Tensor]) -> None:
+    """Of tied Parameters the first module's values stay, as where the others let go of their own."""
+    kept = [(tensor, tensor.clone()) for tensor in tensors if tensor not in unset and not tensor.is_meta]
+    initialize()
+    for tensor, value in kept:
+        tensor.copy_(value)
+    unset.difference_update(tensors)
 
 
 def _load_saved(module: nn.Module, name: str, part: nn.Module) -> None:
@@ -258,9 +341,11 @@ def _own_tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
     return [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
 
 
-def _check_initialized(name: str, part: nn.Module) -> None:
+def _check_initialized(name: str, part: nn.Module, untouched: Mapping[Tensor, int]) -> None:
+    """``untouched``: version counters of tensors before anybody could write to them."""
     for key, tensor in _own_tensors(part):
-        if tensor.is_floating_point() and tensor.isnan().any():
+        is_unset = tensor in untouched and tensor._version == untouched[tensor]
+        if is_unset or (tensor.is_floating_point() and tensor.isnan().any()):
             raise ValueError(
                 f"{name}.{key} was built on the meta device and nobody initialises it: give {type(part).__name__} a "
                 "method reset_parameters() that does, or build it outside of torch.device('meta')"

@@ -25,7 +25,7 @@ from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, SavedWhole
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
-from lightning_swiftmoe.parallel.meta_start import FirstWeights, forget_trained, materialize_experts
+from lightning_swiftmoe.parallel.meta_start import FirstWeights, materialize_experts
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.parallel.row_exchange import RowExchange, TokenBound
 from lightning_swiftmoe.parallel.shard_exchange import ShardExchangeFactory
@@ -249,7 +249,6 @@ def build_layers(
             masters={key: masters[n] for key, _ in parameters if (n := f"{prefix}.{key}") in masters},
             source=FirstWeights(module, moe.experts, prefix, seed, parallelism.state),
         )
-        forget_trained(moe.experts)
         layer = ExpertLayer(name, moes, cluster, hosted)
         _attach(layer, parallelism, rule)
         layers.append(layer)

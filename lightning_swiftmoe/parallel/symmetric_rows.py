@@ -167,6 +167,7 @@ class SymmetricRows(RowExchange):
         self._recording_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._desks: dict[str, _Desk] = {}
         self._still_read: int | None = None
+        self._captured: list[object] = []  # what graphs of users work on, whatever takes its place here
         # How many rows travel is known on the device alone, and when they do to graphs alone.
         communicator.meter.leave_out("dispatch", "combine", "transient_copies")
 
@@ -194,6 +195,8 @@ class SymmetricRows(RowExchange):
         else:
             inputs = _Inputs.like(routed, tables)
             inputs.tables.copy_(tables.packed)
+        if is_capturing(self.device):
+            self._captured += [buffers, all_counts]
         usual = tables.usual_rows(most // num_ranks, tile)
         kept_rows = most_rows if usual is None else min(usual, most_rows)
         trip = SymmetricTrip(
@@ -218,6 +221,8 @@ class SymmetricRows(RowExchange):
         known = self._workspaces.get(key)
         if known is None or known.shape[0] < rows:
             known = self._workspaces[key] = torch.empty(rows, width, dtype=dtype, device=self.device)
+        if is_capturing(self.device):
+            self._captured.append(known)
         return known[:rows]
 
     def _desk_of(self, name: str) -> _Desk:

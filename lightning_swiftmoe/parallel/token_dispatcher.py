@@ -119,6 +119,7 @@ class DeviceDispatcher:
         self._number = register(self)
         self._anchor = torch.zeros((), requires_grad=True)
         self._kept: dict[int, KeptByTicket] = {}
+        self._kept_in_step = 0
         self._captured: dict[float | None, PlacementTables] = {}
 
     def __call__(
@@ -224,7 +225,8 @@ class DeviceDispatcher:
         keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """See ``CompiledDispatcher``."""
-        if self.layer.hosted.forwards_since_step == 0 and not in_backward():
+        if self._kept_in_step != self.layer.hosted.num_steps:
+            self._kept_in_step = self.layer.hosted.num_steps
             self._kept.clear()  # of forwards that nobody went back through
         routing = Routing(topk_idx, topk_weights, counts, counts, counts)
         trip, *fixed = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype)

@@ -66,8 +66,8 @@ class ReadSlice:
 def test_ranks_together_read_every_number_once(saved, monkeypatch):
     model, folder = saved
     counts = {}
-    opened = saved_weights._opened
-    monkeypatch.setattr(saved_weights, "_opened", lambda path: Reader(opened(path), counts))
+    open_file = saved_weights.open_file
+    monkeypatch.setattr(saved_weights, "open_file", lambda path: Reader(open_file(path), counts))
     weights = meta_model(folder).swiftmoe_weights
     for name, tensor in model.state_dict().items():
         if is_of_experts(name, tensor):
@@ -137,12 +137,30 @@ def test_what_a_folder_lacks(tmp_path):
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, {"format": "pt"})
-    saved_weights._opened.cache_clear()
     with pytest.raises(
         ValueError, match=r"lacks model\.norm\.weight and 0 more of the 25 tensors of Qwen3MoeForCausalLM"
     ):
         meta_model(tmp_path)
     file.unlink()
-    saved_weights._opened.cache_clear()
     with pytest.raises(ValueError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors"):
+        meta_model(tmp_path)
+
+
+def test_a_folder_that_is_saved_again_is_read_again(tmp_path):
+    model = model_of("qwen3_moe", "eager", torch.float32)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        weights = meta_model(tmp_path, dtype="auto").swiftmoe_weights
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(weights.whole(name), tensor)
+            tensor += 1
+
+
+def test_a_configuration_of_another_model(tmp_path):
+    model_of("qwen3_moe", "eager", torch.float32).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"moe_intermediate_size": 12', '"moe_intermediate_size": 10'))
+    with pytest.raises(
+        ValueError, match=r"experts\.\w+ in tensors of .* wants .*: its config\.json is of another model"
+    ):
         meta_model(tmp_path)
