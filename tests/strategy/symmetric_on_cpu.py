@@ -161,6 +161,20 @@ class CompiledTwice(Compiled, Twice):
     pass
 
 
+class CompiledFrozenTwice(CompiledTwice):
+    """MoE layers are frozen and in eval mode, as a pretrained part often is; what is dense trains through them."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.moes.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([param for param in self.parameters() if param.requires_grad], lr=0.1)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.moes.eval()
+
+
 class CompiledExperts(Compiled, Net):
     """Nothing in front of the first experts wants a gradient, but they do."""
 
@@ -222,6 +236,7 @@ CASES = {
     "growing": {"module": Growing},
     "compiled_twice": {"module": CompiledTwice},
     "compiled_experts": {"module": CompiledExperts},
+    "compiled_frozen_twice": {"module": CompiledFrozenTwice},
     "self_taught": {"module": SelfTaught},
     "half_frozen": {"module": HalfFrozen},
     "edits_before_backward": {"module": EditsBeforeBackward},

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
     ("num_ranks", "cases"),
     [
         (2, "accumulate swiglu_every_loss spilling_half_frozen compiled_experts"),
-        (2, "twice spilling_growing self_taught"),
+        (2, "compiled_frozen_twice twice spilling_growing self_taught"),
         (3, "half_frozen copies_edits_before_backward spilling_checkpointed compiled_twice"),
     ],
 )
