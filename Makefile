@@ -6,14 +6,18 @@ STAMP := $(VENV)/.installed
 # tests wrap those models; what both need of torch is in the environment.
 TRANSFORMERS := $(VENV)/transformers
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test exhaustive lint format clean
 
 quickstart: $(STAMP)  ## set up and train the quickstart recipe
 	$(BIN)/swiftmoe train recipes=quickstart
 
-test: lint $(TRANSFORMERS)/.installed  ## set up and run every check
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 tests/hf
+test: lint $(TRANSFORMERS)/.installed  ## set up and run every check, in 15 minutes on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not exhaustive'
+	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 -m 'not exhaustive' tests/hf
+
+exhaustive: $(TRANSFORMERS)/.installed  ## what these checks show, in more ways
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exhaustive
+	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 -m exhaustive tests/hf
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

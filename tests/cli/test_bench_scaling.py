@@ -23,6 +23,7 @@ def scale(folder, *args):
     return json.loads((folder / "scaling.json").read_text()), text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_it_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_systems_train_alike(tmp_path):
     assert "ours_ep: mean" in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_rounds_add_up_beside_a_peer_that_fails(tmp_path):
@@ -66,6 +67,7 @@ def test_other_projects_train_alike(tmp_path, peer):
     assert found["systems"][peer]["losses"] == pytest.approx(found["systems"]["ours_ep"]["losses"], rel=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_systems_race_to_a_loss_on_text(tmp_path):

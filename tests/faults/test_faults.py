@@ -25,6 +25,7 @@ def test_the_first_step_has_second_owners(tmp_path, expected):
     assert faults_of(Trial(replace(trial.plan, killed=(0, 0, "forward")), "fork", 1), expected, tmp_path) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(200)
 def test_expert_groups_are_each_others_second_owners(tmp_path, expected):
     trial = Trial.of(4, tmp_path, ("fork",), redundancy=2)
@@ -34,6 +35,6 @@ def test_expert_groups_are_each_others_second_owners(tmp_path, expected):
 
 # Killed while saving, and between two steps.
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("seed", "launcher"), [(1, "fork"), (2, "popen")])
+@pytest.mark.parametrize(("seed", "launcher"), [pytest.param(1, "fork", marks=pytest.mark.exhaustive), (2, "popen")])
 def test_nothing_is_lost(tmp_path, expected, seed, launcher):
     assert faults_of(Trial.of(seed, tmp_path, (launcher,)), expected, tmp_path) == []
