@@ -11,7 +11,7 @@ TRANSFORMERS := $(VENV)/transformers
 quickstart: $(STAMP)  ## set up and train the quickstart recipe
 	$(BIN)/swiftmoe train recipes=quickstart
 
-test: lint $(TRANSFORMERS)/.installed  ## set up and run every check, in 15 minutes on two cores
+test: lint $(TRANSFORMERS)/.installed  ## set up and run the checks
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not exhaustive'
 	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 -m 'not exhaustive' tests/hf
 

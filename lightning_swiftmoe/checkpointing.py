@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.meta_start import (
+    all_trained,
     experts_without_memory,
     forget_trained,
     has_meta,
@@ -276,13 +277,12 @@ class CheckpointingStrategy(DDPStrategy):
     def _with_trained_weights(self, state: dict[str, Any]) -> dict[str, Any]:
         """``state`` with experts that are in parts since ``fit`` ended, complete on rank 0. Collective."""
         gathered: dict[nn.Parameter, Tensor | None] = {}  # tied ones once
-        with self._ranks_of(self._module) as parallelism:
+        with self._ranks_for(all_trained(self._module)):
             for name, param in self._module.named_parameters(remove_duplicate=False):
                 hosted = trained_by(param)
                 if hosted is None:
                     continue
                 if param not in gathered:
-                    hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
                     key = name.rpartition(".")[2]
                     part = hosted.local(key)
                     if self.sharded:
@@ -297,11 +297,12 @@ class CheckpointingStrategy(DDPStrategy):
         return state
 
     @contextmanager
-    def _ranks_of(self, module: LightningModule) -> Iterator[Parallelism]:
-        """In the expert groups that the trained experts of ``module`` are in parts in, for the moment."""
-        found = (trained_by(param) for param in module.parameters())
-        size = next(hosted.group_size for hosted in found if hosted is not None)
+    def _ranks_for(self, experts: Collection[HostedExperts]) -> Iterator[Parallelism]:
+        """Process groups for the moment, of experts that are in parts since ``fit``: those of then are gone."""
+        size = next(iter(experts)).group_size
         parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=size)
+        for hosted in experts:
+            hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
         yield parallelism
         parallelism.close()
 
@@ -319,7 +320,7 @@ class CheckpointingStrategy(DDPStrategy):
         seed: int = self.broadcast(getattr(self._module, "meta_seed", torch.initial_seed()))
         materialize_dense(self._module, seed)
         if experts and is_trained(self._module):
-            with self._ranks_of(self._module) as parallelism:
+            with self._ranks_for(all_trained(self._module)) as parallelism:
                 materialize_experts(self._module, seed, parallelism.state)
         elif experts:
             materialize_experts(self._module, seed, Communicator(None, self.root_device))
@@ -355,7 +356,7 @@ class CheckpointingStrategy(DDPStrategy):
             for key, _ in moe.experts.module.named_parameters()
             if (k := f"{experts_name(name, moe)}.{key}") in state
         }
-        without_memory = {name for name, param in self._module.named_parameters() if param.is_meta}
+        without_memory = experts_without_memory(self._module)
         if without_memory:
             rest = {name: value for name, value in state.items() if name not in without_memory}
             checkpoint, strict = {**checkpoint, "state_dict": rest}, False  # checked already
@@ -387,15 +388,12 @@ class CheckpointingStrategy(DDPStrategy):
 
     @contextmanager
     def _ranks_after_fit(self) -> Iterator[None]:
-        """Optimizer state is still sharded after ``fit``, but its process groups are gone: make some for the moment."""
+        """Optimizer state is still sharded after ``fit``."""
         if self.engine is not None or not self._experts:
             yield
             return
-        parallelism = Parallelism.on(self.root_device, self._timeout, expert_parallel_size=self.expert_parallel_size)
-        for hosted in self._experts.values():
-            hosted.communicator, hosted.replicas = parallelism.state, parallelism.state_replicas
-        yield
-        parallelism.close()
+        with self._ranks_for(self._experts.values()):
+            yield
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

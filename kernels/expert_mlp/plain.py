@@ -50,8 +50,8 @@ def hidden_grad_gemm(
     """
     grad_hidden = rows_gemm(grad_rows, down_proj, layout, transposed=False)
     scale = torch.where(layout.order >= 0, weights, 0)
-    new_grad_pre, scaled, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
-    return new_grad_pre, scaled, grad_scale.unsqueeze(0)
+    grad_pre, scaled, grad_scale = activation_backward(pre, grad_hidden, scale, activation)
+    return grad_pre, scaled, grad_scale.unsqueeze(0)
 
 
 def weight_gemm(

@@ -8,6 +8,7 @@ Shape legend: P rows of a `RowLayout`, R residents, d model width, h hidden widt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class Spill:
     def num_kept(self) -> int:
         """Rows, used or not, before the rest."""
         return self.kept.allocated_rows
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Of all rows, those that are kept and the rest."""
+        return slice(self.num_kept), slice(self.num_kept, None)
 
 
 def _check_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -95,10 +101,9 @@ def forward_rows(
         pre, hidden = gemm.up_gemm(rows, up_proj, layout, activation, workspace)
     else:
         hidden = _memory_for_hidden(workspace)
-        num_kept = spill.num_kept
-        pre, first = gemm.up_gemm(rows[:num_kept], up_proj, spill.kept, activation, hidden[:num_kept])
-        _moved(first, hidden[:num_kept])
-        _up_of_rest(rows, up_proj, activation, path, hidden, spill)
+        kept, rest = spill.slices
+        pre = _up_to_place(gemm, rows[kept], up_proj, spill.kept, activation, hidden[kept])
+        _up_to_place(gemm, rows[rest], up_proj, spill.rest, activation, hidden[rest], spill.memory[rest])
     return gemm.rows_gemm(hidden, down_proj, layout, True, out), pre
 
 
@@ -108,12 +113,18 @@ def _memory_for_hidden(workspace: Tensor | None) -> Tensor:
     return workspace
 
 
-def _up_of_rest(rows: Tensor, up_proj: Tensor, activation: str, path: str, hidden: Tensor, spill: Spill) -> Tensor:
-    """Hidden values of the rows that are not kept, to their place; pre-activations, in the spill's memory."""
-    rest = slice(spill.num_kept, None)
-    memory = spill.memory[rest]
-    pre, values = gemms(path).up_gemm(rows[rest], up_proj, spill.rest, activation, hidden[rest], memory)
-    _moved(values, hidden[rest])
+def _up_to_place(
+    gemm: ModuleType,
+    rows: Tensor,
+    up_proj: Tensor,
+    layout: RowLayout,
+    activation: str,
+    hidden: Tensor,
+    pre: Tensor | None = None,
+) -> Tensor:
+    """`up_gemm` whose hidden values come to `hidden` in any case; its pre-activations."""
+    pre, values = gemm.up_gemm(rows, up_proj, layout, activation, hidden, pre)
+    _moved(values, hidden)
     return pre
 
 
@@ -158,8 +169,10 @@ def input_gradients(
     else:
         assert rows is not None
         grad_pre, scaled_hidden = spill.memory, _memory_for_hidden(workspace)
-        pre_of_rest = _up_of_rest(rows, up_proj, activation, path, scaled_hidden, spill)
-        kept, rest = slice(0, spill.num_kept), slice(spill.num_kept, None)
+        kept, rest = spill.slices
+        pre_of_rest = _up_to_place(
+            gemm, rows[rest], up_proj, spill.rest, activation, scaled_hidden[rest], spill.memory[rest]
+        )
         sums = []
         for part, part_layout, part_pre in ((kept, spill.kept, pre), (rest, spill.rest, pre_of_rest)):
             grads, hidden, partials = gemm.hidden_grad_gemm(

@@ -100,9 +100,9 @@ class SavedWeights:
             return
         numbers = {len(keys) for keys in sources.values()}
         if numbers == {1}:
-            ((key,),) = sources.values()
-            for expert in range(self._slice(key).get_shape()[0]):
-                chunk = {pattern: [self._slice(key)[expert : expert + 1]] for pattern in sources}
+            num_experts = self._slice(next(iter(sources.values()))[0]).get_shape()[0]
+            for expert in range(num_experts):
+                chunk = {pattern: [self._slice(key)[expert : expert + 1]] for pattern, (key,) in sources.items()}
                 yield self._converted(name, chunk)[:, rows]
             return
         if len(numbers) > 1:

@@ -24,14 +24,12 @@ class CompiledDispatcher(Protocol):
     def op_forward(
         self,
         x_TD: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        counts: Tensor,
+        routing: Routing,
         capacity_factor: float | None,
         dtype: torch.dtype,
         keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Results, the counts of all ranks, their loads, and the ticket."""
+        """Results, the counts of all ranks, their loads, and the ticket. Nobody asks for sums of ``routing``."""
         ...
 
     def op_backward(self, grad_y: Tensor, x_TD: Tensor, ticket: int) -> tuple[Tensor, Tensor]:
@@ -80,9 +78,9 @@ def _forward(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y_TD, all_counts, rank_load, ticket = _dispatchers[number].op_forward(
-        x_TD, topk_idx, topk_weights, counts, capacity_factor, dtype, keeps
-    )
+    routing = Routing(topk_idx, topk_weights, counts, counts, counts)
+    dispatcher = _dispatchers[number]
+    y_TD, all_counts, rank_load, ticket = dispatcher.op_forward(x_TD, routing, capacity_factor, dtype, keeps)
     return y_TD, all_counts.clone(), rank_load.clone(), torch.tensor(ticket)
 
 
@@ -95,9 +93,7 @@ def _(
     anchor: Tensor,
     number: int,
     num_ranks: int,
-    capacity_factor: float | None,
-    dtype: torch.dtype,
-    keeps: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     all_counts = counts.new_empty(num_ranks, counts.shape[0])

@@ -276,9 +276,15 @@ def forget_trained(params: Iterable[nn.Parameter]) -> None:
             vars(param).pop(name, None)
 
 
+def all_trained(module: nn.Module) -> list[HostedExperts]:
+    """Who has trained weights of ``module`` that are on the meta device, in the same order on every rank."""
+    found = map(trained_by, module.parameters())
+    return list(dict.fromkeys(hosted for hosted in found if hosted is not None))
+
+
 def is_trained(module: nn.Module) -> bool:
-    """Whether somebody has trained weights of ``module`` that are on the meta device; the same on every rank."""
-    return any(trained_by(param) is not None for param in module.parameters())
+    """Whether anybody has."""
+    return bool(all_trained(module))
 
 
 def _make(part: nn.Module, made: dict[Tensor, Tensor]) -> bool:

@@ -10,7 +10,7 @@ Shape suffixes: T tokens, D hidden size, E experts, K top-k, N ranks, R rows rec
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from lightning_swiftmoe.parallel.borrowed_experts import Loans, borrow
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.compiled_dispatch import KeptByTicket, dispatch_compiled, register
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
-from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere
+from lightning_swiftmoe.parallel.experts_elsewhere import ExpertsElsewhere, GradientSink
 from lightning_swiftmoe.parallel.row_exchange import PlacementTables, Routed, RowExchange, RowTrip
 from lightning_swiftmoe.placement import TokenRule, plan_dispatch
 from lightning_swiftmoe.placement.placement import IntArray
@@ -131,9 +131,9 @@ class DeviceDispatcher:
         if torch.compiler.is_compiling():
             known = self._anchor, self._number, self.num_processes
             return dispatch_compiled(x_TD, routing, *known, capacity_factor, dtype)
-        trip, *fixed = self._prepare(x_TD, routing, experts, capacity_factor, dtype)
-        y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, *fixed)
-        return y_TD, trip.counts, trip.rank_load
+        given = self._prepare(x_TD, routing, experts, capacity_factor, dtype)
+        y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, *given)
+        return y_TD, given.trip.counts, given.trip.rank_load
 
     @property
     def _lends_elsewhere(self) -> bool:
@@ -146,8 +146,7 @@ class DeviceDispatcher:
         experts: ExpertMLPs,
         capacity_factor: float | None,
         dtype: torch.dtype,
-    ) -> tuple[Any, ...]:
-        """The trip, and what ``ExpertsElsewhere`` takes beside tokens and gate weights."""
+    ) -> _Given:
         captured = is_capturing(x_TD.device)
         if captured:
             self._check_capture(experts, dtype)
@@ -158,7 +157,7 @@ class DeviceDispatcher:
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], dtype)
         trip = self._trip(routed, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())
-        return trip, up, down, trip, experts.activation, _ResidentGradients(self.layer, experts)
+        return _Given(up, down, trip, experts.activation, _ResidentGradients(self.layer, experts))
 
     def _check_capture(self, experts: ExpertMLPs, dtype: torch.dtype) -> None:
         """Refuse what replays would do wrong.
@@ -217,9 +216,7 @@ class DeviceDispatcher:
     def op_forward(
         self,
         x_TD: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        counts: Tensor,
+        routing: Routing,
         capacity_factor: float | None,
         dtype: torch.dtype,
         keeps: bool,
@@ -228,11 +225,10 @@ class DeviceDispatcher:
         if self._kept_in_step != self.layer.hosted.num_steps:
             self._kept_in_step = self.layer.hosted.num_steps
             self._kept.clear()  # of forwards that nobody went back through
-        routing = Routing(topk_idx, topk_weights, counts, counts, counts)
-        trip, *fixed = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype)
-        up, down = fixed[:2]
-        kept = KeptByTicket((keeps, keeps, keeps and up.requires_grad, keeps and down.requires_grad))
-        y_TD = ExpertsElsewhere.forward(kept, x_TD, topk_weights, *fixed)
+        given = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype)
+        trip = given.trip
+        kept = KeptByTicket((keeps, keeps, keeps and given.up.requires_grad, keeps and given.down.requires_grad))
+        y_TD = ExpertsElsewhere.forward(kept, x_TD, routing.topk_weights, *given)
         ticket = next(_tickets)
         if keeps:
             self._kept[ticket] = kept
@@ -265,6 +261,16 @@ class DeviceDispatcher:
                 device, placement, capacity_factor, self.rule, self.layer.hosted.transient_copies
             )
         return known
+
+
+class _Given(NamedTuple):
+    """What ``ExpertsElsewhere`` takes beside tokens and gate weights."""
+
+    up: Tensor
+    down: Tensor
+    trip: RowTrip
+    activation: str
+    sink: GradientSink
 
 
 class _ResidentGradients:
