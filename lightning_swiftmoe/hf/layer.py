@@ -189,7 +189,7 @@ class ExpertsLayer:
     def _add_load(self, counts: Tensor, rank_load: Tensor) -> None:
         everywhere = None if self._all_groups is None else self._all_groups.add_up(counts)
         no_loss = torch.zeros((), dtype=torch.float64, device=counts.device)
-        load = LayerLoad(counts, rank_load, no_loss, everywhere=everywhere)
+        load = LayerLoad.of_one_forward(counts, rank_load, no_loss, everywhere)
         self._load = load if self._load is None else self._load + load
 
 

@@ -18,15 +18,22 @@ class LayerLoad:
         counts: ``[N, E]`` int64 assignments routed by each rank, before drops.
         rank_load: ``[N]`` int64 assignments processed by each rank, after drops.
         aux_loss: this rank's share of the load-balance loss, summed over ``num_forwards`` passes; detached.
-        num_forwards: passes added up.
+        num_forwards: passes added up, like ``aux_loss``: of a number torch.compile would make a graph for each value.
         everywhere: ``[E]`` assignments routed by the ranks of all expert groups; None: ``counts`` has them all.
     """
 
     counts: Tensor
     rank_load: Tensor
     aux_loss: Tensor
-    num_forwards: int = 1
+    num_forwards: Tensor
     everywhere: Tensor | None = None
+
+    @classmethod
+    def of_one_forward(
+        cls, counts: Tensor, rank_load: Tensor, aux_loss: Tensor, everywhere: Tensor | None = None
+    ) -> LayerLoad:
+        """One pass."""
+        return cls(counts, rank_load, aux_loss, torch.ones_like(aux_loss), everywhere)
 
     @property
     def by_expert(self) -> Tensor:
@@ -47,7 +54,8 @@ class LayerLoad:
 def no_load(num_ranks: int, num_experts: int, device: torch.device) -> LayerLoad:
     """Of a step without a forward."""
     counts = torch.zeros(num_ranks, num_experts, dtype=torch.int64, device=device)
-    return LayerLoad(counts, counts.sum(dim=1), counts.sum().double(), num_forwards=0)
+    zero = counts.sum().double()
+    return LayerLoad(counts, counts.sum(dim=1), zero, num_forwards=zero)
 
 
 def in_backward() -> bool:
@@ -96,7 +104,7 @@ class HostLoads:
         if not loads:
             return
         integers = torch.cat([part for load in loads for part in (load.counts.flatten(), load.rank_load)])
-        losses = torch.cat([load.aux_loss.view(1) for load in loads])
+        losses = torch.cat([part.view(1) for load in loads for part in (load.aux_loss, load.num_forwards)])
         # Counts are exact in fp64 up to 2^53.
         flat = torch.cat([integers.double(), losses.double()])
         if flat.device.type == "cuda":
@@ -115,16 +123,16 @@ class HostLoads:
             self._event.synchronize()
         # One conversion for all layers: what is left for each of them are views.
         flat = self._flat.numpy()
-        num_integers = flat.size - len(self._loads)
+        num_integers = flat.size - 2 * len(self._loads)
         integers = flat[:num_integers].astype(np.int64)
-        losses = flat[num_integers:].tolist()
+        losses = flat[num_integers:].reshape(-1, 2).tolist()
         on_host, start = [], 0
-        for load, loss in zip(self._loads, losses, strict=True):
+        for load, (aux_loss, num_forwards) in zip(self._loads, losses, strict=True):
             num_ranks, num_experts = load.counts.shape
             middle = start + num_ranks * num_experts
             end = middle + num_ranks
             counts = integers[start:middle].reshape(num_ranks, num_experts)
-            on_host.append(HostLoad(counts, integers[middle:end], loss, load.num_forwards))
+            on_host.append(HostLoad(counts, integers[middle:end], aux_loss, int(num_forwards)))
             start = end
         return on_host
 

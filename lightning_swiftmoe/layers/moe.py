@@ -176,7 +176,7 @@ class MoE(nn.Module):
         aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, routed, self.top_k, num_processes)
         if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
-            load = LayerLoad(counts, rank_load, self.aux_loss, everywhere=everywhere)
+            load = LayerLoad.of_one_forward(counts, rank_load, self.aux_loss, everywhere)
             self._load = load if self._load is None else self._load + load
         if self.aux_loss_coef == 0 and self.z_loss_coef == 0:
             return y_TD

@@ -91,6 +91,7 @@ class Compiled(Net):
 
     def __init__(self, job):
         super().__init__(job)
+        torch.compiler.reset()  # graphs of earlier fits in this process count towards torch's limit
         options = {} if DEVICE == "cuda" else {"backend": "aot_eager"}
         self.compiled = torch.compile(super().loss, fullgraph=DEVICE == "cuda", **options)
 

@@ -15,6 +15,7 @@ class Captured(Net):
     """Validation replays what the first validation captured, and runs the layers themselves beside it."""
 
     graph = None
+    larger = False
 
     def validation_step(self, batch, batch_idx):
         x = torch.tanh(self.inp(batch[0])) * (1 + self.global_step)
@@ -25,6 +26,9 @@ class Captured(Net):
             # Watchdogs ask for their events in other threads.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self._layers(self.given)
+        if self.larger:
+            # More room is made, while the graph goes on in what it was captured with.
+            self._layers(torch.cat([x] * (2 + len(self.seen) % 3)))
         self.given.copy_(x)
         self.result.zero_()
         self.graph.replay()
@@ -34,6 +38,12 @@ class Captured(Net):
         for moe in self.moes:
             x = x + moe(x)
         return x
+
+
+class CapturedAmongLarger(Captured):
+    """Between the replays come larger batches than the captured one."""
+
+    larger = True
 
 
 class Comparisons(pl.Callback):
@@ -49,11 +59,12 @@ def validate_replays(job):
 
 
 @pytest.mark.parametrize("transport", ["symmetric"])
+@pytest.mark.parametrize("module", [Captured, CapturedAmongLarger])
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 @pytest.mark.parametrize(("width", "moe"), [(64, HOPPER), (24, {"ffn_size": 40})], ids=["hopper", "grouped_mm"])
-def test_replays_follow_weights_and_placements(two, transport, width, moe, capacity_factor):
+def test_replays_follow_weights_and_placements(two, transport, module, width, moe, capacity_factor):
     moe = {**moe, "capacity_factor": capacity_factor}
-    job = GpuJob(width=width, moe=moe, module=Captured, precision="bf16-mixed", transport=transport, validates=True)
+    job = GpuJob(width=width, moe=moe, module=module, precision="bf16-mixed", transport=transport, validates=True)
     for seen, placements in two.run(validate_replays, job):
         assert [same for _, same, _ in seen] == [True] * len(seen)
         assert len({size for *_, size in seen}) > 4  # weights changed

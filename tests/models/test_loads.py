@@ -8,7 +8,8 @@ from lightning_swiftmoe.layers.load import HostLoads, LayerLoad, no_load
 
 def some_load(num_ranks, num_experts, dtype, num_forwards):
     counts = torch.randint(2**40, (num_ranks, num_experts))
-    return LayerLoad(counts, torch.randint(2**40, (num_ranks,)), torch.rand((), dtype=dtype), num_forwards)
+    aux_loss = torch.rand((), dtype=dtype)
+    return LayerLoad(counts, torch.randint(2**40, (num_ranks,)), aux_loss, torch.full_like(aux_loss, num_forwards))
 
 
 def test_layers_of_any_shape_and_dtype():
