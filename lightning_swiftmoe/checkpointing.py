@@ -64,6 +64,8 @@ from lightning_swiftmoe.parallel.meta_start import (
     trained_by,
 )
 from lightning_swiftmoe.parallel.setup import Parallelism
+from lightning_swiftmoe.parallel.sharded import ShardHolder
+from lightning_swiftmoe.parallel.sharded_dense import ShardedDense
 from lightning_swiftmoe.redundancy import STEPS_TAKEN, Assembled
 
 _FORMATS = ("full", "sharded")
@@ -102,6 +104,7 @@ class CheckpointingStrategy(DDPStrategy):
         self.engine: ExpertEngine | None = None
         self.parallelism: Parallelism | None = None
         self._experts: dict[str, HostedExperts] = {}
+        self._dense: ShardedDense | None = None
         self._masters: dict[str, Tensor | SavedWeight] = {}
         self._left: dict[str, SavedWeight] = {}  # weights in a folder that nobody has read yet
         self._before_loading: Snapshot | None = None
@@ -272,7 +275,13 @@ class CheckpointingStrategy(DDPStrategy):
             return self._with_trained_weights(state)
         if self.sharded:
             return sharded_weights(state)
-        return state if self.engine is None else full_weights(state, self._experts)
+        return state if self.engine is None else full_weights(state, self._holders)
+
+    @property
+    def _holders(self) -> dict[str, ShardHolder]:
+        """Whoever has parts of Parameters, by name in the user's module."""
+        dense = {} if self._dense is None else {"": self._dense}
+        return {**self._experts, **dense}
 
     def _with_trained_weights(self, state: dict[str, Any]) -> dict[str, Any]:
         """``state`` with experts that are in parts since ``fit`` ended, complete on rank 0. Collective."""
@@ -339,7 +348,7 @@ class CheckpointingStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         on_all_ranks(lambda: self._check_checkpoint(checkpoint, strict))
         if self.engine is not None:
-            load_full_weights(self._module, checkpoint["state_dict"], self._experts, strict)
+            load_full_weights(self._module, checkpoint["state_dict"], self._holders, strict)
             self.engine.weights_changed()
             return
         self.fill_in(experts=self._trainer.state.fn != TrainerFn.FITTING)
@@ -378,13 +387,13 @@ class CheckpointingStrategy(DDPStrategy):
         if self.sharded:
             return sharded_optimizer_state(optimizer, {param: name for name, param in self._module.named_parameters()})
         with self._ranks_after_fit():
-            return full_optimizer_state(optimizer, owners(self._experts))
+            return full_optimizer_state(optimizer, owners(self._holders))
 
     def full_values(self, parts: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
         """What a callback keeps of every Parameter, canonical; see ``full_parts``. Collective; complete on rank 0."""
         self._refuse_after_failure()
         with self._ranks_after_fit():
-            return full_parts(parts, self._experts, everywhere=everywhere)
+            return full_parts(parts, self._holders, everywhere=everywhere)
 
     @contextmanager
     def _ranks_after_fit(self) -> Iterator[None]:
@@ -401,7 +410,7 @@ class CheckpointingStrategy(DDPStrategy):
         names = {param: name for name, param in self._module.named_parameters()}
         described = [state.described() if isinstance(state, SavedOptimizer) else state for state in states]
         on_all_ranks(lambda: check_optimizer_states(self.optimizers, described, names))
-        of = owners(self._experts)
+        of = owners(self._holders)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             if not isinstance(state, SavedOptimizer):
                 load_full_optimizer_state(optimizer, of, state)
@@ -427,7 +436,7 @@ class CheckpointingStrategy(DDPStrategy):
         self.going_on = None
 
     def _refuse_after_failure(self) -> None:
-        if not self._experts or self._ends_together:
+        if not self._holders or self._ends_together:
             return
         if self._trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(

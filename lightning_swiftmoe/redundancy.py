@@ -27,6 +27,7 @@ from lightning_swiftmoe.checkpoint.io import local_path
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in
 from lightning_swiftmoe.parallel.copies_aside import CopiesAside
 from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
 from lightning_swiftmoe.parallel.setup import Parallelism
 from lightning_swiftmoe.parallel.shard_copies import ShardCopies, sharded
 from lightning_swiftmoe.rescue import Rescue, Survivors
@@ -73,7 +74,7 @@ class Redundancy:
         trainer: Trainer,
         parallelism: Parallelism,
         optimizers: Sequence[Optimizer],
-        of: Mapping[nn.Parameter, Owner],
+        of: Mapping[nn.Parameter, tuple[HostedExperts, str]],
         dump: Callable[[Assembled], dict[str, Any]],
     ) -> None:
         assert parallelism.control is not None

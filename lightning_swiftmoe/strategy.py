@@ -54,6 +54,7 @@ from lightning_swiftmoe.launcher import SIGNAL_EXIT, ForkLauncher, ScriptLaunche
 from lightning_swiftmoe.layers.layer import MoELayer, experts_name
 from lightning_swiftmoe.optim import (
     check_optimizers,
+    check_steps_on_shards,
     on_local_tensors,
     shared_scaler,
     unscale,
@@ -68,6 +69,7 @@ from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.meta_start import experts_without_memory, keep_trained, without_meta
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
+from lightning_swiftmoe.parallel.sharded_dense import ShardedDense, StepsThroughForward
 from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
 from lightning_swiftmoe.placement import (
@@ -81,6 +83,8 @@ from lightning_swiftmoe.placement import (
 from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
+_DENSE = ("ddp", "fsdp2")
+_HOOKS = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}  # of Lightning's for DDP
 _GRADIENT_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -135,6 +139,9 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             shard, and a message of gradients a step.
         async_save: write sharded checkpoints while training goes on, from a copy on the host. A checkpoint has its name
             once it is whole; the next save, and the end of ``fit``, wait for it and raise what went wrong.
+        dense: what becomes of Parameters outside of experts: ``"ddp"``: every rank has them; ``"fsdp2"``: cut over all
+            ranks, with gradients and optimizer state, and gathered for the block that needs them; blocks are the
+            elements of ``nn.ModuleList``s. Their gradients are reduced in every backward, also of batches that add up.
         **kwargs: as for ``DDPStrategy``: ``start_method``, ``process_group_backend``, ...
 
     Raises:
@@ -159,6 +166,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         redundancy: int = 1,
         split: Split = "exact",
         transient_copies: int | Literal["auto"] = 0,
+        dense: str = "ddp",
         **kwargs: Any,
     ) -> None:
         resolve_slots(slots_per_rank, 1, 1)
@@ -175,6 +183,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         check_choice("gradient_dtype", gradient_dtype, tuple(_GRADIENT_DTYPES))
         check_flag("offload_optimizer", offload_optimizer)
         _check_redundancy(redundancy, optimizer_state)
+        _check_dense(dense, redundancy, kwargs)
         check_flag("trust_optimizer", trust_optimizer)
         _check_names(kwargs)
         check_choice("start_method", kwargs.get("start_method", "popen"), _START_METHODS)
@@ -189,6 +198,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.trust_optimizer = trust_optimizer
         self.gradient_dtype = gradient_dtype
         self.redundancy = redundancy
+        self.dense = dense
         self._redundant: Redundancy | None = None
         self.validation: UnevenValidation | None = None
         self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
@@ -212,6 +222,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self._failed = self._ends_together = False
         self._before_loading = None
         self._experts = {}
+        self._dense = None
         trainer = model.trainer
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -293,8 +304,14 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         # With one rank, or nothing dense to train, there is nothing to reduce; DDP would copy, or refuse.
         experts = owners(self._experts)
         trains_dense = any(param.requires_grad and param not in experts for param in self._module.parameters())
-        if trains_dense and self.num_nodes * self.num_processes > 1:
+        if not trains_dense or self.num_nodes * self.num_processes == 1:
+            return
+        if self.dense == "ddp":
             super().configure_ddp()
+            return
+        assert self.parallelism is not None
+        self._dense = ShardedDense(self._module, experts, self.parallelism.everybody)
+        self.model = StepsThroughForward(self._module, self._dense)
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
@@ -307,8 +324,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            use_installed_parameters(optimizer, self._experts.values())
+            use_installed_parameters(optimizer, self._holders.values())
         check_optimizers(self.optimizers, self._experts, trusted=self.trust_optimizer)
+        if self._dense is not None and not self.trust_optimizer:
+            check_steps_on_shards(self.optimizers, self._dense)
         if self.state_place == "bound":
             self._check_one_optimizer()
         if self.redundancy == 2 and self._experts and self.num_nodes * self.num_processes > 1:
@@ -428,7 +447,10 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             )
         moes = {name: moe for layer in layers for name, moe in layer.moes.items()}
         begin = partial(self._begin_forward, training=False)
-        self.validation = UnevenValidation(moes, self.root_device, self.parallelism.control, begin)
+        everybody_runs = self.dense == "fsdp2"
+        self.validation = UnevenValidation(
+            moes, self.root_device, self.parallelism.control, begin, everybody_runs=everybody_runs
+        )
         for layer in layers:
             layer.before_tokens = self.validation.layer
 
@@ -552,6 +574,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
 
         # Lightning runs the closure inside of the optimizer's step; ours must be over before tensors change places.
         result = run_closure(self.precision_plugin, model or self._module, optimizer, closure_and_flush)
+        if self._dense is not None:
+            self._dense.reshard()
 
         def plain_step() -> Any:
             return optimizer.step(closure=lambda: result, **kwargs)
@@ -631,16 +655,22 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                     "experts stay in parts on all ranks, as they were built on the meta device: "
                     "trainer.strategy.gather_experts() makes them whole on each"
                 )
+            if self._dense is not None:
+                self._dense.restore()
             for optimizer in self.optimizers:
-                use_original_parameters(optimizer, self._experts.values())
+                use_original_parameters(optimizer, self._holders.values())
             self._detach_layers()
             parallelism.close()
+        elif self._dense is not None:
+            self._dense.leave()
         if self._failed and self._before_loading is not None:
             self._put_back()
         self._put_scaler_back()
         self.engine = None
         self.validation = None
         self.parallelism = None
+        if isinstance(self.model, StepsThroughForward):
+            self.model = self._module
         with without_meta(self._module):
             super().teardown()
 
@@ -649,7 +679,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         assert self._before_loading is not None
         self._before_loading.put_back()
         for optimizer in self.optimizers:
-            use_original_parameters(optimizer, self._experts.values())
+            use_original_parameters(optimizer, self._holders.values())
         self._detach_layers()
 
     def _put_scaler_back(self) -> None:
@@ -690,6 +720,17 @@ def _check_redundancy(redundancy: int, optimizer_state: str) -> None:
     check(is_integer(redundancy) and redundancy in (1, 2), "redundancy", redundancy, "1 or 2")
     if redundancy == 2 and optimizer_state == "bound":
         raise ValueError("redundancy=2 needs optimizer_state='decoupled': state bound to hosts has no second owner")
+
+
+def _check_dense(dense: str, redundancy: int, kwargs: Mapping[str, Any]) -> None:
+    check_choice("dense", dense, _DENSE)
+    if dense == "ddp":
+        return
+    if redundancy == 2:
+        raise ValueError("redundancy=2 needs dense='ddp': what FSDP2 shards has no second owner")
+    of_ddp = sorted(kwargs.keys() & (signature(DistributedDataParallel.__init__).parameters.keys() | _HOOKS))
+    if of_ddp:
+        raise ValueError(f"{', '.join(of_ddp)} is for DDP, and dense='fsdp2' does without it: leave it out")
 
 
 def _as_timedelta(timeout: timedelta | float) -> timedelta:

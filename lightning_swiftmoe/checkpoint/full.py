@@ -3,54 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
-from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.sharded import ShardHolder, full_name
 
-Owner = tuple[HostedExperts, str]
+Owner = tuple[ShardHolder, str]
+Holder = TypeVar("Holder", bound=ShardHolder)
 
 
-def owners(experts: Mapping[str, HostedExperts]) -> dict[nn.Parameter, Owner]:
-    """Whose every expert Parameter is: the sharded one in ``fit``, the user's own one afterwards."""
+def owners(holders: Mapping[str, Holder]) -> dict[nn.Parameter, tuple[Holder, str]]:
+    """Whose every sharded Parameter is: the sharded one in ``fit``, the user's own one afterwards."""
     return {
         param: (hosted, key)
-        for hosted in experts.values()
+        for hosted in holders.values()
         for params in (hosted.originals, hosted.parameters)
         for key, param in params.items()
     }
 
 
-def full_weights(state_dict: dict[str, Any], experts: Mapping[str, HostedExperts]) -> dict[str, Any]:
-    """``state_dict`` with expert weights gathered to rank 0; the other ranks' lacks them. Collective.
+def full_weights(state_dict: dict[str, Any], holders: Mapping[str, ShardHolder]) -> dict[str, Any]:
+    """``state_dict`` with sharded weights gathered to rank 0; the other ranks' lacks them. Collective.
 
     Args:
         state_dict: of the user's module.
-        experts: by name in it; tied experts once for each name.
+        holders: by name in it; tied experts once for each name.
     """
-    gathered: dict[Owner, Tensor | None] = {}
-    for name, hosted in experts.items():
-        for key in hosted.parameters:
-            if (hosted, key) not in gathered:
-                gathered[hosted, key] = hosted.gather_for_checkpoint(key, hosted.local(key))
-            whole = gathered[hosted, key]
+    gathered: dict[nn.Parameter, Tensor | None] = {}
+    for name, hosted in holders.items():
+        for key, param in hosted.parameters.items():
+            if param not in gathered:
+                gathered[param] = hosted.gather_for_checkpoint(key, hosted.local(key))
+            whole = gathered[param]
             if whole is None:
-                del state_dict[f"{name}.{key}"]
+                del state_dict[full_name(name, key)]
             else:
-                state_dict[f"{name}.{key}"] = whole
+                state_dict[full_name(name, key)] = whole
     return state_dict
 
 
 def assembled_weights(
-    state_dict: dict[str, Any], experts: Mapping[str, HostedExperts], whole: Mapping[Owner, Tensor]
+    state_dict: dict[str, Any], holders: Mapping[str, ShardHolder], whole: Mapping[Owner, Tensor]
 ) -> dict[str, Any]:
     """``state_dict`` with expert weights that somebody has already."""
-    for name, hosted in experts.items():
-        state_dict |= {f"{name}.{key}": whole[hosted, key] for key in hosted.parameters}
+    for name, hosted in holders.items():
+        state_dict |= {full_name(name, key): whole[hosted, key] for key in hosted.parameters}
     return state_dict
 
 
@@ -66,16 +68,16 @@ def assembled_optimizer_state(
 
 
 def full_parts(
-    parts: Mapping[str, Tensor], experts: Mapping[str, HostedExperts], *, everywhere: bool = False
+    parts: Mapping[str, Tensor], holders: Mapping[str, ShardHolder], *, everywhere: bool = False
 ) -> dict[str, Tensor]:
     """Whole tensors, on the host, of ``parts`` in the shape of this rank's Parameters. Collective.
 
     Args:
-        parts: by name of the Parameter, or of anything dense; in the same order on every rank.
-        experts: by name in the user's module.
-        everywhere: every rank receives experts; else rank 0 alone, and the other ranks' result lacks them.
+        parts: by name of the Parameter, or of anything that every rank has; in the same order on every rank.
+        holders: by name in the user's module.
+        everywhere: every rank receives what is sharded; else rank 0 alone, and the other ranks' result lacks it.
     """
-    hosts = {f"{name}.{key}": (hosted, key) for name, hosted in experts.items() for key in hosted.parameters}
+    hosts = {full_name(name, key): (hosted, key) for name, hosted in holders.items() for key in hosted.parameters}
     full = {}
     for name, part in parts.items():
         whole: Tensor | None = part
@@ -88,15 +90,15 @@ def full_parts(
 
 
 def load_full_weights(
-    module: nn.Module, state_dict: Mapping[str, Any], experts: Mapping[str, HostedExperts], strict: bool
+    module: nn.Module, state_dict: Mapping[str, Any], holders: Mapping[str, ShardHolder], strict: bool
 ) -> None:
-    """Overwrite the weights of ``module``, whose experts are sharded, with canonical ones. Check them before.
+    """Overwrite the weights of ``module``, some of which are sharded, with canonical ones. Check them before.
 
     Raises:
         RuntimeError: weights are missing or unknown, and ``strict``.
     """
     dense = dict(state_dict)
-    names = {f"{name}.{key}": (hosted, key) for name, hosted in experts.items() for key in hosted.parameters}
+    names = {full_name(name, key): (hosted, key) for name, hosted in holders.items() for key in hosted.parameters}
     canonical = {name: dense.pop(name) for name in names if name in dense}
     missing, unexpected = module.load_state_dict(dense, strict=False)
     missing = [name for name in missing if name not in canonical]
@@ -117,7 +119,7 @@ def full_optimizer_state(optimizer: Optimizer, of: Mapping[nn.Parameter, Owner])
         hosted, key = of[param]
         state = dict(state_dict["state"][index])
         for name in sorted(state):
-            if isinstance(state[name], ExpertTensor):
+            if isinstance(state[name], DTensor):
                 state[name] = hosted.gather_for_checkpoint(key, local_part(state[name]))
         state_dict["state"][index] = state
     return state_dict
@@ -135,7 +137,7 @@ def load_full_optimizer_state(
     optimizer.load_state_dict({**state_dict, "state": states})
 
 
-def _part(hosted: HostedExperts, key: str, state: Mapping[str, Any]) -> dict[str, Any]:
+def _part(hosted: ShardHolder, key: str, state: Mapping[str, Any]) -> dict[str, Any]:
     shape = hosted.shapes[key]
     return {
         name: hosted.wrapped(key, hosted.part(key, value).contiguous())

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_swiftmoe.optim.elementwise import check_elementwise, needs_whole_matrices, way_out
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts
+from lightning_swiftmoe.parallel.sharded import ShardHolder
 
 
 def check_optimizers(
@@ -36,6 +37,21 @@ def check_optimizers(
             check_elementwise(optimizer, params.keys())
 
 
+def check_steps_on_shards(optimizers: Sequence[Optimizer], dense: ShardHolder) -> None:
+    """Raise a ValueError for an optimizer that would step otherwise on parts of dense Parameters."""
+    params = set(dense.parameters.values())
+    for optimizer in optimizers:
+        if not any(param in params for group in optimizer.param_groups for param in group["params"]):
+            continue
+        try:
+            check_elementwise(optimizer, params)
+        except ValueError as error:
+            raise ValueError(
+                f"dense='fsdp2' gives {type(optimizer).__name__} parts of dense Parameters; use dense='ddp' for it: "
+                f"{error}"
+            ) from None
+
+
 def _in_no_optimizer(name: str, optimizers: Sequence[Optimizer]) -> str:
     names = [type(optimizer).__name__ for optimizer in optimizers]
     where = ", ".join(name for name in names if not name.startswith("_"))  # Lightning stands in for none
@@ -47,11 +63,11 @@ def _in_no_optimizer(name: str, optimizers: Sequence[Optimizer]) -> str:
     return message if unfit is None else f"{message}. {type(unfit).__name__} cannot train experts: {way_out(unfit)}"
 
 
-def use_installed_parameters(optimizer: Optimizer, experts: Iterable[HostedExperts]) -> None:
+def use_installed_parameters(optimizer: Optimizer, holders: Iterable[ShardHolder]) -> None:
     """An optimizer that was made before ``fit`` holds the canonical Parameters: give it the sharded ones, in place."""
     installed = {
         original: (hosted, key)
-        for hosted in experts
+        for hosted in holders
         for key, original in hosted.originals.items()
         if hosted.parameters[key] is not original
     }
@@ -66,7 +82,7 @@ def use_installed_parameters(optimizer: Optimizer, experts: Iterable[HostedExper
                 optimizer.state[hosted.parameters[key]] = _sharded_state(optimizer, state, hosted, key)
 
 
-def _sharded_state(optimizer: Optimizer, state: dict[str, Any], hosted: HostedExperts, key: str) -> dict[str, Any]:
+def _sharded_state(optimizer: Optimizer, state: dict[str, Any], hosted: ShardHolder, key: str) -> dict[str, Any]:
     shape = hosted.shapes[key]
     result = {}
     for name, value in state.items():
@@ -78,9 +94,9 @@ def _sharded_state(optimizer: Optimizer, state: dict[str, Any], hosted: HostedEx
     return result
 
 
-def use_original_parameters(optimizer: Optimizer, experts: Iterable[HostedExperts]) -> None:
+def use_original_parameters(optimizer: Optimizer, holders: Iterable[ShardHolder]) -> None:
     """After ``fit`` the optimizer holds the user's own Parameters again; its state stays sharded until it is saved."""
-    originals = {param: hosted.originals[key] for hosted in experts for key, param in hosted.parameters.items()}
+    originals = {param: hosted.originals[key] for hosted in holders for key, param in hosted.parameters.items()}
     for group in optimizer.param_groups:
         group["params"] = [originals.get(param, param) for param in group["params"]]
     for param, original in originals.items():

@@ -203,7 +203,7 @@ def _keep_part(tensor: Any, whole: Tensor) -> None:
 
 
 def norms_of(tensors: list[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """``torch._foreach_norm`` of plain and sharded tensors, with one all-reduce for all of them.
+    """``torch._foreach_norm`` of plain and sharded tensors, with one all-reduce for all that the same ranks share.
 
     Each expert counts once, whatever its replicas. Powers are added up in fp64: parts of different ranks round alike,
     however they are cut.
@@ -214,19 +214,20 @@ def norms_of(tensors: list[Tensor], ord: float = 2.0, dtype: torch.dtype | None 
     parts_here = [local_part(tensor) for tensor in tensors]
     filled = [part if part.numel() else part.new_zeros(1) for part in parts_here]
     norms = list(torch._foreach_norm(filled, ord, dtype=dtype))
-    sharded = [i for i, tensor in enumerate(tensors) if isinstance(tensor, DTensor)]
-    first = tensors[sharded[0]]
-    assert isinstance(first, DTensor)
-    parts = torch.stack([norms[i] for i in sharded]).double()
-    group = shard_group(first)
-    if ord == float("inf"):
-        dist.all_reduce(parts, dist.ReduceOp.MAX, group=group)
-    else:
-        parts = parts.abs().pow(ord)
-        dist.all_reduce(parts, group=group)
-        parts = parts.pow(1 / ord)
-    for i, norm in zip(sharded, parts, strict=True):
-        norms[i] = norm.to(norms[i].dtype)
+    by_group: dict[dist.ProcessGroup, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            by_group.setdefault(shard_group(tensor), []).append(i)
+    for group, sharded in by_group.items():
+        parts = torch.stack([norms[i] for i in sharded]).double()
+        if ord == float("inf"):
+            dist.all_reduce(parts, dist.ReduceOp.MAX, group=group)
+        else:
+            parts = parts.abs().pow(ord)
+            dist.all_reduce(parts, group=group)
+            parts = parts.pow(1 / ord)
+        for i, norm in zip(sharded, parts, strict=True):
+            norms[i] = norm.to(norms[i].dtype)
     return norms
 
 

@@ -105,8 +105,13 @@ def wrap(local: Tensor, shape: torch.Size, mesh: ExpertMesh) -> ExpertTensor:
     tensor = DTensor.from_local(
         local.detach(), mesh.device_mesh, mesh.placements, run_check=False, shape=shape, stride=stride
     )
-    tensor.__class__ = ExpertTensor
+    as_expert_tensor(tensor)
     return tensor  # type: ignore[return-value]
+
+
+def as_expert_tensor(tensor: DTensor) -> None:
+    """Let a tensor that torch cut be one of ours: the same object, which others may hold already."""
+    tensor.__class__ = ExpertTensor
 
 
 def replace_local(tensor: Tensor, local: Tensor) -> None:

@@ -58,16 +58,24 @@ class UnevenValidation:
         device: of their tokens.
         control: all ranks, on their hosts.
         begin_batch: what a rank without a batch does at its head, together with those that have it.
+        everybody_runs: ranks share more than experts: one that lacks a batch could not serve the others.
     """
 
     def __init__(
-        self, moes: Mapping[str, MoELayer], device: torch.device, control: Communicator, begin_batch: Callable[[], None]
+        self,
+        moes: Mapping[str, MoELayer],
+        device: torch.device,
+        control: Communicator,
+        begin_batch: Callable[[], None],
+        *,
+        everybody_runs: bool = False,
     ) -> None:
         self._moes = dict(moes)
         self._names = list(moes)
         self._device = device
         self._control = control
         self._begin_batch = begin_batch
+        self._everybody_runs = everybody_runs
         self._loader = 0
         self._seen = 0
         self._somebody_lacks = False
@@ -129,6 +137,12 @@ class UnevenValidation:
         told = torch.tensor(astuple(mine), dtype=torch.float64)
         turns = [Turn(*values) for values in self._control.gather_counts(told, "validation batch").tolist()]
         check_turns(turns)
+        if self._everybody_runs and {turn.kind for turn in turns} > {Kind.BATCH}:
+            lacking = [rank for rank, turn in enumerate(turns) if turn.kind != Kind.BATCH]
+            raise ValueError(
+                f"rank(s) {lacking} have no more validation batches and others have, but with dense='fsdp2' every rank "
+                "runs every batch: give all ranks the same number"
+            )
         return turns
 
     def _serve(self, number: int, dtype: torch.dtype, computes_in: torch.dtype) -> None:

@@ -1,0 +1,231 @@
+"""Dense Parameters that FSDP2 shards: gathered for a block's forward and backward, gradients reduced to their shards.
+
+``torch.distributed.fsdp.fully_shard`` does all of it inside ``fit``. What is ours: which parts of a module are gathered
+together, that ranks start from rank 0's weights, and that the user's module is afterwards what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from lightning_swiftmoe.parallel.communicator import Communicator
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_expert_tensor
+
+
+class ShardedDense:
+    """``ShardHolder`` of all Parameters of ``module`` but experts. Collective.
+
+    Blocks, which are the elements of the outermost ``nn.ModuleList``s, are gathered one at a time; everything else
+    together with the module itself, for as long as a step lasts. Parameters are cut along their first dim. They and
+    their gradients are ``ExpertTensor``s, so that users see of both kinds the same, and may clip them together.
+
+    Args:
+        module: the user's, on the device.
+        experts: Parameters that somebody else takes care of.
+        everybody: all ranks, at least two.
+
+    Raises:
+        ValueError: a Parameter has no dims, or is shared by parts that are gathered apart.
+    """
+
+    def __init__(self, module: nn.Module, experts: Collection[nn.Parameter], everybody: Communicator) -> None:
+        self._module = module
+        self._rank, self._num_ranks = everybody.rank, everybody.num_ranks
+        self.originals = _dense(module, experts)
+        self.shapes = {name: param.shape for name, param in self.originals.items()}
+        self.state_device = everybody.device
+        blocks = list(_blocks(module))
+        _check(self.originals, blocks)
+        for tensor in dict.fromkeys((*self.originals.values(), *module.buffers())):
+            assert not tensor.is_meta
+            everybody.broadcast(tensor.data, "setup", "dense")
+        self._traces = _Traces(module)
+        mesh = init_device_mesh(everybody.device.type, (everybody.num_ranks,))
+        ignored = set(experts)
+        for _, block in blocks:
+            fully_shard(block, mesh=mesh, ignored_params=ignored)
+        self._root: FSDPModule = fully_shard(module, mesh=mesh, ignored_params=ignored)
+        self._traces.take()
+        self.parameters = _dense(module, experts)
+        for original in self.originals.values():
+            original.data = original.data.new_empty(0)
+            original.grad = None
+        self._trains = {name: param.requires_grad for name, param in self.parameters.items()}
+        for param in dict.fromkeys(self.parameters.values()):
+            as_expert_tensor(_as_dtensor(param))
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(_gradient_as_expert_tensor)
+
+    def reshard(self) -> None:
+        """Let go of what a forward without a backward has gathered: a step would leave it as it was."""
+        self._root.reshard()
+
+    def check_unchanged(self) -> None:
+        """Raise a RuntimeError where somebody froze or unfroze a Parameter, which FSDP2 would not hear of."""
+        for name, param in self.parameters.items():
+            if param.requires_grad != self._trains[name]:
+                raise RuntimeError(
+                    f"{name}.requires_grad became {param.requires_grad} in fit, and dense='fsdp2' keeps what it was at "
+                    "its beginning: freeze and unfreeze between fits, or use dense='ddp'"
+                )
+
+    def restore(self) -> None:
+        """The user's module has its own Parameters again, whole, on every rank. Collective."""
+        self.reshard()
+        for name, original in self.originals.items():
+            if not original.numel() or original.shape != self.shapes[name]:  # tied ones come by every name
+                full = self.gather(name, self.local(name), "setup")
+                assert full is not None
+                original.data = full
+            original.requires_grad_(self.parameters[name].requires_grad)
+        self.leave()
+        for name, original in self.originals.items():
+            owner, _, key = name.rpartition(".")
+            self._module.get_submodule(owner).register_parameter(key, original)
+
+    def leave(self) -> None:
+        """FSDP2 is gone from the module; Parameters stay sharded."""
+        self._traces.remove()
+
+    # -- ``ShardHolder`` ---------------------------------------------------------------------------------------------
+
+    def local(self, key: str) -> Tensor:
+        """See ``ShardHolder``."""
+        return _as_dtensor(self.parameters[key])._local_tensor.detach()
+
+    def part(self, key: str, canonical: Tensor) -> Tensor:
+        """``[own rows, ...]``: torch's chunks, of which the last ranks may have less, or nothing."""
+        rows = -(-canonical.shape[0] // self._num_ranks)
+        return canonical[self._rank * rows : (self._rank + 1) * rows]
+
+    def wrapped(self, key: str, local: Tensor) -> Tensor:
+        """See ``ShardHolder``."""
+        return ExpertTensor(local, _as_dtensor(self.parameters[key])._spec, requires_grad=False)
+
+    def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
+        """See ``ShardHolder``; every rank has it for a moment."""
+        full = self.wrapped(key, shard.to(self.state_device)).full_tensor()  # type: ignore[attr-defined]
+        return full if to is None or to == self._rank else None
+
+    def gather_for_checkpoint(self, key: str, shard: Tensor) -> Tensor | None:
+        """See ``ShardHolder``."""
+        full = self.gather(key, shard, "checkpoint", to=0)
+        return None if full is None else full.cpu()
+
+
+class StepsThroughForward(nn.Module):
+    """Stands where Lightning expects DDP's wrapper: steps run inside the module's forward, whose hooks gather weights.
+
+    Args:
+        module: the user's, sharded.
+        dense: whose weights are let go of where no backward does so.
+    """
+
+    def __init__(self, module: nn.Module, dense: ShardedDense) -> None:
+        super().__init__()
+        self.module = module
+        self._dense = dense
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._dense.check_unchanged()
+        result = self.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self._dense.reshard()
+        return result
+
+
+class _Traces:
+    """What FSDP2 leaves in modules besides Parameters: other classes, attributes and hooks, some in the first forward.
+
+    torch has no way back (2.13).
+
+    Args:
+        module: before any of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = list(module.modules())
+        self._classes = [type(part) for part in self._parts]
+        self._before = [_names_in(part) for part in self._parts]
+        self._added: list[set[tuple[str, Any]]] = []
+
+    def take(self) -> None:
+        """``fully_shard`` is done."""
+        self._added = [_names_in(part) - before for part, before in zip(self._parts, self._before, strict=True)]
+
+    def remove(self) -> None:
+        """As it was; what users did since stays."""
+        for part, cls, added in zip(self._parts, self._classes, self._added, strict=True):
+            part.__class__ = cls
+            _module_state_mapping.pop(part, None)  # or another fit could not shard it
+            for attribute, hook in added:
+                if hook is None:
+                    vars(part).pop(attribute, None)
+                else:
+                    vars(part)[attribute].pop(hook, None)
+            for _, hooks in _tables(part):
+                for number, hook in list(hooks.items()):
+                    if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                        del hooks[number]
+
+
+def _names_in(part: nn.Module) -> set[tuple[str, Any]]:
+    """Attributes, and the hooks in those that are tables of hooks."""
+    attributes = {(attribute, None) for attribute in vars(part)}
+    return attributes | {(attribute, number) for attribute, hooks in _tables(part) for number in hooks}
+
+
+def _tables(part: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+    return [(name, value) for name, value in vars(part).items() if "hooks" in name and isinstance(value, dict)]
+
+
+def _dense(module: nn.Module, experts: Collection[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """By every name of theirs."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: param for name, param in named if param not in experts}
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        if isinstance(module, nn.ModuleList):
+            yield name, child
+        else:
+            yield from _blocks(child, f"{name}.")
+
+
+def _check(dense: dict[str, nn.Parameter], blocks: list[tuple[str, nn.Module]]) -> None:
+    places: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, param in dense.items():
+        if param.ndim == 0:
+            raise ValueError(
+                f"dense='fsdp2' cuts Parameters along their first dim, and {name} has none: give it shape [1], or use "
+                "dense='ddp'"
+            )
+        block = next((block for block, _ in blocks if name.startswith(f"{block}.")), "")
+        first, place = places.setdefault(param, (name, block))
+        if place != block:
+            raise ValueError(
+                f"{first} and {name} are one Parameter, and dense='fsdp2' gathers {place or 'the module'} and "
+                f"{block or 'the module'} apart: use dense='ddp'"
+            )
+
+
+def _gradient_as_expert_tensor(param: Tensor) -> None:
+    assert isinstance(param.grad, DTensor)
+    as_expert_tensor(param.grad)
+
+
+def _as_dtensor(param: Tensor) -> DTensor:
+    assert isinstance(param, DTensor)
+    return param
