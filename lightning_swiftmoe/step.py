@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_swiftmoe.parallel.row_exchange import USUAL_LOAD
 from lightning_swiftmoe.parallel.traffic import Traffic
 from lightning_swiftmoe.placement import Placement
+from lightning_swiftmoe.placement.capacity import USUAL_LOAD
 from lightning_swiftmoe.placement.placement import IntArray
 
 

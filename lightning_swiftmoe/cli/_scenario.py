@@ -111,6 +111,7 @@ def shape_of_hf(config: DictConfig) -> ModelShape:
         gated=sizes.gated,
         recompute=config.hf_recompute,
         num_other_params=sizes.num_params - sizes.num_expert_params,
+        block_bytes=49,
     )
 
 

@@ -8,12 +8,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from lightning_swiftmoe.arguments import check_choice
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli._scenario import hardware_of, model_of, scenario_of
 from lightning_swiftmoe.cluster import min_slots
 from lightning_swiftmoe.simulate import PHASES, Scenario
 from lightning_swiftmoe.simulate.planning import (
+    RUNTIME_BYTES,
     MemoryPlan,
+    Run,
     largest_slots,
     memory_per_rank,
     modelled_step,
@@ -32,12 +35,12 @@ def run(config: DictConfig) -> None:
     tokens = config.tokens_per_rank
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens_per_rank must be a positive integer, got {tokens!r}")
-    memory = memory_per_rank(
-        scenario.model, scenario.hardware.num_ranks, scenario.slots_per_rank, tokens, scenario.offload
-    )
+    check_choice("dense", config.dense, ("ddp", "fsdp2"))
+    training = Run(tokens, config.offload, config.dense, config.capacity_factor, scenario.hardware.gpus_per_node)
+    memory = memory_per_rank(scenario.model, scenario.hardware.num_ranks, scenario.slots_per_rank, training)
     console = Console(width=100)
     console.print(_memory_table(scenario, memory))
-    for line in _limits(scenario, memory, tokens):
+    for line in _limits(scenario, memory, training):
         console.print(line, highlight=False)
     console.print(_step_table(scenario, tokens, config.skew))
 
@@ -54,10 +57,12 @@ def _memory_table(scenario: Scenario, memory: MemoryPlan) -> Table:
     rows = {
         "dense weights, gradients and optimizer state": memory.dense_bytes,
         "expert weights in slots": memory.expert_weight_bytes,
-        "expert gradients": memory.expert_grad_bytes,
+        "expert gradients on their way": memory.expert_grad_bytes,
         f"expert shards: master copy and gradient ({where})": memory.shard_bytes,
         f"expert shards: moments ({where})": memory.moment_bytes,
         "activations": memory.activation_bytes,
+        "tokens on their way": memory.row_bytes,
+        "runtime": RUNTIME_BYTES,
         "device memory needed": memory.device_bytes,
         "device memory there is": hardware.hbm_gb * 1e9,
     }
@@ -66,11 +71,11 @@ def _memory_table(scenario: Scenario, memory: MemoryPlan) -> Table:
     return table
 
 
-def _limits(scenario: Scenario, memory: MemoryPlan, tokens: int) -> list[str]:
+def _limits(scenario: Scenario, memory: MemoryPlan, training: Run) -> list[str]:
     model, hardware = scenario.model, scenario.hardware
     fits = memory.device_bytes <= hardware.hbm_gb * 1e9
-    most = largest_slots(model, hardware, tokens, scenario.offload)
-    ranks = smallest_ranks(model, hardware, tokens, scenario.offload)
+    most = largest_slots(model, hardware, training)
+    ranks = smallest_ranks(model, hardware, training)
     fewest = min_slots(model.num_experts, hardware.num_ranks)
     slots = f"{fewest} to {most} slots per rank fit" if most else f"not even {fewest} slots per rank fit"
     nowhere = f"none up to 65,536; every rank needs {memory.dense_bytes / 1e9:.0f} GB outside the experts"

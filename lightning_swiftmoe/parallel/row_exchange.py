@@ -27,11 +27,8 @@ from lightning_swiftmoe.kernels.token_dispatch.token_plan import Capacity, PlanS
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement, TokenRule, slot_capacity
+from lightning_swiftmoe.placement.capacity import USUAL_LOAD
 from lightning_swiftmoe.placement.exact_split import turn_table
-
-# What a rank seldom exceeds, of what it would process if all had the same: the exact split leaves the busiest less than
-# 1 % above the mean (docs/decisions/0019-exact-split.md). Memory that every layer has for itself is for no more.
-USUAL_LOAD = 1.1
 
 T = TypeVar("T")
 OfTokens: TypeAlias = Tensor | Indirect

@@ -10,6 +10,10 @@ import numpy as np
 from lightning_swiftmoe.arguments import check_choice
 from lightning_swiftmoe.placement.placement import IntArray
 
+# What a rank seldom exceeds, of what it would process if all had the same: the exact split leaves the busiest less than
+# 1 % above the mean (docs/decisions/0019-exact-split.md). Memory that every layer has for itself is for no more.
+USUAL_LOAD = 1.1
+
 CapacityScope = Literal["cluster", "rank", "pooled"]
 """What has room for how much: ``"cluster"`` an expert, by its replicas (SwiftMoE); ``"rank"`` an expert, by what each
 rank routes (DeepSpeed); ``"pooled"`` a rank, by its slots."""

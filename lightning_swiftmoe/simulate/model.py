@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from lightning_swiftmoe.placement.capacity import USUAL_LOAD
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -27,6 +29,9 @@ class ModelShape:
         state_bytes: optimizer state of one parameter: fp32 master copy, two moments, fp32 gradient
             (16 B with Adam: SwiftMoE, section 2; ZeRO, arXiv 1910.02054, section 3.1, counts the same four).
         num_other_params: parameters outside the experts when they are known; 0 estimates them from the sizes above.
+        block_bytes: that a block keeps outside of its experts for a token, by unit of ``dim``, in mixed precision with
+            an fp32 residual stream: measured, 32 of our GPT, 49 of OLMoE in transformers, whose norms keep fp32 copies
+            (docs/results/olmoe.md).
 
     Raises:
         ValueError: a size below one, more MoE layers than layers, or ``top_k`` above the number of experts.
@@ -46,6 +51,7 @@ class ModelShape:
     grad_bytes: int = 2
     state_bytes: int = 16
     num_other_params: int = 0
+    block_bytes: int = 32
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -105,18 +111,26 @@ class ModelShape:
         return 2.0 * self.expert_params
 
     def activation_bytes(self, tokens_per_rank: float) -> int:
-        """Activations kept for backward on one rank.
+        """Activations of one rank at their peak, when the loss is computed.
 
-        ``34 * tokens * dim`` bytes a block with flash attention (Korthikanti et al., arXiv 2205.05198, equation 2
-        without the quadratic term; bf16), of which 19 are the MLP's: those are multiplied by ``top_k`` in MoE blocks.
-        The logits are kept in fp32. With recomputation each block keeps its input (2 bytes), and one block at a
-        time the rest.
+        A block keeps ``block_bytes * dim`` for a token, and a dense MLP 19 of 34 parts on top of the other 15
+        (Korthikanti et al., arXiv 2205.05198, equation 2). Experts keep pre-activations of ``USUAL_LOAD`` times a
+        rank's share. Logits are there in bf16, in fp32, and as fp32 log-probabilities: 10 bytes. With recomputation
+        each block keeps its fp32 input, 4 bytes, and one at a time the rest; pre-activations stay in the memory of
+        recorded graphs.
         """
+        experts = USUAL_LOAD * self.top_k * self.hidden_rows * self.weight_bytes
+        outside = self.block_bytes * self.dim * self.num_layers
         if self.recompute:
-            per_token = 2 * self.dim * self.num_layers + (34 + 19 * (self.top_k - 1)) * self.dim + 4 * self.vocab_size
-            return math.ceil(tokens_per_rank * per_token)
-        block = 34 * self.num_layers + 19 * (self.top_k - 1) * self.num_moe_layers
-        return math.ceil(tokens_per_rank * (block * self.dim + 4 * self.vocab_size))
+            outside = (4 * self.num_layers + self.block_bytes) * self.dim
+        mlps = 19 * self.dim * (1 if self.recompute else self.num_layers - self.num_moe_layers)
+        mlps *= self.num_layers > self.num_moe_layers
+        return math.ceil(tokens_per_rank * (outside + mlps + experts * self.num_moe_layers + 10 * self.vocab_size))
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of an expert's up projection, gate included."""
+        return (2 if self.gated else 1) * self.ffn_dim
 
 
 def _paper(dim: int, num_layers: int) -> ModelShape:
