@@ -39,6 +39,7 @@ class ShardedDense:
 
     def __init__(self, module: nn.Module, experts: Collection[nn.Parameter], everybody: Communicator) -> None:
         self._module = module
+        self._everybody = everybody
         self._rank, self._num_ranks = everybody.rank, everybody.num_ranks
         self.originals = _dense(module, experts)
         self.shapes = {name: param.shape for name, param in self.originals.items()}
@@ -68,6 +69,19 @@ class ShardedDense:
     def reshard(self) -> None:
         """Let go of what a forward without a backward has gathered: a step would leave it as it was."""
         self._root.reshard()
+
+    def share_buffers(self) -> None:
+        """Every rank gets rank 0's, as before every training forward under DDP. Collective."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self._module.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer.detach())
+        for buffers in by_dtype.values():
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            self._everybody.broadcast(flat, "setup", "dense")
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            # In place, and for autograd unseen: an earlier forward of the same step may have saved them.
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.data.copy_(part.view_as(buffer))
 
     def check_unchanged(self) -> None:
         """Raise a RuntimeError where somebody froze or unfroze a Parameter, which FSDP2 would not hear of."""
@@ -138,6 +152,8 @@ class StepsThroughForward(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._dense.check_unchanged()
+        if torch.is_grad_enabled():
+            self._dense.share_buffers()
         result = self.module(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._dense.reshard()

@@ -210,6 +210,7 @@ VARIANTS = {
     "exact_with_copies": {"strategy": {"split": "exact", "transient_copies": 2}, "slots": 3},
     "groups_of_one": {"strategy": {"expert_parallel_size": 1}},
     "balanced": {"policy": "balanced"},
+    "fsdp2": {"strategy": {"dense": "fsdp2"}, "trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
 }
 
 

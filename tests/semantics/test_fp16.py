@@ -119,6 +119,28 @@ def test_all_skip_together(num_ranks, fused):
         assert largest_error(weights, expected[0]) < 5e-3
 
 
+class DenseOverflowsOnce(Net):
+    """The same of a dense gradient, in a row that rank 0 alone has where FSDP2 cuts it."""
+
+    def on_after_backward(self):
+        if self.trainer.global_step == 1 and not getattr(self, "did", False):
+            self.did = True
+            with torch.no_grad():
+                self.inp.weight.grad[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_skip_together_where_dense_weights_are_cut(fused):
+    optimizer = FUSED if fused else JOB.optimizer
+    job = dataclasses.replace(JOB, module=DenseOverflowsOnce, optimizer=optimizer, strategy={"dense": "fsdp2"})
+    expected = fit(job, half(), alone=True)
+    for weights, _, scales, changed in run_ranks(2, fit, job, half()):
+        assert scales == expected[2]
+        assert not any(changed[1])
+        assert all(changed[2])
+        assert largest_error(weights, expected[0]) < 5e-3
+
+
 def FUSED(module):
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
 

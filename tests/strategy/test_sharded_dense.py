@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_swiftmoe import SwiftMoEStrategy, WeightEMA
 from lightning_swiftmoe.parallel.expert_tensor import local_part
@@ -62,6 +63,25 @@ class Manual(Net):
             optimizer.zero_grad()
 
 
+class Checkpointed(Net):
+    """Blocks run again in the backward."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        for moe in self.moes:
+            x = x + checkpoint(moe, torch.tanh(x), use_reentrant=False)
+        return self.out(x)
+
+
+class CompiledBlocks(Net):
+    """Every block is compiled, as FSDP2 wants it."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        for moe in self.moes:
+            moe.compile(backend="aot_eager")
+
+
 def compare(num_ranks, job, bound=1e-9, run=train):
     expected = train_alone(dataclasses.replace(job, strategy={}))
     results = run_ranks(num_ranks, run, job)
@@ -77,23 +97,26 @@ def test_ranks_equal_one_process(num_ranks, optimizer):
     compare(num_ranks, dataclasses.replace(JOB, optimizer=optimizer, slots=-(-5 // num_ranks) + 1))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"module": Tied},
-        {"module": Manual},
-        {"trainer": {"gradient_clip_val": 0.05}},
-        {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
-        {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
-        {"strategy": {**FSDP, "expert_parallel_size": 1}, "slots": 5, "trainer": {"gradient_clip_val": 0.05}},
-        {"strategy": {**FSDP, "optimizer_state": "bound"}},
-        {"strategy": {**FSDP, "offload_optimizer": True}},
-        {"optimizer": lambda module: torch.optim.Adagrad(module.parameters(), 0.05, initial_accumulator_value=0.1)},
-    ],
-    ids=["tied", "manual", "clip", "clip_value", "accumulate", "groups", "bound", "offload", "adagrad"],
-)
-def test_variants(change):
-    compare(3, dataclasses.replace(JOB, **change))
+VARIANTS = {
+    "tied": {"module": Tied},
+    "manual": {"module": Manual},
+    "checkpointed": {"module": Checkpointed},
+    "compiled": {"module": CompiledBlocks},
+    "clip": {"trainer": {"gradient_clip_val": 0.05}},
+    "clip_value": {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
+    "accumulate": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
+    "groups": {"strategy": {**FSDP, "expert_parallel_size": 1}, "slots": 5, "trainer": {"gradient_clip_val": 0.05}},
+    "bound": {"strategy": {**FSDP, "optimizer_state": "bound"}},
+    "offload": {"strategy": {**FSDP, "offload_optimizer": True}},
+    "adagrad": {
+        "optimizer": lambda module: torch.optim.Adagrad(module.parameters(), 0.05, initial_accumulator_value=0.1)
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    compare(3, dataclasses.replace(JOB, **VARIANTS[variant]))
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("32-true", 2e-5), ("bf16-mixed", 2e-2), ("bf16-true", 6e-2)])
@@ -174,6 +197,26 @@ def test_each_rank_holds_its_part_and_the_module_comes_back(num_ranks):
         assert [norm for norm, _ in seen] == [norm for norm, _ in results[0][0]]
         assert validated == pytest.approx(metrics, rel=1e-12)
         assert largest_error(weights, one) < 1e-9
+
+
+class Normalized(Net):
+    """Statistics of batches, of rank 0's as DDP has it."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.norm = nn.BatchNorm1d(job.width)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_buffers_are_rank_zeros_as_under_ddp():
+    job = dataclasses.replace(JOB, module=Normalized)
+    ddp = run_ranks(2, train, dataclasses.replace(job, strategy={}))
+    sharded = run_ranks(2, train, job)
+    for got, want in zip(sharded, ddp, strict=True):
+        assert got.pop("norm.num_batches_tracked") == want.pop("norm.num_batches_tracked") == job.steps
+        assert largest_error(got, want) < 1e-12
 
 
 def train_and_save(job, path, resume=None, early=False):
