@@ -193,8 +193,8 @@ def check_data(model: ModelDescription, data: CorpusData) -> None:
         raise ValueError(f"data.seq_len = {data.seq_len} is more than the {longest} that the model can read")
     if data.vocab_size > tokens:
         raise ValueError(
-            f"the tokenizer has {data.vocab_size:,} tokens, and the model knows {tokens:,}: take the tokenizer of the "
-            "model's folder"
+            f"the tokenizer has {data.vocab_size:,} tokens, and the model knows {tokens:,}: they do not belong "
+            "together, set data.tokenizer to the folder of the model's own"
         )
     if data.packs and model.why_no_packing is not None:
         raise ValueError(f"conversations cannot share a sequence: {model.why_no_packing}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from lightning_swiftmoe.arguments import check_choice
-from lightning_swiftmoe.data.corpus import Document, unigram_entropy
+from lightning_swiftmoe.data.corpus import SPLITS, Document, unigram_entropy
 from lightning_swiftmoe.data.corpus_data import CorpusData
 from lightning_swiftmoe.data.packing import Conversation, PackedConversations
 from lightning_swiftmoe.data.sources import Source
@@ -63,28 +62,27 @@ class ChatData(CorpusData):
         self._tokenizer = FolderTokenizer(tokenizer)
         self.vocab_size = self._tokenizer.vocab_size
         self._packed: dict[str, PackedConversations] = {}
-        self._overlong: dict[str, int] = {}
-        self._without_answer: dict[str, int] = {}
+        self._overlong = dict.fromkeys(SPLITS, 0)
+        self._without_answer = dict.fromkeys(SPLITS, 0)
 
     def manifest(self) -> dict[str, Any]:
         """Without a line for every conversation."""
         return {key: value for key, value in super().manifest().items() if key != "files"}
 
     def dataset(self, split: str) -> PackedConversations:
-        """The conversations of a split, packed once.
+        """The conversations of a split, packed. Those of all splits are read the first time, mistakes among them.
 
         Raises:
             ValueError: one cannot be read, or there is none with an answer.
         """
-        if split not in self._packed:
-            self._overlong[split] = self._without_answer[split] = 0
-            conversations = list(self._conversations(split))
-            if not conversations:
-                raise ValueError(
-                    f"{split} of {self.source!r} has no conversation of {self.seq_len} tokens with an answer: "
-                    f"{self._overlong[split]} are longer, {self._without_answer[split]} have nothing to train on"
-                )
-            self._packed[split] = PackedConversations(conversations, self.seq_len, self._tokenizer.pad)
+        if not self._packed:
+            kept = self._read_all()
+            self._packed = {name: PackedConversations(kept[name], self.seq_len, self._tokenizer.pad) for name in SPLITS}
+        if not len(self._packed[split]):
+            raise ValueError(
+                f"{self.source!r} has no {split} conversation of {self.seq_len} tokens with an answer: "
+                f"{self._overlong[split]} are longer, {self._without_answer[split]} have nothing to train on"
+            )
         return self._packed[split]
 
     def unigram_entropy(self) -> float:
@@ -106,20 +104,21 @@ class ChatData(CorpusData):
             said += f"; {number:,} without an answer left out"
         return {"conversations": said}
 
-    def _conversations(self, split: str) -> Iterator[Conversation]:
+    def _read_all(self) -> dict[str, list[Conversation]]:
+        """By split; counts what is cut or left out."""
+        kept: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
         for document in self.documents:
-            if document.split != split:
-                continue
             conversation = self._read(document)
             if len(conversation) > self.seq_len:
-                self._overlong[split] += 1
+                self._overlong[document.split] += 1
                 if self.overlong == "drop":
                     continue
                 conversation = conversation.cut(self.seq_len)
             if len(conversation.trained()):
-                yield conversation
+                kept[document.split].append(conversation)
             else:
-                self._without_answer[split] += 1
+                self._without_answer[document.split] += 1
+        return kept
 
     def _read(self, document: Document) -> Conversation:
         try:

@@ -28,7 +28,13 @@ except ImportError as error:
     ) from error
 
 from safetensors import safe_open  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key  # noqa: E402
 from transformers.utils.logging import (  # noqa: E402
@@ -40,6 +46,8 @@ from transformers.utils.logging import (  # noqa: E402
 __all__ = [
     "ACT2FN",
     "ALL_EXPERTS_FUNCTIONS",
+    "AttentionInterface",
+    "AttentionMaskInterface",
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",

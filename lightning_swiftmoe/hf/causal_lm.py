@@ -14,10 +14,11 @@ from torch import Tensor
 from lightning_swiftmoe.hf._transformers import AutoModelForCausalLM, PreTrainedModel, without_progress_bars
 from lightning_swiftmoe.hf.checks import NAME
 from lightning_swiftmoe.hf.saved_weights import meta_model, read_config
+from lightning_swiftmoe.hf.tokenizer import VOCABULARIES
 
 # What a folder has beside a configuration and weights.
 _COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
+    *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template*", "generation_config.json"),
 )
 
@@ -65,7 +66,8 @@ def build_model(
         with torch.device("meta") if on_meta else nullcontext():
             model = AutoModelForCausalLM.from_config(read_config(path), **options)
     if checkpoint_activations:
-        model.gradient_checkpointing_enable()
+        # Its newer name, and its older one.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model.train()
 
 
@@ -91,19 +93,6 @@ def switch_auxiliary_loss(model: PreTrainedModel, factor: float | None = None) -
     chosen = float(own if factor is None else factor)
     config.router_aux_loss_coef, config.output_router_logits = chosen, chosen != 0
     return chosen
-
-
-def why_no_packing(model: PreTrainedModel) -> str | None:
-    """Why several conversations in one sequence would see each other; None: they do not.
-
-    Attention masks follow positions that begin again. A state that runs along a sequence does not.
-    """
-    if not getattr(model, "_is_stateful", False):
-        return None
-    return (
-        f"{type(model).__name__} has layers with a state that runs along the sequence (linear attention or Mamba), and "
-        "one conversation would read what another has left there"
-    )
 
 
 def save_model(state: Mapping[str, Tensor], source: str | Path, folder: str | Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_swiftmoe.hf._transformers import AutoTokenizer
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "*.tiktoken")
 _GENERATION = re.compile(r"\{%-?\s*generation\b")  # templates that say themselves what a model answers
 
 
@@ -34,6 +35,9 @@ class FolderTokenizer:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"tokenizer = {folder} is no folder: give one with the tokenizer files of a model")
+        if not any(file for name in VOCABULARIES for file in self.folder.glob(name)):
+            # transformers would make one without a word.
+            raise ValueError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError) as error:

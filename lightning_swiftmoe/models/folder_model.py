@@ -66,17 +66,15 @@ class FolderModel:
             ImportError: transformers is not installed.
             ValueError: as ``build``, or a model without experts that ranks can share.
         """
-        from lightning_swiftmoe.hf.causal_lm import why_no_packing
+        from lightning_swiftmoe.hf.packing import why_no_packing
         from lightning_swiftmoe.hf.sizes import sizes_of
 
         model, factor = self.build(on_meta=True)
         loss = f"on, times {factor:g} (model.aux_loss_coef=0 turns it off)" if factor else "none"
         start = f"those in {self.path}" if self._reads_weights() else "drawn as config.json says"
-        return ModelDescription(
-            replace(sizes_of(model), recompute=self.checkpoint_activations),
-            why_no_packing(model),
-            {"model": type(model).__name__, "first weights": start, "auxiliary loss": loss},
-        )
+        remarks = {"model": type(model).__name__, "first weights": start, "auxiliary loss": loss}
+        sizes = replace(sizes_of(model), recompute=self.checkpoint_activations)
+        return ModelDescription(sizes, why_no_packing(model), remarks)
 
     def _reads_weights(self) -> bool:
         from lightning_swiftmoe.hf.causal_lm import has_weights

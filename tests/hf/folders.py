@@ -18,7 +18,7 @@ CHATML = (
 
 
 def tokenizer_of(template: str | None = CHATML):
-    """Byte-level byte pairs of a few words; 40 of its tokens are used by no text."""
+    """Byte-level byte pairs of a few words."""
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     texts = [" ".join(WORDS), "user assistant system \n"]
