@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hydra import compose, initialize_config_module
 from torch.nn import functional as F
 
 from lightning_swiftmoe.cli import train
+from lightning_swiftmoe.cli.compose import prepare_hydra
+from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.data import ChatData, JsonLinesSource
 from lightning_swiftmoe.data.packing import Conversation, PackedConversations, best_fit
 from lightning_swiftmoe.hf.packing import why_no_packing
@@ -20,6 +23,7 @@ from lightning_swiftmoe.models.causal_lm import CausalLMModule
 from lightning_swiftmoe.models.language_module import decay_groups, warmup_cosine
 from tests.hf.families import FAMILIES, config_of, model_of
 from tests.hf.folders import CHATML, conversation, save_folder, tokenizer_of, write_conversations
+from tests.hf.test_sizes import QWEN3_30B_A3B
 from tests.jobs import largest_error
 
 HERE = [family for family in FAMILIES if config_of(family) is not None]
@@ -333,6 +337,36 @@ class Alone:
         @staticmethod
         def reduce(tensor, reduce_op):
             return tensor
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "olmoe_1b_7b": ("OlmoeConfig", {"intermediate_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16}),
+    "qwen3_30b_a3b": ("Qwen3MoeConfig", QWEN3_30B_A3B),
+    "mixtral_8x7b": ("MixtralConfig", {}),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_fit_their_cluster(tmp_path, recipe, capsys):
+    name, sizes = PUBLISHED[recipe]
+    getattr(transformers, name)(**sizes).save_pretrained(tmp_path)
+    prepare_hydra()
+    with initialize_config_module("lightning_swiftmoe.conf", version_base="1.3"):
+        config = compose("train", [f"recipes=hf/{recipe}", f"model.path={tmp_path}"])
+    strategy, cluster, data = config.strategy, config.cluster, config.data
+    num_ranks = cluster.num_nodes * cluster.devices
+    assert data.batch_size % num_ranks == 0
+    assert config.trainer.precision == "bf16-mixed"
+    words = (
+        *("plan", "cluster=h100_8x8", f"hf={tmp_path}", f"hf_recompute={config.model.checkpoint_activations}"),
+        *(f"hf_seq_len={data.seq_len}", f"tokens_per_rank={data.batch_size // num_ranks * data.seq_len}"),
+        *(f"num_ranks={strategy.expert_parallel_size or num_ranks}", f"slots_per_rank={strategy.slots_per_rank}"),
+        *(f"offload={strategy.offload_optimizer}", "capacity_factor=null"),
+    )
+    assert main(list(words)) == 0
+    assert "It fits." in capsys.readouterr().out
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
