@@ -20,7 +20,8 @@ _seen: list[bool] = []  # by mask that a model asked for: may the third of four 
 
 def _mask_probe(*_: Any, mask_function: Any, **__: Any) -> None:
     first = torch.tensor(0)
-    _seen.append(bool(mask_function(first, first, torch.tensor(2), torch.tensor(1))))
+    _seen.append(True)  # where the mask needs values that are not there, as of chunks
+    _seen[-1] = bool(mask_function(first, first, torch.tensor(2), torch.tensor(1)))
 
 
 def _no_attention(*_: Any, **__: Any) -> None:
@@ -52,5 +53,8 @@ def why_no_packing(model: PreTrainedModel) -> str | None:
     with suppress(Exception):  # of whatever comes behind the masks: positions have values, and nothing else has
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
     if not _seen or any(_seen):
-        return f"{name} makes its attention masks without the positions, and one conversation would see another"
+        return (
+            f"{name} does not show, by the attention masks that it makes of positions which begin again, that one "
+            "conversation would not see another"
+        )
     return None

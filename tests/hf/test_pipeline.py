@@ -183,6 +183,14 @@ def test_packed_is_alone_or_refused(family, attention):
     assert (family in ("qwen3_5_moe", "gpt_oss")) == (reason is not None)
 
 
+@pytest.mark.parametrize("name", ["NemotronHConfig", "MiniMaxConfig", "JambaConfig"])
+def test_models_with_a_state_are_refused(name):
+    """Of their default sizes, Mamba or linear attention among their layers; no weight is made."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)())
+    assert "a state that runs along the sequence" in why_no_packing(model)
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
