@@ -78,11 +78,10 @@ class CausalLMModule(LanguageModule):
         output, targets = self._run(batch)
         total, count = _cross_entropy(output.logits, targets)
         if isinstance(batch, Tensor):
-            share = 1 / count
+            loss = total / count
         else:
             everywhere = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")
-            share = self.trainer.world_size / everywhere.clamp_min(1)
-        loss = total * share
+            loss = total * self.trainer.world_size / everywhere.clamp_min(1)  # ranks' gradients are averaged
         return loss + self.aux_loss_coef * output.aux_loss if self.aux_loss_coef else loss, loss
 
     def evaluation_loss(self, batch: Batch) -> tuple[Tensor, int]:
