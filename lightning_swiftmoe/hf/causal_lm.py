@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def build_model(
     checkpoint_activations: bool = False,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The model, in training mode, with its experts on our kernels.
+    """The model, in training mode, with its experts on our kernels; on the host, whatever device is the default.
 
     Args:
         folder: with a ``config.json`` and, where ``saved``, safetensors files.
@@ -60,10 +59,10 @@ def build_model(
         model = meta_model(path, **options)
     elif saved:
         read_config(path)
-        with without_progress_bars():
+        with without_progress_bars(), torch.device("cpu"):
             model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, **options)
     else:
-        with torch.device("meta") if on_meta else nullcontext():
+        with torch.device("meta" if on_meta else "cpu"):
             model = AutoModelForCausalLM.from_config(read_config(path), **options)
     if checkpoint_activations:
         # Its newer name, and its older one.

@@ -17,6 +17,7 @@ from lightning_swiftmoe.cli.compose import prepare_hydra
 from lightning_swiftmoe.cli.main import main
 from lightning_swiftmoe.data import ChatData, JsonLinesSource
 from lightning_swiftmoe.data.packing import Conversation, PackedConversations, best_fit
+from lightning_swiftmoe.hf.causal_lm import build_model
 from lightning_swiftmoe.hf.packing import why_no_packing
 from lightning_swiftmoe.hf.tokenizer import FolderTokenizer
 from lightning_swiftmoe.models.causal_lm import CausalLMModule
@@ -274,6 +275,18 @@ def train_by_hand(folder, data):
         optimizer.step()
         losses.append(loss.item())
     return losses, model
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_models_are_built_on_the_host_whatever_the_default(folder, saved):
+    """Lightning makes a rank's device the default, on which transformers would ask for the accelerate package."""
+    torch.manual_seed(1)
+    plain = build_model(folder, saved=saved, on_meta=False).state_dict()
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        model = build_model(folder, saved=saved, on_meta=False)
+    assert model.training
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.distributed
