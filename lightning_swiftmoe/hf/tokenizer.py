@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,17 +83,15 @@ class FolderTokenizer:
             found = self._apply(messages, tools, tokenize=True, **options)
             return np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], np.bool_)
         text = self._apply(messages, tools)
-        spans = [
+        spans = [(0, 0)] + [  # the first is empty: nothing in front of an answer is one
             self._span_of_answer(messages, tools, number, text)
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
         encoding = self._encoder.encode(text, add_special_tokens=False)
-        starts = [start for start, _ in spans]
-        answers = np.zeros(len(encoding.ids), np.bool_)
-        for position, (begin, _) in enumerate(encoding.offsets):
-            span = bisect_right(starts, begin) - 1
-            answers[position] = span >= 0 and begin < spans[span][1]
+        starts, ends = np.array(spans).T
+        begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
+        answers = begins < ends[np.searchsorted(starts, begins, side="right") - 1]
         return np.array(encoding.ids, np.int32), answers
 
     def _span_of_answer(self, messages: list[dict[str, Any]], tools: Any, number: int, text: str) -> tuple[int, int]:
