@@ -266,6 +266,13 @@ class CheckpointingStrategy(DDPStrategy):
         """Canonical weights. While fitting this is collective, and rank 0 alone receives the experts; where checkpoints
         are sharded each rank has its parts.
         """
+        return self._state_dict(self.sharded)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Canonical weights, complete on rank 0, however checkpoints are saved. Collective."""
+        return self._state_dict(False)
+
+    def _state_dict(self, sharded: bool) -> dict[str, Any]:
         with knowing_of_parts():
             state = super().lightning_module_state_dict()
         if self._assembled is not None:
@@ -273,7 +280,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._refuse_after_failure()
         if self.engine is None and is_trained(self._module):
             return self._with_trained_weights(state)
-        if self.sharded:
+        if sharded:
             return sharded_weights(state)
         return state if self.engine is None else full_weights(state, self._holders)
 

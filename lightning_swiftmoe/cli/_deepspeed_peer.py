@@ -33,7 +33,7 @@ from lightning_swiftmoe.cluster import resolve_slots
 from lightning_swiftmoe.layers import MoE
 from lightning_swiftmoe.models import GPT, GPTConfig, GPTModule
 from lightning_swiftmoe.models.gpt import DenseMLP
-from lightning_swiftmoe.models.module import decay_groups, warmup_cosine
+from lightning_swiftmoe.models.language_module import decay_groups, warmup_cosine
 
 
 def check(config: DictConfig, model: GPTConfig) -> None:

@@ -36,6 +36,8 @@ def one_line(error: BaseException) -> str:
     )
     if isinstance(error, MissingConfigException) and error.options:
         return text + _instead_of(str(error.missing_cfg_file), error.options)
+    if text.startswith("In 'model/hf': Could not override"):  # a model that brings its module, which only training has
+        return "model=hf is for swiftmoe train; swiftmoe plan takes the folder of a model by hf=FOLDER"
     key = getattr(error, "full_key", None) or where
     if text.endswith("is not Optional"):
         return f"{key} cannot be null"

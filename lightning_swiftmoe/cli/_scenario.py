@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_swiftmoe.cluster import resolve_group_size, resolve_slots
-from lightning_swiftmoe.functional import is_gated
-from lightning_swiftmoe.models import GPTConfig, count_parameters
+from lightning_swiftmoe.layers.model_sizes import ModelSizes
+from lightning_swiftmoe.models import GPTConfig
 from lightning_swiftmoe.simulate import Efficiency, Hardware, LoadTrace, ModelShape, Scenario
 
 
@@ -48,10 +48,17 @@ def model_of(config: DictConfig, trace: LoadTrace | None = None) -> ModelShape:
         config: holds ``model``, the fields of ``GPTConfig``; or ``hf``, a folder of a transformers model.
         trace: when given and ``adapt_model`` is set, its experts and top_k replace the model's, and its layers the
             number of MoE layers.
+
+    Raises:
+        ImportError: ``hf`` without transformers.
+        ValueError: no model that ranks can share, or one without experts.
     """
     if config.get("hf") is not None:
-        return shape_of_hf(config)
-    shape = shape_of(GPTConfig(**_plain(config.model)))
+        from lightning_swiftmoe.hf.sizes import read_sizes
+
+        sizes = read_sizes(config.hf)
+        return shape_of(dataclasses.replace(sizes, max_seq_len=config.hf_seq_len, recompute=config.hf_recompute))
+    shape = shape_of(GPTConfig(**_plain(config.model)).sizes())
     if trace is None or not config.adapt_model:
         return shape
     num_layers = max(shape.num_layers, trace.num_layers)
@@ -64,41 +71,16 @@ def model_of(config: DictConfig, trace: LoadTrace | None = None) -> ModelShape:
     )
 
 
-def shape_of(gpt: GPTConfig) -> ModelShape:
-    """Sizes of a GPT-MoE, with the exact number of parameters outside the experts.
+def shape_of(sizes: ModelSizes) -> ModelShape:
+    """Of a model under sequences as long as it reads, with the exact number of parameters outside the experts.
 
     Raises:
-        ValueError: a model without MoE layers.
+        ValueError: a model without MoE layers, or one that does not say how much it reads.
     """
-    num_moe = sum(gpt.is_moe(i) for i in range(gpt.num_layers))
-    if num_moe == 0:
+    if sizes.max_seq_len is None:
+        raise ValueError("the model does not say how long its sequences are")
+    if sizes.num_moe_layers == 0:
         raise ValueError("the model has no MoE layers, so there is nothing to place; set moe_every to 1 or more")
-    shape = ModelShape(
-        dim=gpt.hidden_size,
-        ffn_dim=gpt.expert_ffn_size or gpt.ffn_size,
-        num_layers=gpt.num_layers,
-        num_moe_layers=num_moe,
-        num_experts=gpt.num_experts,
-        top_k=gpt.top_k,
-        vocab_size=gpt.vocab_size,
-        seq_len=gpt.max_seq_len,
-        gated=is_gated(gpt.activation),
-        recompute=gpt.checkpoint_activations,
-    )
-    count = count_parameters(gpt)
-    return dataclasses.replace(shape, num_other_params=count.total - count.experts)
-
-
-def shape_of_hf(config: DictConfig) -> ModelShape:
-    """Sizes of the transformers model in ``config.hf``, experts and the rest counted from its modules.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: no model that ranks can share.
-    """
-    from lightning_swiftmoe.hf.sizes import read_sizes
-
-    sizes = read_sizes(config.hf)
     return ModelShape(
         dim=sizes.width,
         ffn_dim=sizes.expert_width,
@@ -107,11 +89,11 @@ def shape_of_hf(config: DictConfig) -> ModelShape:
         num_experts=sizes.num_experts,
         top_k=sizes.top_k,
         vocab_size=sizes.vocab_size,
-        seq_len=config.hf_seq_len,
+        seq_len=sizes.max_seq_len,
         gated=sizes.gated,
-        recompute=config.hf_recompute,
-        num_other_params=sizes.num_params - sizes.num_expert_params,
-        block_bytes=49,
+        recompute=sizes.recompute,
+        num_other_params=sizes.num_dense_params,
+        block_bytes=sizes.block_bytes,
     )
 
 

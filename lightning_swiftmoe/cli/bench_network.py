@@ -362,7 +362,7 @@ def hardware_of(setting: Setting, rate_mbit: float, link: Link, rest_s: float) -
 
 def model_of(setting: Setting) -> ModelShape:
     """In fp32, on the wire too."""
-    return dataclasses.replace(shape_of(setting.model), weight_bytes=4, grad_bytes=4)
+    return dataclasses.replace(shape_of(setting.model.sizes()), weight_bytes=4, grad_bytes=4)
 
 
 def compare(setting: Setting, policy: str, rate_mbit: float, measured: Measured, rest_s: float) -> Comparison:

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._measured import write_whole
+from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of
 from lightning_swiftmoe.cli._peers.driver import Row
 from lightning_swiftmoe.cli._peers.options import merged_options
 from lightning_swiftmoe.cli._scenario import shape_of
 from lightning_swiftmoe.cli.bench_skew import BALANCED, Segment, SkewOptions, measured_of, run_systems, segments_of
 from lightning_swiftmoe.cluster import resolve_slots
-from lightning_swiftmoe.models import GPTConfig
 from lightning_swiftmoe.simulate import Hardware, LoadTrace, Scenario, simulate
 
 Results = dict[str, Any]
@@ -137,10 +137,10 @@ def modelled_ms(
     """
     cluster = OmegaConf.create((files("lightning_swiftmoe.conf") / f"cluster/{options.hardware}.yaml").read_text())
     hardware = Hardware.from_mapping(OmegaConf.to_container(cluster.hardware))  # type: ignore[arg-type]
-    model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
+    model = gpt_of(config)
     slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, num_ranks)
     scenario = Scenario(
-        shape_of(model),
+        shape_of(model.sizes()),
         hardware.with_ranks(num_ranks),
         max(slots, -(-model.num_experts // num_ranks)),
         capacity_factor=model.capacity_factor,

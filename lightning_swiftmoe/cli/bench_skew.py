@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_swiftmoe.cli._hydra import run_benchmark
+from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of, ranks_of
 from lightning_swiftmoe.cli._peers.driver import Driver, Row
 from lightning_swiftmoe.cli._peers.job import Plan
 from lightning_swiftmoe.cli._peers.options import Options, merged_options
 from lightning_swiftmoe.cli._peers.replay import loads_of_ranks, write_replay
 from lightning_swiftmoe.cli._peers.systems import parse
-from lightning_swiftmoe.models import GPTConfig
 from lightning_swiftmoe.simulate import GENERATORS, LoadTrace, Workload, generate, load_trace
 
 BALANCED = "balanced"
@@ -167,7 +167,7 @@ def segments_of(options: SkewOptions, config: DictConfig, plan: Plan, num_ranks:
     Raises:
         ValueError: no such workload, or a trace of another model.
     """
-    model = GPTConfig(**config.model)
+    model = gpt_of(config)
     num_layers = sum(model.is_moe(number) for number in range(model.num_layers))
     tokens = plan.batch_per_rank * config.data.seq_len
     if model.num_experts > 256 or not num_layers:

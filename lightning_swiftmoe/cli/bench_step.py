@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +27,7 @@ from lightning_swiftmoe.cli import _deepspeed_peer
 from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._kernel_kinds import category
 from lightning_swiftmoe.cli._measured import Measured, of_all_ranks, received_payload, talks_through_tcp
+from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import side_by_side
 from lightning_swiftmoe.cli._peers.options import OPTION_NAMES, Options
 from lightning_swiftmoe.cli.train import build_trainer, check_fit, forget_ranks, name_this_job_to_children
@@ -101,6 +102,7 @@ def bench(config: DictConfig, own: list[str]) -> None:
         own: overrides of ``conf/bench/step.yaml``.
     """
     options = Options.of(config, own)
+    model = gpt_of(config)
     if options.in_processes_of_their_own(config):
         side_by_side(config, options)
         return
@@ -112,7 +114,6 @@ def bench(config: DictConfig, own: list[str]) -> None:
     sys.argv[1:1] = ["bench", "step", *own]
     if config.cluster.start_method == "fork":
         torch.set_num_threads(1)  # a forked pool of threads hangs
-    model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     if options.peers:
         result = compare(config, model, options)
         table = peers_table(result)
@@ -147,7 +148,7 @@ def compare(config: DictConfig, model: GPTConfig, options: Options) -> dict[str,
         ValueError: something a peer cannot do.
     """
     _deepspeed_peer.check(config, model)
-    check_fit(config, model, instantiate(config.data), instantiate(config.optimizer), build_trainer(config))
+    check_fit(config, model.describe(), instantiate(config.data), instantiate(config.optimizer), build_trainer(config))
     config.callbacks.rebalancer.trace = None
     swiftmoe, static = copy.deepcopy(config), copy.deepcopy(config)
     swiftmoe.strategy.update({"capacity_scope": "cluster", "split": "even", "optimizer_state": "decoupled"})

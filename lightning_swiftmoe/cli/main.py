@@ -10,7 +10,7 @@ import sys
 COMMANDS = {
     "train": (
         "lightning_swiftmoe.cli.train",
-        "train a GPT-MoE: swiftmoe train recipes=quickstart trainer.max_steps=50",
+        "train a GPT-MoE, or a model of transformers: swiftmoe train recipes=quickstart trainer.max_steps=50",
     ),
     "recipes": ("lightning_swiftmoe.cli.recipes", "list the recipes"),
     "simulate": (

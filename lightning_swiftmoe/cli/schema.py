@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from lightning_swiftmoe.models import GPTConfig
+from lightning_swiftmoe.models import FolderModel, GPTConfig
 
-# OmegaConf cannot fill in frozen dataclasses: the same fields, thawed. GPTConfig checks the values.
-_TYPES = get_type_hints(GPTConfig)
-GPTConf = dataclasses.make_dataclass(
-    "GPTConf", [(f.name, _TYPES[f.name], field(default=f.default)) for f in dataclasses.fields(GPTConfig)]
-)
+
+def _thawed(name: str, config_class: type) -> type:
+    """The same fields: OmegaConf cannot fill in frozen dataclasses. The frozen one checks the values."""
+    types = get_type_hints(config_class)
+    defaults = {f.name: MISSING if f.default is dataclasses.MISSING else f.default for f in fields(config_class)}
+    return dataclasses.make_dataclass(
+        name, [(key, types[key], field(default=default)) for key, default in defaults.items()]
+    )
+
+
+GPTConf = _thawed("GPTConf", GPTConfig)
+FolderConf = _thawed("FolderConf", FolderModel)
 
 
 @dataclass
@@ -43,7 +50,7 @@ class PolicyConf:
 class TrainConf:
     """The whole of ``swiftmoe train``. Groups that build objects are checked by what they build."""
 
-    model: GPTConf = field(default_factory=GPTConf)  # type: ignore[valid-type]
+    model: Any = MISSING  # of the schema that its file begins with
     cluster: ClusterConf = field(default_factory=ClusterConf)
     policy: PolicyConf = field(default_factory=PolicyConf)
     module: dict[str, Any] = field(default_factory=dict)
@@ -70,3 +77,4 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConf)
     store.store(group="model", name="gpt_schema", node=GPTConf)
+    store.store(group="model", name="folder_schema", node=FolderConf)

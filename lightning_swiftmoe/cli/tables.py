@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightning_swiftmoe.callback import LOGGED_PHASES
 from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size, resolve_slots
-from lightning_swiftmoe.models import GPTConfig, count_parameters
+from lightning_swiftmoe.layers.model_sizes import ModelSizes
 from lightning_swiftmoe.report.runs import policy_of
 
 _SHOWN = {
@@ -22,6 +22,7 @@ _SHOWN = {
     "moe/replicas_moved": ("replicas moved per step", ".2f"),
     "moe/tokens_per_s": ("tokens per second", ",.0f"),
 }
+_KEPT = ("config.yaml", "metrics.csv", "manifest.json", "trace.npy.gz", "checkpoints", "model", "report.html")
 _WEIGHT_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "64-true": 8}
 
 
@@ -33,7 +34,7 @@ def make_console(quiet: bool = False) -> Console:
     return console
 
 
-def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
+def plan_table(config: DictConfig, model: ModelSizes, num_ranks: int) -> Table:
     """Sizes of the model and of what each rank holds, before anything runs.
 
     Raises:
@@ -44,25 +45,27 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     group_size = resolve_group_size(config.strategy.get("expert_parallel_size"), num_ranks)
     slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, group_size)
     ClusterShape(group_size, slots, model.num_experts)
-    count = count_parameters(model)
-    layers = sum(model.is_moe(index) for index in range(model.num_layers))
-    expert = count.experts // max(1, layers * model.num_experts)
+    layers = model.num_moe_layers
     weight_bytes = _WEIGHT_BYTES.get(config.trainer.precision, 4)
     master_bytes = max(4, weight_bytes)
     table = facts_table("what will run")
-    table.add_row("parameters", f"{count.total:,} ({count.experts:,} in experts; {count.active:,} active per token)")
+    experts, active = model.num_expert_params, model.num_active_params
+    table.add_row("parameters", f"{model.num_params:,} ({experts:,} in experts; {active:,} active per token)")
     capacity = "dropless" if model.capacity_factor is None else f"capacity factor {model.capacity_factor}"
     table.add_row("MoE", f"{layers} layers, {model.num_experts} experts, top-{model.top_k}, {capacity}")
     groups = "" if group_size == num_ranks else f", {num_ranks // group_size} expert groups of {group_size}"
     table.add_row("ranks", f"{num_ranks}{' (virtual, one process)' if virtual else ''}{groups}, {slots} slots each")
     table.add_row("policy", f"{policy_of(config)}, every {config.policy.every_n_steps} step(s)")
-    table.add_row("tokens", _split_of(config))
-    table.add_row("dense weights per rank", size((count.total - count.experts) * master_bytes))
-    table.add_row("expert weights per rank", size(layers * min(slots, model.num_experts) * expert * weight_bytes))
+    table.add_row("tokens", _split_of(config, model.capacity_factor is not None))
+    resident = layers * min(slots, model.num_experts) * model.num_params_of_expert
+    is_cut = config.strategy.get("dense") == "fsdp2" and not virtual
+    dense = size(model.num_dense_params * master_bytes / (num_ranks if is_cut else 1))
+    table.add_row("dense weights per rank", f"{dense}, cut" if is_cut else dense)
+    table.add_row("expert weights per rank", size(resident * weight_bytes))
     place = "on the host" if config.strategy.offload_optimizer else "on the device"
     if config.strategy.optimizer_state == "bound":
         place += ", of the experts it hosts"
-    shard_bytes = count.experts * master_bytes / group_size
+    shard_bytes = experts * master_bytes / group_size
     if config.strategy.get("redundancy") == 2 and 1 < num_ranks == group_size and not virtual:
         shard_bytes *= 2
         place += ", those it is the second owner of included"
@@ -72,14 +75,14 @@ def plan_table(config: DictConfig, model: GPTConfig, num_ranks: int) -> Table:
     return table
 
 
-def _split_of(config: DictConfig) -> str:
+def _split_of(config: DictConfig, has_capacity: bool) -> str:
     """Over the replicas of an expert, and who has a capacity."""
     exact = config.strategy.get("split") == "exact"
     text = f"split {'on the exact load' if exact else 'evenly'} over replicas"
     copies = config.strategy.get("transient_copies")
     if copies:
         text += f", a rank borrows {'experts' if copies == 'auto' else f'up to {copies} experts'}"
-    if config.model.capacity_factor is None:
+    if not has_capacity:
         return text
     scopes = {"cluster": "an expert", "rank": "an expert on each rank", "pooled": "a rank"}
     return f"{text}; {scopes[config.strategy.capacity_scope]} has a capacity"
@@ -104,11 +107,7 @@ def outcome_table(run_dir: Path, unigram_entropy: float) -> Table:
             )
     inside = run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd())
     table.add_row("run folder", str(run_dir.relative_to(Path.cwd()) if inside else run_dir))
-    kept = [
-        name
-        for name in ("config.yaml", "metrics.csv", "manifest.json", "trace.npy.gz", "checkpoints", "report.html")
-        if (run_dir / name).exists()
-    ]
+    kept = [name for name in _KEPT if (run_dir / name).exists()]
     table.add_row("", ", ".join(kept))
     return table
 

@@ -26,13 +26,14 @@ from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
 from lightning_swiftmoe.cli import restarts, resume
 from lightning_swiftmoe.cli._hydra import run_task
+from lightning_swiftmoe.cli._models import model_of
 from lightning_swiftmoe.cli._options import check_options
 from lightning_swiftmoe.cli.progress import ShortProgressBar
 from lightning_swiftmoe.cli.report import write_report_of
 from lightning_swiftmoe.cli.tables import make_console, outcome_table, plan_table
-from lightning_swiftmoe.data.loader import Windows
-from lightning_swiftmoe.data.text import TextData, check_batch_size, write_manifest
-from lightning_swiftmoe.models import GPTConfig, GPTModule
+from lightning_swiftmoe.data.corpus_data import CorpusData, check_batch_size, write_manifest
+from lightning_swiftmoe.layers.model_sizes import ModelDescription
+from lightning_swiftmoe.models.language_module import LanguageModule
 from lightning_swiftmoe.optim.elementwise import check_elementwise
 from lightning_swiftmoe.strategy import check_precision
 from lightning_swiftmoe.virtual import VirtualCluster
@@ -101,17 +102,20 @@ def run(config: DictConfig) -> None:
             )
     check_options(config)
     run_dir = Path(config.run_dir)
-    model = GPTConfig(**OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
-    data: TextData = instantiate(config.data)
+    model = model_of(config)
+    description = model.describe()
+    data: CorpusData = instantiate(config.data)
     optimizer = instantiate(config.optimizer)
     trainer = build_trainer(config)
     console = make_console(quiet=not trainer.is_global_zero)
-    plan = plan_table(config, model, trainer.world_size)
+    plan = plan_table(config, description.sizes, trainer.world_size)
     if trainer.is_global_zero:
         resume.make_folder(run_dir)
-    check_fit(config, model, data, optimizer, trainer)
+    check_fit(config, description, data, optimizer, trainer)
+    for name, remark in {**description.remarks, **data.remarks()}.items():
+        plan.add_row(name, remark)
     console.print(plan)
-    module: GPTModule = instantiate(config.module, model=model, optimizer=optimizer)
+    module: LanguageModule = instantiate(config.module, model=model, optimizer=optimizer)
     if trainer.is_global_zero:
         with resume.only_run_in(run_dir, resumes=config.resume is not None):
             write_manifest(data, run_dir / "manifest.json")
@@ -128,7 +132,7 @@ def run(config: DictConfig) -> None:
             console.print(lacking)
 
 
-def fit(trainer: pl.Trainer, module: GPTModule, data: TextData, checkpoint: Path | None, run_dir: Path) -> None:
+def fit(trainer: pl.Trainer, module: LanguageModule, data: CorpusData, checkpoint: Path | None, run_dir: Path) -> None:
     """Train; where a signal ends it, say how to go on."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
@@ -146,21 +150,22 @@ def continue_loggers(trainer: pl.Trainer, checkpoint: Path) -> None:
             resume.continue_metrics(logger, step_of(checkpoint))
 
 
-def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: Any, trainer: pl.Trainer) -> None:
+def check_fit(
+    config: DictConfig, model: ModelDescription, data: CorpusData, optimizer: Any, trainer: pl.Trainer
+) -> None:
     """Find what would fail on every rank while there is one process to say so.
 
     Raises:
-        ValueError: a batch the ranks cannot share, sequences too long for the model or the text, an optimizer with
-            wrong arguments or one that cannot be sharded, a precision that experts do not have, no checkpoint, a trace
+        ValueError: a batch the ranks cannot share or the data cannot fill, sequences too long for the model or the
+            text, tokens that the model does not have, conversations that it cannot keep apart, an optimizer with wrong
+            arguments or one that cannot be sharded, a precision that experts do not have, no checkpoint, a trace
             that cannot be written, a virtual cluster on the meta device.
     """
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
         raise ValueError(f"ckpt_path = {config.ckpt_path} is not there: give a file in a run's checkpoints folder")
     check_batch_size(data.batch_size, config.cluster.virtual_ranks or trainer.world_size)
-    if data.seq_len > model.max_seq_len:
-        raise ValueError(f"data.seq_len = {data.seq_len} is more than model.max_seq_len = {model.max_seq_len} can read")
-    Windows(data.tokens("train"), data.seq_len)
+    check_data(model, data)
     try:
         trial = optimizer([nn.Parameter(torch.zeros(2, 2))])
     except (TypeError, ValueError, LookupError) as error:
@@ -175,6 +180,30 @@ def check_fit(config: DictConfig, model: GPTConfig, data: TextData, optimizer: A
         for callback in trainer_callbacks(trainer):
             if isinstance(callback, ExpertRebalancer):
                 callback.check_trace()
+
+
+def check_data(model: ModelDescription, data: CorpusData) -> None:
+    """Whether a model can be trained on it.
+
+    Raises:
+        ValueError: sequences, tokens or conversations that it cannot read, or too few of them.
+    """
+    longest, tokens = model.sizes.max_seq_len, model.sizes.vocab_size
+    if longest is not None and data.seq_len > longest:
+        raise ValueError(f"data.seq_len = {data.seq_len} is more than the {longest} that the model can read")
+    if data.vocab_size > tokens:
+        raise ValueError(
+            f"the tokenizer has {data.vocab_size:,} tokens, and the model knows {tokens:,}: they do not belong "
+            "together, set data.tokenizer to the folder of the model's own"
+        )
+    if data.packs and model.why_no_packing is not None:
+        raise ValueError(f"conversations cannot share a sequence: {model.why_no_packing}")
+    number = len(data.dataset("train"))  # type: ignore[arg-type]
+    if number < data.batch_size:
+        raise ValueError(
+            f"data.batch_size = {data.batch_size}, but the training split has {number} sequence(s) of {data.seq_len} "
+            "tokens: choose a smaller batch or shorter sequences"
+        )
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:

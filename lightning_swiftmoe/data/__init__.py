@@ -1,6 +1,7 @@
-"""Text corpora as next-token batches."""
+"""Text corpora as next-token batches, and conversations as packed ones."""
 
-from lightning_swiftmoe.data.sources import FileSource, HuggingFaceSource, StdlibSource
+from lightning_swiftmoe.data.chat import ChatData
+from lightning_swiftmoe.data.sources import FileSource, HuggingFaceSource, JsonLinesSource, StdlibSource
 from lightning_swiftmoe.data.text import TextData
 
-__all__ = ["FileSource", "HuggingFaceSource", "StdlibSource", "TextData"]
+__all__ = ["ChatData", "FileSource", "HuggingFaceSource", "JsonLinesSource", "StdlibSource", "TextData"]

@@ -37,7 +37,7 @@ class Windows(Dataset[Tensor]):
         return torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype("int32"))
 
 
-class ResumableLoader(DataLoader[Tensor]):
+class ResumableLoader(DataLoader[Any]):
     """A DataLoader with a position, which Lightning saves: resuming continues with the next batch of the epoch."""
 
     _taken = 0

@@ -42,18 +42,34 @@ def meta_model(folder: str | Path, **options: Any) -> PreTrainedModel:
         **options: of ``AutoModelForCausalLM.from_config``, such as ``dtype`` and ``attn_implementation``.
 
     Raises:
-        ValueError: no such folder, or weights that the model does not know.
+        ValueError: no such folder, weights that are quantised, or not those of the model.
     """
     path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"there is no {path / 'config.json'}: give the folder of a model of transformers")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = read_config(path)
     if options.get("dtype") == "auto":  # which is what from_config does without
         del options["dtype"]
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     model.swiftmoe_weights = SavedWeights(path, model)
     return model
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration in a folder.
+
+    Raises:
+        ValueError: there is none that transformers can read, or one of quantised weights.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: give the folder of a model of transformers")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{file} is no configuration: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{file} says that weights are quantised, expected fp32, bf16 or fp16: dequantise them first")
+    return config
 
 
 class SavedWeights:
@@ -212,6 +228,9 @@ def _files_of(folder: Path) -> dict[str, Path]:
     index = folder / _INDEX
     if index.is_file():
         names = json.loads(index.read_text())["weight_map"]
+        lacking = sorted({file for file in names.values() if not (folder / file).is_file()})
+        if lacking:
+            raise ValueError(f"{folder} lacks {', '.join(lacking)}, of which {_INDEX} says that weights are in them")
         return {key: folder / file for key, file in names.items()}
     whole = folder / _FILE
     if not whole.is_file():

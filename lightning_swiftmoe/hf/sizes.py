@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,11 @@ from torch import nn
 
 from lightning_swiftmoe.hf._transformers import AutoConfig, AutoModelForCausalLM
 from lightning_swiftmoe.hf.layer import ExpertsLayer, check_expert_layers, expert_layers
+from lightning_swiftmoe.layers.model_sizes import ModelSizes
 
+# Of OLMoE, whose norms keep fp32 copies; an assumption for all others.
+_BLOCK_BYTES = 49
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # what configurations call it
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Counts of a causal language model.
-
-    Args:
-        num_layers: blocks.
-        num_moe_layers: those with experts.
-        num_experts: of one of them.
-        top_k: experts of a token.
-        width: of the residual stream.
-        expert_width: hidden width of an expert.
-        gated: experts have a third matrix.
-        vocab_size: tokens of the vocabulary.
-        num_params: all of them.
-        num_expert_params: of all experts of all layers.
-    """
-
-    num_layers: int
-    num_moe_layers: int
-    num_experts: int
-    top_k: int
-    width: int
-    expert_width: int
-    gated: bool
-    vocab_size: int
-    num_params: int
-    num_expert_params: int
 
 
 def read_sizes(folder: str | Path) -> ModelSizes:
@@ -93,6 +66,8 @@ def sizes_of(model: nn.Module) -> ModelSizes:
         vocab_size=text.vocab_size,
         num_params=sum(param.numel() for param in model.parameters()),
         num_expert_params=sum(param.numel() for param in in_experts),
+        max_seq_len=getattr(text, "max_position_embeddings", None),
+        block_bytes=_BLOCK_BYTES,
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_swiftmoe.arguments import check_choice, check_count
 from lightning_swiftmoe.functional import activation_names, is_gated
 from lightning_swiftmoe.layers import MoE
+from lightning_swiftmoe.layers.model_sizes import ModelDescription, ModelSizes
 from lightning_swiftmoe.layers.moe import moe_layers
 
 
@@ -111,6 +112,31 @@ class GPTConfig:
             raise ValueError(f"top_k must be 1 .. num_experts = {self.num_experts}, got {self.top_k}")
         if self.rotary and self.channels % 2:
             raise ValueError(f"rotary embedding needs an even head size, got {self.channels}")
+
+    def sizes(self) -> ModelSizes:
+        """Counts, by a model without memory."""
+        count = count_parameters(self)
+        return ModelSizes(
+            num_layers=self.num_layers,
+            num_moe_layers=sum(self.is_moe(index) for index in range(self.num_layers)),
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            width=self.hidden_size,
+            expert_width=self.expert_ffn_size or self.ffn_size,
+            gated=is_gated(self.activation),
+            vocab_size=self.vocab_size,
+            num_params=count.total,
+            num_expert_params=count.experts,
+            max_seq_len=self.max_seq_len,
+            capacity_factor=self.capacity_factor,
+            recompute=self.checkpoint_activations,
+        )
+
+    def describe(self) -> ModelDescription:
+        """Counts; all else is in the configuration."""
+        return ModelDescription(
+            self.sizes(), "GPT reads windows of text, without labels and positions: choose model=hf"
+        )
 
     @property
     def channels(self) -> int:

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
 from lightning_swiftmoe.models.gpt import GPT, GPTConfig
+from lightning_swiftmoe.models.language_module import LanguageModule, OptimizerFactory
 
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
-
-class GPTModule(pl.LightningModule):
+class GPTModule(LanguageModule):
     """Next-token training of a GPT-MoE. Batches are ``[B, T + 1]`` tokens of any integer dtype.
 
     Args:
         model: sizes, a ``GPTConfig`` or its fields.
-        optimizer: takes parameter groups; default AdamW with a learning rate of 3e-4. One with modes, ``train()`` and
-            ``eval()``, is told of them; checkpoints in the middle of training hold the weights of its training mode.
-        warmup_steps: steps of linear warm-up.
-        min_lr_ratio: the cosine ends at this share of the learning rate, at ``trainer.max_steps``.
-        seed: draws the first weights; the same on every rank.
+        optimizer, warmup_steps, min_lr_ratio, seed: as for ``LanguageModule``.
         compile: run the loss through ``torch.compile``: norms, residual additions and the loss in fewer kernels.
         on_meta: build the model on the meta device, so that no rank ever holds all experts; with
             ``strategy="swiftmoe"``. The same seed then draws other weights.
     """
+
+    config_class = GPTConfig  # of `model` on the command line
 
     def __init__(
         self,
@@ -43,11 +35,8 @@ class GPTModule(pl.LightningModule):
         compile: bool = False,
         on_meta: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps, min_lr_ratio, seed)
         self.config = model if isinstance(model, GPTConfig) else GPTConfig(**model)
-        self._optimizer: OptimizerFactory = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=3e-4))
-        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
-        self.meta_seed = seed
         with torch.random.fork_rng(devices=[]), torch.device("meta") if on_meta else nullcontext():
             torch.manual_seed(seed)
             self.gpt = GPT(self.config)
@@ -57,67 +46,15 @@ class GPTModule(pl.LightningModule):
         """Logits ``[B, T, V]``."""
         return self.gpt(tokens_BT.long())
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean loss in nats per token, logged as ``train/loss``."""
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per token; auxiliary losses come in the backward."""
         loss = self._loss(batch.long())
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        return loss, loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Logs ``val/loss``."""
-        self.log("val/loss", self.gpt.loss(batch.long()), prog_bar=True, sync_dist=True)
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Logs ``test/loss``."""
-        self.log("test/loss", self.gpt.loss(batch.long()), sync_dist=True)
+    def evaluation_loss(self, batch: Tensor) -> tuple[Tensor, int]:
+        """Mean loss in nats per token, and the number of sequences."""
+        return self.gpt.loss(batch.long()), len(batch)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The likeliest next token at every position, ``[B, T + 1]``."""
         return self(batch).argmax(dim=-1)
-
-    def on_train_start(self) -> None:
-        """Schedule-free optimizers have modes, as modules do: they step in this one."""
-        self._set_mode_of_optimizers("train")
-
-    def on_validation_start(self) -> None:
-        """Validate the average that a schedule-free optimizer keeps."""
-        self._set_mode_of_optimizers("eval")
-
-    def on_validation_end(self) -> None:
-        """Go on training the weights themselves."""
-        self._set_mode_of_optimizers("train")
-
-    def on_train_end(self) -> None:
-        """Leave the average."""
-        self._set_mode_of_optimizers("eval")
-
-    def _set_mode_of_optimizers(self, mode: str) -> None:
-        for optimizer in self.trainer.optimizers:
-            set_mode = getattr(optimizer, mode, None)
-            if callable(set_mode):
-                set_mode()
-
-    def configure_optimizers(self) -> Any:
-        """Two groups, with and without weight decay, under a warm-up and a cosine."""
-        optimizer = self._optimizer(decay_groups(self))
-        steps = self.trainer.estimated_stepping_batches
-        total = int(steps) if math.isfinite(steps) else 1_000_000
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total, self.min_lr_ratio))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay as the optimizer says; vectors (norms, biases) do not."""
-    params = [param for param in module.parameters() if param.requires_grad]
-    return [
-        {"params": [param for param in params if param.ndim >= 2]},
-        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Factor on the learning rate: linear up to 1 over ``warmup`` steps, then a cosine to ``floor`` at ``total``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -85,12 +85,12 @@ def _no_rank_is_started(monkeypatch, tmp_path):
         ("cluster=virtual_16x1 strategy.expert_parallel_size=4", "a virtual cluster is one expert group"),
         ("cluster=virtual_16x1 module.on_meta=true", "module.on_meta = true needs ranks that share experts"),
         ("data.batch_size=15", "batch_size = 15 is for all ranks together and must divide by 2"),
-        ("data.seq_len=129", "data.seq_len = 129 is more than model.max_seq_len = 128 can read"),
+        ("data.seq_len=129", "data.seq_len = 129 is more than the 128 that the model can read"),
         ("callbacks.rebalancer.trace=trace.npz", "trace must be a file named *.npy.gz, got 'trace.npz'"),
         ("callbacks.rebalancer.trace=/dev/null/trace.npy.gz", "trace=/dev/null/trace.npy.gz cannot be written ("),
         ("data.limit_bytes=50", "a split of 50 tokens has no window of 128 + 1"),
         ("data=text", "data=text needs data.source.paths=[FILE or FOLDER, ...], got none"),
-        ("data.tokenizer=words", "tokenizer must be bytes or bpe, got 'words'"),
+        ("data.tokenizer=words", "tokenizer must be bytes or bpe, or a folder that has one, got 'words'"),
     ],
 )
 def test_one_line_and_status_2(capfd, override, message):

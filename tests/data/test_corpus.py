@@ -11,7 +11,8 @@ import pytest
 
 from lightning_swiftmoe.data import FileSource, HuggingFaceSource, StdlibSource, TextData
 from lightning_swiftmoe.data.corpus import encode_bytes, join_tokens, manifest, read_documents, unigram_entropy
-from lightning_swiftmoe.data.text import train_bpe, write_manifest
+from lightning_swiftmoe.data.corpus_data import write_manifest
+from lightning_swiftmoe.data.text import train_bpe
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def test_bpe_without_the_package(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokenizer": "words"}, "tokenizer must be bytes or bpe, got 'words'"),
+        ({"tokenizer": "words"}, "tokenizer must be bytes or bpe, or a folder that has one, got 'words'"),
         ({"vocab_size": 300}, "byte tokens have a vocab_size of 256, got 300; set tokenizer=bpe"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "a byte-level BPE has a vocab_size of at least 256, got 100"),
         ({"seq_len": 0}, "must be positive, got 0"),

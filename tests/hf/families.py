@@ -88,9 +88,9 @@ def config_of(family: str):
     return getattr(transformers, name)(**settings) if hasattr(transformers, name) else None
 
 
-def model_of(family: str, implementation: str, dtype: torch.dtype, seed: int = 0):
+def model_of(family: str, implementation: str, dtype: torch.dtype, seed: int = 0, config=None):
     """Weights large enough for experts to matter, biases of routers included; the same for every implementation."""
-    config = config_of(family)
+    config = config or config_of(family)
     options = {"experts_implementation": implementation, "attn_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_config(config, **options)
     rng = torch.Generator().manual_seed(seed)

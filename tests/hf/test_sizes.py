@@ -78,3 +78,6 @@ def test_what_cannot_be_planned(tmp_path, monkeypatch, capsys):
         assert main(["plan", "cluster=h100_8x8", f"hf={folder}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+    assert main(["plan", "cluster=h100_8x8", "model=hf", "model.path=llama"]) == 2
+    wanted = "error: model=hf is for swiftmoe train; swiftmoe plan takes the folder of a model by hf=FOLDER\n"
+    assert capsys.readouterr().err == wanted

@@ -14,7 +14,7 @@ from lightning_swiftmoe.functional import activation_names
 from lightning_swiftmoe.layers.experts import Experts
 from lightning_swiftmoe.models import GPT, GPTConfig, GPTModule
 from lightning_swiftmoe.models.gpt import Attention, DenseMLP, rotate
-from lightning_swiftmoe.models.module import decay_groups, warmup_cosine
+from lightning_swiftmoe.models.language_module import decay_groups, warmup_cosine
 from tests.jobs import Job, full, our_trainer
 from tests.ranks import run_ranks
 

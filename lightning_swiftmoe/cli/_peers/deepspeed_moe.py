@@ -23,7 +23,7 @@ from lightning_swiftmoe.cli._peers.meter import Meter
 from lightning_swiftmoe.cli._peers.plain import start_ranks, train
 from lightning_swiftmoe.layers import MoE
 from lightning_swiftmoe.models import GPT
-from lightning_swiftmoe.models.module import decay_groups
+from lightning_swiftmoe.models.language_module import decay_groups
 
 
 def run(job: Job, meter: Meter) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.replay import Replay, ReplayedRouter
 from lightning_swiftmoe.data.text import TextData
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.models import GPT, GPTConfig
-from lightning_swiftmoe.models.module import decay_groups
+from lightning_swiftmoe.models.language_module import decay_groups
 
 PROFILER_WARMUP = 1  # steps under the profiler that are thrown away: its first one is slow
 
@@ -82,7 +83,7 @@ class Job:
     @property
     def model(self) -> GPTConfig:
         """Sizes of the model."""
-        return GPTConfig(**OmegaConf.to_container(self.config.model, resolve=True))  # type: ignore[arg-type]
+        return gpt_of(self.config)
 
     @property
     def low_precision(self) -> bool:
