@@ -103,7 +103,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     where is the business of ``ExpertRebalancer``. For comparison, state can be bound to the hosts instead.
 
     Inside ``fit`` on several ranks, expert Parameters, their gradients and their optimizer state are canonical
-    ``[E, rows, cols]`` tensors of which every rank holds a part (``ExpertTensor``, a ``DTensor``).
+    ``[E, rows, ...]`` tensors of which every rank holds a part (``ExpertTensor``, a ``DTensor``).
 
     Args:
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``

@@ -42,12 +42,19 @@ def meta_model(folder: str | Path, **options: Any) -> PreTrainedModel:
         **options: of ``AutoModelForCausalLM.from_config``, such as ``dtype`` and ``attn_implementation``.
 
     Raises:
-        ValueError: no such folder, or weights that the model does not know.
+        ValueError: no such folder, weights that the model does not know, or quantised ones.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no {path / 'config.json'}: give the folder of a model of transformers")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ValueError(
+            f"the weights in {path} are quantised ({method}, by quantization_config in its config.json), expected them "
+            "in fp32, bf16 or fp16, as experts train: load them dequantised with from_pretrained, and save that"
+        )
     if options.get("dtype") == "auto":  # which is what from_config does without
         del options["dtype"]
     with torch.device("meta"):
@@ -84,7 +91,7 @@ class SavedWeights:
         return self._converted(name, {pattern: [self._slice(key)[:] for key in keys] for pattern, keys in sources})
 
     def chunks(self, name: str, rows: slice) -> Iterator[Tensor]:
-        """``[1, n, cols]`` of every expert in turn: ``rows`` of what the model has as ``[E, rows, cols]``.
+        """``[1, n, ...]`` of every expert in turn: ``rows`` of what the model has as ``[E, rows, ...]``.
 
         No other rows are read, but where the model's operations do more than put rows one after the other.
 

@@ -146,6 +146,15 @@ def test_what_a_folder_lacks(tmp_path):
         meta_model(tmp_path)
 
 
+def test_quantised_weights_are_refused(tmp_path):
+    """As those of gpt_oss on the hub are: the model knows none of their tensors."""
+    model_of("gpt_oss", "eager", torch.float32).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "mxfp4"},', 1))
+    with pytest.raises(ValueError, match=r"are quantised \(mxfp4, by quantization_config in its config\.json\)"):
+        meta_model(tmp_path)
+
+
 def test_a_folder_that_is_saved_again_is_read_again(tmp_path):
     model = model_of("qwen3_moe", "eager", torch.float32)
     for _ in range(2):

@@ -16,6 +16,8 @@ from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from tests.hf.modules import EXPERTS, WIDTH, ModelOfVariants, filled
 from tests.hf.test_strategy import (
     Causal,
+    Checkpointed,
+    Compiled,
     Mixed,
     SaveAt2,
     compare,
@@ -26,6 +28,7 @@ from tests.hf.test_strategy import (
     train,
     train_alone,
 )
+from tests.interpreter import run_interpreted
 from tests.jobs import full, largest_error, make_trainer, our_trainer
 from tests.ranks import run_ranks
 
@@ -63,6 +66,15 @@ VARIANTS = {
 def test_variants_of_training(variant, tmp_path):
     job = job_of(**VARIANTS[variant])
     compare(2, dataclasses.replace(job, trainer={**job.trainer, "default_root_dir": tmp_path}), "gpt_oss")
+
+
+def test_activation_checkpointing():
+    compare(2, job_of(), "gpt_oss", Checkpointed)
+
+
+@pytest.mark.exhaustive
+def test_compiled():
+    compare(1, job_of(), "gpt_oss", Compiled)
 
 
 def test_groups_of_ranks():
@@ -259,6 +271,12 @@ def test_tokens_of_unfused_experts_are_planned_on_the_host(family, num_lines):
     assert [len(lines) for _, lines in results] == [num_lines, 0]
     for line in results[0][1]:
         assert line.startswith("tokens of GptOssExperts are planned on the host, which is slower")
+
+
+@pytest.mark.exhaustive
+def test_their_state_travels_through_symmetric_memory():
+    pytest.importorskip("triton")
+    run_interpreted("tests.hf.symmetric_unfused", "32-true", "bf16-mixed")
 
 
 # -- the meta device ---------------------------------------------------------------------------------------------------
