@@ -67,6 +67,7 @@ class HostDispatcher:
         send, recv = plan.send.sum(axis=1).tolist(), plan.recv.sum(axis=1).tolist()
         arrived_RD = self.communicator.move_rows(rows, send, recv, "dispatch", self.name)
         loans = None if shares.copied is None else Loans.of(shares.copied, placement, rank)
+        # What a bias was added to may be wider than products are.
         done_RD = self._computed(arrived_RD, plan.recv, experts, loans).to(rows.dtype)
         back = self.communicator.move_rows(done_RD, recv, send, "combine", self.name)
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
