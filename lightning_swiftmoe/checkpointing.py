@@ -369,7 +369,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._masters = {
             k: self._left[k] if k in self._left else state[k]
             for name, moe in find_layers(self._module).items()
-            for key, _ in moe.experts.module.named_parameters()
+            for key in moe.experts.parameter_names
             if (k := f"{experts_name(name, moe)}.{key}") in state
         }
         without_memory = experts_without_memory(self._module)

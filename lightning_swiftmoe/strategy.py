@@ -64,7 +64,13 @@ from lightning_swiftmoe.optim import (
 from lightning_swiftmoe.parallel.bucket_order import fix_bucket_order
 from lightning_swiftmoe.parallel.communicator import ExchangeError
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
-from lightning_swiftmoe.parallel.find_layers import advice, check_layers, find_layers
+from lightning_swiftmoe.parallel.find_layers import (
+    advice,
+    check_layers,
+    find_layers,
+    on_host_line,
+    planned_on_host,
+)
 from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.meta_start import experts_without_memory, keep_trained, without_meta
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
@@ -101,7 +107,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     where is the business of ``ExpertRebalancer``. For comparison, state can be bound to the hosts instead.
 
     Inside ``fit`` on several ranks, expert Parameters, their gradients and their optimizer state are canonical
-    ``[E, rows, cols]`` tensors of which every rank holds a part (``ExpertTensor``, a ``DTensor``).
+    ``[E, rows, ...]`` tensors of which every rank holds a part (``ExpertTensor``, a ``DTensor``).
 
     Args:
         slots_per_rank: expert positions on each rank, with ``num_ranks * slots_per_rank >= num_experts``; ``"auto"``
@@ -407,15 +413,16 @@ class SwiftMoEStrategy(CheckpointingStrategy):
                 f"{type(module).__name__} has no MoE layer, and is trained as by DDP: make layers of "
                 "lightning_swiftmoe.MoE in its __init__ or configure_model, or hold a transformers model with experts"
             )
-        hint = advice(module)
-        if hint is not None:
+        hints = [advice(module), on_host_line(module) if self.parallelism.rows is not None else None]
+        for hint in filter(None, hints):
             rank_zero_info(hint)
 
     def _rule_on(self, parallelism: Parallelism) -> TokenRule:
         """The rule, once it is known what ``transient_copies="auto"`` comes to."""
         if self.transient_copies != "auto":
             return self.rule
-        clusters = {self._cluster_of(name, moe) for name, moe in find_layers(self._module).items()}
+        moes = find_layers(self._module)
+        clusters = {self._cluster_of(name, moe) for name, moe in moes.items()}
         obstacle = None
         if parallelism.group_size == 1:
             obstacle = "an expert group is one rank"
@@ -423,6 +430,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             obstacle = f"with transport={parallelism.transport!r} they would have to be planned on the host"
         elif self.state_place == "bound" or self.offload_optimizer:
             obstacle = "with bound or offloaded state they would have to be planned on the host"
+        elif any(map(planned_on_host, moes.values())):
+            obstacle = "some experts are not what our kernels compute, and would have to be planned on the host"
         rule, line = with_chosen_copies(self.rule, clusters, obstacle)
         say = rank_zero_info if rule.transient_copies else rank_zero_warn
         say(line)

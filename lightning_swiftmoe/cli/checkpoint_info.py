@@ -50,8 +50,9 @@ def facts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _experts(weights: Mapping[str, Tensor]) -> str:
-    """Those of our layers: ``NAME.experts.up_proj [E, rows, cols]``."""
-    ours = {name: w for name, w in weights.items() if ".experts." in f".{name}" and w.dim() == 3}
+    """Those of our layers: ``NAME.experts.up_proj [E, rows, cols]``, perhaps with ``NAME.experts.up_proj_bias``."""
+    matrices = {name: w for name, w in weights.items() if ".experts." in f".{name}" and w.dim() == 3}
+    ours = {name: w for name, w in weights.items() if name.removesuffix("_bias") in matrices}
     sizes = {name.rpartition(".")[0]: len(weight) for name, weight in ours.items()}
     if not sizes:
         return "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ class Projections:
     down_bias: Tensor | None  # [E, d]
     transposed: bool
     has_post_norm: bool
+
+    @classmethod
+    def of(cls, experts: Any, tensors: Mapping[str, Any]) -> Projections:
+        """Those among ``tensors``, by the names and in the layout that the module's class says; unchecked."""
+        up, down, up_bias, down_bias = (*(tensors[name] for name in parameter_names(experts)), None, None)[:4]
+        return cls(up, down, up_bias, down_bias, bool(experts.is_transposed), _has_post_norm(experts))
 
     @property
     def num_experts(self) -> int:
@@ -54,6 +61,17 @@ class Projections:
         return not self.transposed and not self.has_post_norm and self.up_bias is None
 
 
+def parameter_names(experts: Any) -> tuple[str, ...]:
+    """Up and down projection, and their biases where there are any: what has a part for each expert."""
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases = (f"{up_name}_bias", "down_proj_bias") if experts.has_bias else ()
+    return up_name, "down_proj", *biases
+
+
+def _has_post_norm(experts: Any) -> bool:
+    return bool(getattr(experts, "has_post_expert_norm", False))  # newer than the interface
+
+
 def projections(experts: Any) -> Projections:
     """The weights, by the names and in the layout that the interface gives them.
 
@@ -67,24 +85,19 @@ def projections(experts: Any) -> Projections:
     if experts.has_gate and not experts.is_concatenated and has_default_gate(experts):
         got = "interleaved gate and up columns, and the default _apply_gate, which splits in halves"
         raise _refusal(experts, got, "an _apply_gate that takes them apart", "define it in the class")
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    post_norm = bool(getattr(experts, "has_post_expert_norm", False))  # newer than the interface
-    names = [up_name, "down_proj"]
-    if experts.has_bias:
-        names += [f"{up_name}_bias", "down_proj_bias"]
-    wanted = [*names, "post_expert_norm"] if post_norm else names
+    names = parameter_names(experts)
+    wanted = [*names, "post_expert_norm"] if _has_post_norm(experts) else names
     lacking = [name for name in wanted if getattr(experts, name, None) is None]
     if lacking:
         raise _refusal(experts, f"no {', '.join(lacking)}", "what the decorator's arguments promise", "correct them")
-    beside = [name for name in _tensors_of(experts) if name.startswith((up_name, "down_proj")) and name not in names]
+    beside = [name for name in _tensors_of(experts) if name.startswith(names[:2]) and name not in names]
     if beside:
         fix = "take experts_implementation='eager' for this model"
         raise _refusal(experts, f"{', '.join(beside)}", f"nothing beside {', '.join(names)}", fix)
-    tensors = [getattr(experts, name) for name in names]
-    for name, tensor in zip(names, tensors, strict=True):
+    tensors = {name: getattr(experts, name) for name in names}
+    for name, tensor in tensors.items():
         _check_tensor(experts, name, tensor)
-    up, down, up_bias, down_bias = (*tensors, None, None)[:4]
-    found = Projections(up, down, up_bias, down_bias, bool(experts.is_transposed), post_norm)
+    found = Projections.of(experts, tensors)
     _check_shapes(experts, found, names)
     return found
 
@@ -96,6 +109,15 @@ def check_inputs(experts: Any, weights: Projections, x: Tensor, top_k_index: Ten
         ValueError: they do not fit the weights or each other.
     """
     check_choices(experts, weights.width, x, top_k_index, top_k_weights)
+    check_dtypes(experts, weights, x)
+
+
+def check_dtypes(experts: Any, weights: Projections, x: Tensor) -> None:
+    """Of hidden states and weights.
+
+    Raises:
+        ValueError: they differ, and no autocast makes them the same.
+    """
     cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights.up.dtype)
     if x.dtype != weights.up.dtype and not cast:
         got = f"hidden_states of {x.dtype} and weights of {weights.up.dtype}"
@@ -149,7 +171,7 @@ def _check_tensor(experts: Any, name: str, tensor: Tensor) -> None:
         raise _refusal(experts, f"{name} of {tensor.dtype}", "fp64, fp32, bf16 or fp16", fix)
 
 
-def _check_shapes(experts: Any, found: Projections, names: list[str]) -> None:
+def _check_shapes(experts: Any, found: Projections, names: tuple[str, ...]) -> None:
     up, down = found.up, found.down
     fits = up.ndim == down.ndim == 3 and up.dtype == down.dtype and up.shape[0] == down.shape[0] > 0
     fits = fits and getattr(experts, "num_experts", up.shape[0]) == up.shape[0]

@@ -1,22 +1,20 @@
 """``experts_implementation="swiftmoe"``: the experts of a transformers model on our kernels.
 
-Shape legend: T tokens, k choices per token, R = T * k rows in expert order, E experts, d model width, h hidden width.
+Shape legend: T tokens, k choices per token, E experts, d model width, h hidden width.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.hf._transformers import ALL_EXPERTS_FUNCTIONS
 from lightning_swiftmoe.hf.activations import fused_activation
-from lightning_swiftmoe.hf.checks import NAME, Projections, check_indices, check_inputs, projections
+from lightning_swiftmoe.hf.checks import NAME, check_indices, check_inputs, projections
 from lightning_swiftmoe.hf.layer import attached_layer
-from lightning_swiftmoe.kernels.expert_mlp.grouped_linear import grouped_linear
-from lightning_swiftmoe.kernels.token_permute.routing import route_reference
+from lightning_swiftmoe.hf.unfused import unfused_mlp
 
 
 def register() -> None:
@@ -63,32 +61,5 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if activation is not None:
         y_TD = expert_mlp(hidden_states, idx_TK, top_k_weights, weights.up, weights.down, activation)
     else:
-        y_TD = _unfused(experts, weights, hidden_states, idx_TK, top_k_weights)
+        y_TD = unfused_mlp(experts, weights, hidden_states, idx_TK, top_k_weights)
     return y_TD.to(hidden_states.dtype)
-
-
-def _unfused(experts: Any, weights: Projections, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Any variant: the module computes what is its own, on all rows at once."""
-    num_tokens, top_k = idx_TK.shape
-    routing = route_reference(idx_TK, weights.num_experts)
-    # A row for each choice before they are sorted: the backward adds a token's gradients up wide and in order.
-    rows_TKD = x_TD.unsqueeze(1).expand(num_tokens, top_k, x_TD.shape[1])
-    rows_RD = rows_TKD.reshape(num_tokens * top_k, x_TD.shape[1]).index_select(0, routing.order)
-    pre = _linear(rows_RD, weights.up, weights.up_bias, routing.ends, weights.transposed)
-    hidden = experts._apply_gate(pre) if experts.has_gate else experts.act_fn(pre)
-    out_RD = _linear(hidden, weights.down, weights.down_bias, routing.ends, weights.transposed)
-    if weights.has_post_norm:
-        out_RD = experts.post_expert_norm(out_RD)
-    out_RD = out_RD * weights_TK.reshape(-1, 1).index_select(0, routing.order)
-    out_TKD = out_RD.index_select(0, routing.inverse.reshape(-1)).view(num_tokens, top_k, out_RD.shape[1])
-    # `where`, never a product with zero: a gate or a norm may make anything of a row of no expert.
-    kept_TKD = torch.where(routing.kept.unsqueeze(2), out_TKD, 0)
-    return kept_TKD.sum(dim=1, dtype=torch.promote_types(kept_TKD.dtype, torch.float32))
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool) -> Tensor:
-    """``grouped_linear`` under autocast's rules for a matrix product: biases and what is fp64 keep their dtype."""
-    if torch.is_autocast_enabled(rows.device.type) and torch.float64 not in (rows.dtype, weight.dtype):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    return grouped_linear(rows, weight, bias, ends, transposed)

@@ -7,17 +7,16 @@ Shape legend: T tokens, k choices per token, E experts, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.hf._transformers import PreTrainedModel
-from lightning_swiftmoe.hf.activations import fused_activation
 from lightning_swiftmoe.hf.checks import NAME, check_choices, check_indices, projections
+from lightning_swiftmoe.hf.experts import FusedExperts, UnfusedExperts, experts_of
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.layer import has_experts_interface
 from lightning_swiftmoe.layers.load import LayerLoad, count_by_expert, in_backward
@@ -29,56 +28,11 @@ _ATTACHED: WeakValueDictionary[nn.Module, ExpertsLayer] = WeakValueDictionary()
 _BEFORE: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 
 
-class FusedExperts:
-    """``ExpertMLPs`` of an experts module that nothing but an activation tells from ours.
-
-    Args:
-        module: of a class with transformers' ``@use_experts_implementation``.
-
-    Raises:
-        ValueError: it has biases, a norm or a gate of its own, or weights that are not this process's whole tensors.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        weights = projections(module)
-        activation = fused_activation(module) if weights.are_plain else None
-        self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        own = sorted({name for name, _ in module.named_parameters()} - {self.up_name, "down_proj"})
-        if activation is None or own:
-            raise ValueError(_refusal(module, f"got {_peculiarities(module, own)}"))
-        self.activation = activation
-        self.num_experts, self.width = weights.num_experts, weights.width
-
-    @property
-    def training(self) -> bool:
-        """Whether the module trains."""
-        return self.module.training
-
-    def __call__(
-        self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """``[T, d]``, as ``lightning_swiftmoe.layers.experts.Experts`` computes it."""
-        up, down = self.matrices(residents)
-        return expert_mlp(x_TD, idx_TK, weights_TK, up, down, self.activation)
-
-    def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Up and down projection, the Parameters or ``residents``."""
-        weights = residents if residents is not None else self.module._parameters
-        return weights[self.up_name], weights["down_proj"]  # type: ignore[return-value]
-
-    def draw(self, key: str, matrix: Tensor, generator: torch.Generator) -> None:
-        """See ``ExpertMLPs``: normal, as every model of transformers draws its experts."""
-        config: Any = self.module.config
-        std = getattr(config.get_text_config(), "initializer_range", 0.02)
-        nn.init.normal_(matrix, 0.0, std, generator=generator)
-
-
 class ExpertsLayer:
     """The ``MoELayer`` of an experts module. Its tokens come from ``experts_forward`` while it is attached.
 
     Args:
-        module: as for ``FusedExperts``.
+        module: of a class with transformers' ``@use_experts_implementation``.
         model: it is in, which is told to take ``experts_implementation="swiftmoe"`` as long as it is attached.
 
     Attributes:
@@ -86,7 +40,7 @@ class ExpertsLayer:
         aux_loss_scale: nobody's business here: a model adds its losses to its loss.
 
     Raises:
-        ValueError: as ``FusedExperts``.
+        ValueError: as ``experts_of``.
     """
 
     experts_path = ""
@@ -95,9 +49,10 @@ class ExpertsLayer:
     balances_itself = False
 
     def __init__(self, module: nn.Module, model: PreTrainedModel) -> None:
-        self.experts = FusedExperts(module)
+        self.experts: FusedExperts | UnfusedExperts = experts_of(module)
         self.model = model
-        self.num_experts, self.hidden_size = self.experts.num_experts, self.experts.width
+        weights = projections(module)
+        self.num_experts, self.hidden_size = weights.num_experts, weights.width
         self.top_k = 1
         self.aux_loss_scale: float | Tensor = 1.0
         self._dispatcher: Dispatcher = LocalDispatcher(self.num_experts)
@@ -275,15 +230,6 @@ def _layer_or_reason(experts: nn.Module, around: list[nn.Module]) -> ExpertsLaye
 
 def _refusal(experts: nn.Module, got: str) -> str:
     return (
-        f"several ranks cannot share the experts of {type(experts).__name__}: {got}, expected gate_up_proj or up_proj "
-        "[E, H, d] and down_proj [E, d, h] alone, with one of our activations between them, in a model of "
-        "transformers; train it on one rank, or with another strategy"
+        f"several ranks cannot share the experts of {type(experts).__name__}: {got}, expected experts in a model of "
+        "transformers, each process with all of them; train it on one rank, or with another strategy"
     )
-
-
-def _peculiarities(module: nn.Module, own: list[str]) -> str:
-    """Why it is not fused, for an error message."""
-    flags = ("has_bias", "is_transposed", "has_post_expert_norm")
-    reasons = [f"{flag}=True" for flag in flags if getattr(module, flag, False)]
-    reasons += [f"a Parameter {name}" for name in own if not any(word in name for word in ("bias", "norm"))]
-    return ", ".join(reasons or ["an activation or a gate of its own"])

@@ -67,8 +67,13 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except OSError as error:
         raise ValueError(f"{file} is no configuration: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{file} says that weights are quantised, expected fp32, bf16 or fp16: dequantise them first")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ValueError(
+            f"the weights in {folder} are quantised ({method}, by quantization_config in its config.json), expected them "
+            "in fp32, bf16 or fp16, as experts train: load them dequantised with from_pretrained, and save that"
+        )
     return config
 
 
@@ -100,7 +105,7 @@ class SavedWeights:
         return self._converted(name, {pattern: [self._slice(key)[:] for key in keys] for pattern, keys in sources})
 
     def chunks(self, name: str, rows: slice) -> Iterator[Tensor]:
-        """``[1, n, cols]`` of every expert in turn: ``rows`` of what the model has as ``[E, rows, cols]``.
+        """``[1, n, ...]`` of every expert in turn: ``rows`` of what the model has as ``[E, rows, ...]``.
 
         No other rows are read, but where the model's operations do more than put rows one after the other.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from torch import nn
 
 from lightning_swiftmoe.hf._transformers import AutoConfig, AutoModelForCausalLM
+from lightning_swiftmoe.hf.checks import projections
 from lightning_swiftmoe.hf.layer import ExpertsLayer, check_expert_layers, expert_layers
+from lightning_swiftmoe.layers.experts import expert_parameters
 from lightning_swiftmoe.layers.model_sizes import ModelSizes
 
 # Of OLMoE, whose norms keep fp32 copies; an assumption for all others.
@@ -54,7 +55,7 @@ def sizes_of(model: nn.Module) -> ModelSizes:
         kinds = ", ".join(f"{experts} of {width} x {hidden}" for experts, width, hidden, _ in sorted(different))
         raise ValueError(f"layers of {type(model).__name__} differ in their experts: got {kinds}, expected one kind")
     ((num_experts, width, expert_width, gated),) = different
-    in_experts = {param for layer in layers for param in layer.experts.module.parameters()}
+    in_experts = {param for layer in layers for param in expert_parameters(layer.experts).values()}
     return ModelSizes(
         num_layers=text.num_hidden_layers,
         num_moe_layers=len(layers),
@@ -72,9 +73,8 @@ def sizes_of(model: nn.Module) -> ModelSizes:
 
 
 def _of_layer(layer: ExpertsLayer) -> tuple[int, int, int, bool]:
-    parameters: Mapping[str, Any] = dict(layer.experts.module.named_parameters())
-    _, width, expert_width = parameters["down_proj"].shape
-    return layer.num_experts, width, expert_width, layer.experts.up_name == "gate_up_proj"
+    weights = projections(layer.experts.module)
+    return layer.num_experts, weights.width, weights.hidden, layer.experts.up_name == "gate_up_proj"
 
 
 def _top_k(config: Any) -> int:

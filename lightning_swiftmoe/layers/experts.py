@@ -1,7 +1,7 @@
 """The expert weights of one MoE layer.
 
-The Parameters are canonical, ``[E, ...]``, inside a strategy too, where each rank may hold a part of them only and
-computes with residents instead: working copies ``[R, ...]`` of some experts.
+The Parameters are canonical, ``[E, rows, ...]``, inside a strategy too, where each rank may hold a part of them only
+and computes with residents instead: working copies ``[R, rows, ...]`` of some experts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ from lightning_swiftmoe.functional import expert_mlp, is_gated
 
 
 class ExpertMLPs(Protocol):
-    """Two-layer MLPs whose Parameters are ``up_name [E, rows, d]`` and ``down_proj [E, d, h]`` of one module, and no
-    more.
+    """Two-layer MLPs whose weights are Parameters of one module: two matrices for each expert, perhaps biases.
 
     Attributes:
-        activation: between the two; see ``lightning_swiftmoe.functional.activation_names``.
         up_name: of the up projection, with or without a gate.
     """
 
-    activation: str
     up_name: str
+
+    @property
+    def activation(self) -> str | None:
+        """Between ``up_name [E, rows, d]`` and ``down_proj [E, d, h]``, which are all there is; see
+        ``lightning_swiftmoe.functional.activation_names``. None: experts of another kind, which our kernels do not
+        compute.
+        """
+        ...
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Parameters ``[E, rows, ...]``, with a part for each expert. All others of the module are dense."""
+        ...
 
     @property
     def module(self) -> nn.Module:
@@ -49,8 +59,14 @@ class ExpertMLPs(Protocol):
         ...
 
     def draw(self, key: str, matrix: Tensor, generator: torch.Generator) -> None:
-        """Initial values of one expert, ``[rows, cols]`` of the Parameter ``key``, distributed as the module's own."""
+        """Initial values of one expert, ``[rows, ...]`` of the Parameter ``key``, distributed as the module's own."""
         ...
+
+
+def expert_parameters(experts: ExpertMLPs) -> dict[str, nn.Parameter]:
+    """Those with a part for each expert, by name, in registration order; without any that was taken out."""
+    own = experts.module.named_parameters(recurse=False)
+    return {name: param for name, param in own if name in experts.parameter_names}
 
 
 class Experts(nn.Module):
@@ -104,6 +120,11 @@ class Experts(nn.Module):
     def module(self) -> nn.Module:
         """Itself."""
         return self
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """See ``ExpertMLPs``."""
+        return self.up_name, "down_proj"
 
     def matrices(self, residents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Up and down projection, the Parameters or ``residents``."""

@@ -31,7 +31,7 @@ _REASONS = {
 # The first steps of these may be element-wise, so that a trial shows nothing.
 _NOT_AT_FIRST = ("shampoo", "soap")
 
-_SHAPE = (2, 4, 6)  # experts, rows, columns
+_SHAPES = {3: (2, 4, 6), 2: (2, 24)}  # by dims: experts, rows, columns
 _STEPS = 8  # rectified ones move nothing in the first few
 _SOME_RATE = 1e-3
 _TOLERANCE = 1e-6  # of the largest change of a weight; in fp64 a tiny learning rate leaves that many digits
@@ -47,7 +47,7 @@ def check_elementwise(optimizer: Optimizer, experts: Collection[Tensor] | None =
 
     Args:
         optimizer: the user's.
-        experts: only groups that hold some of these are looked at; None: all groups.
+        experts: only groups that hold some of these are looked at; None: all groups, as if of experts' matrices.
 
     Raises:
         ValueError: it cannot be sharded, or cannot be tried; says why and what to do.
@@ -61,8 +61,11 @@ def check_elementwise(optimizer: Optimizer, experts: Collection[Tensor] | None =
         params = [param for param in group["params"] if experts is None or param in experts]
         if not params:
             continue
+        # Biases of experts, [E, rows], may be taken for matrices.
+        dims = {3} if experts is None else {param.ndim for param in params}
         try:
-            found = _why_not(optimizer, group, params[0].device)
+            reasons = (_why_not(optimizer, group, _SHAPES[n], params[0].device) for n in sorted(dims))
+            found = next((reason for reason in reasons if reason is not None), None)
         except _Unusable as error:
             found = str(error)
         except Exception as error:
@@ -118,10 +121,10 @@ class _Unusable(Exception):
     """What the trial itself finds wrong with a step."""
 
 
-def _why_not(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> str | None:
+def _why_not(optimizer: Optimizer, group: dict[str, Any], shape: tuple[int, ...], device: torch.device) -> str | None:
     """What makes steps on parts differ from steps on the whole; None where nothing does."""
     generator = torch.Generator().manual_seed(0)
-    start, *grads = torch.randn(1 + _STEPS, *_SHAPE, generator=generator, dtype=torch.float64).to(device)
+    start, *grads = torch.randn(1 + _STEPS, *shape, generator=generator, dtype=torch.float64).to(device)
 
     def changes(cut: Cut, *, replaced: bool = False) -> list[Tensor]:
         return _changes(_copy(optimizer, group, cut(start)), [cut(grad) for grad in grads], replaced)
@@ -138,12 +141,12 @@ def _why_not(optimizer: Optimizer, group: dict[str, Any], device: torch.device) 
 
 def _rows(tensor: Tensor) -> Sequence[Tensor]:
     """As decoupled state is cut."""
-    return tensor.split((3, 1), dim=1)
+    return tensor.split((3, tensor.shape[1] - 3), dim=1)
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """As state is cut that is bound to hosts."""
-    return [piece.view(1, -1, 1) for piece in tensor.flatten().split(20)]
+    return [piece.view(1, -1, *[1] * (tensor.ndim - 2)) for piece in tensor.flatten().split(20)]
 
 
 def _close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

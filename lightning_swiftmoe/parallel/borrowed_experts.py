@@ -8,6 +8,7 @@ Shape suffixes: N ranks, E experts, R residents of this rank, B copies that it b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,36 +62,37 @@ class Loans:
 
 
 def borrow(
-    rows_PD: Tensor, up: Tensor, down: Tensor, loans: Loans, communicator: Communicator, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows themselves, and ``[B, ...]`` copies of both matrices, experts ascending.
+    rows_PD: Tensor, residents: Mapping[str, Tensor], loans: Loans, communicator: Communicator, name: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rows themselves, and ``[B, ...]`` copies of all weights of the borrowed experts, experts ascending.
 
     Collective, and so is its backward.
 
     Args:
         rows_PD: what arrived: it passes through, so that every rank takes part in the backward, whatever it borrows.
-        up, down: ``[>= R, ...]`` of this rank's residents.
+        residents: ``[>= R, ...]`` of this rank.
         loans: of this rank.
         communicator: for tokens.
         name: of the MoE layer, for error messages.
     """
-    return _Borrow.apply(rows_PD, up, down, loans, communicator, name)  # type: ignore[no-untyped-call, no-any-return]
+    passed_PD, *copies = _Borrow.apply(rows_PD, loans, communicator, name, *residents.values())  # type: ignore[no-untyped-call]
+    return passed_PD, dict(zip(residents, copies, strict=True))
 
 
 class _Borrow(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_PD: Tensor, up: Tensor, down: Tensor, loans: Loans, communicator: Communicator, name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, rows_PD: Tensor, loans: Loans, communicator: Communicator, name: str, *residents: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.args = loans, communicator, name
-        ctx.shapes = up.shape, down.shape
-        order = torch.from_numpy(loans.order).to(up.device)
+        ctx.shapes = [weights.shape for weights in residents]
+        order = torch.from_numpy(loans.order).to(rows_PD.device)
 
         def fetched(weights: Tensor) -> Tensor:
             lent = weights[loans.lent]
             return communicator.all_to_all(lent, loans.lends, loans.borrows, PHASE, name)[order]
 
-        return rows_PD.view_as(rows_PD), fetched(up), fetched(down)
+        return rows_PD.view_as(rows_PD), *map(fetched, residents)
 
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -106,6 +108,6 @@ class _Borrow(torch.autograd.Function):
                 total[resident] += part
             return total.to(grad.dtype)
 
-        wanted = zip(ctx.needs_input_grad[1:3], grads, ctx.shapes, strict=True)
+        wanted = zip(ctx.needs_input_grad[4:], grads, ctx.shapes, strict=True)
         back = [returned(grad, shape) if needed else None for needed, grad, shape in wanted]
-        return grad_PD, *back, None, None, None
+        return grad_PD, None, None, None, *back

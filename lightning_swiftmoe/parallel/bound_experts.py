@@ -54,13 +54,13 @@ class BoundExperts(HostedExperts):
             moved = [self.pinned(old.new_empty(there.size(self.communicator.rank))) for old in held]
             moves += [_Move(old, new, here, there, plan) for old, new in zip(held, moved, strict=True)]
             param.grad = None
-            weights, *moments = (new.view(1, -1, 1) for new in moved)
+            weights, *moments = (self._as_shard(key, new) for new in moved)
             replace_local(param, weights)
             state.update({name: self.wrapped(key, new) for name, new in zip(names[key], moments, strict=True)})
         self._migrate(moves)
 
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, rows, cols]`` tensor that has ``shard`` on this rank; None where not received."""
+        """The canonical ``[E, rows, ...]`` tensor that has ``shard`` on this rank; None where not received."""
         if self.mesh is None:
             return shard.detach().clone()
         cut = self.cuts[key]
@@ -77,13 +77,17 @@ class BoundExperts(HostedExperts):
         return full.view(self.shapes[key])
 
     def part(self, key: str, canonical: Tensor) -> Tensor:
-        """``[1, n, 1]`` of a canonical tensor; with one rank all of it."""
+        """``[1, n, 1]`` of a canonical tensor, ``[1, n]`` of a bias; with one rank all of it."""
         if self.mesh is None:
             return canonical
         rows = canonical.reshape(self.placement.num_experts, -1)
         pieces = self.cuts[key].pieces(self.communicator.rank).values()
         flat = torch.cat([rows[0, :0], *(rows[piece.expert, piece.start : piece.stop] for piece in pieces)])
-        return flat.view(1, -1, 1)
+        return self._as_shard(key, flat)
+
+    def _as_shard(self, key: str, flat: Tensor) -> Tensor:
+        """``flat [n]`` with as many dims as the canonical tensor has."""
+        return flat.view(1, -1, *[1] * (len(self.shapes[key]) - 2))
 
     # -- gradients to the owners, weights back: the same pieces both ways -------------------------------------------
 
@@ -108,7 +112,9 @@ class BoundExperts(HostedExperts):
             targets = [totals[key][p.here] for key, p in pieces]
             if targets:
                 torch._foreach_add_(targets, list(block.split([p.num_elements for _, p in pieces])))
-        return {key: (total / self.num_sharers).to(self.state_device).view(1, -1, 1) for key, total in totals.items()}
+        return {
+            key: self._as_shard(key, (total / self.num_sharers).to(self.state_device)) for key, total in totals.items()
+        }
 
     def _start_weights(self) -> Pending[None]:
         self._send_weights()

@@ -1,5 +1,8 @@
 """Decoupled state: the rows of every expert are cut evenly over all ranks and never move (SwiftMoE).
 
+Rows are what dim 1 of a Parameter counts, whatever a product makes of it: of a matrix that is laid out the other way
+they are input columns, of a bias ``[E, rows]`` numbers.
+
 The gradient phase brings every gradient straight to its shard; the weight phase sends fresh weights to wherever the
 next placement wants them.
 
@@ -27,7 +30,7 @@ from lightning_swiftmoe.placement import EvenShards, Placement
 
 
 class DecoupledExperts(HostedExperts):
-    """Shards are ``[E, own rows, cols]``, the same cut on every step: ``Shard(1)``."""
+    """Shards are ``[E, own rows, ...]``, the same cut on every step: ``Shard(1)``."""
 
     cuts: dict[str, EvenShards]
 
@@ -35,18 +38,19 @@ class DecoupledExperts(HostedExperts):
         """Nothing: decoupled state never moves."""
 
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, rows, cols]`` tensor that has ``shard`` on this rank; None where not received."""
+        """The canonical ``[E, rows, ...]`` tensor that has ``shard`` on this rank; None where not received."""
         cut = self.cuts[key]
         missing = cut.chunk_rows - shard.shape[1]
-        padded = nn.functional.pad(shard.detach(), (0, 0, 0, missing))
+        behind_rows = (0, 0) * (shard.ndim - 2)
+        padded = nn.functional.pad(shard.detach(), (*behind_rows, 0, missing))
         gathered = self.communicator.gather_shards(padded, phase, self.name, to)
         if gathered is None:
             return None
-        full = gathered.transpose(0, 1).reshape(shard.shape[0], -1, cut.cols)
+        full = gathered.transpose(0, 1).flatten(1, 2)
         return full[:, : cut.rows].contiguous()
 
     def part(self, key: str, canonical: Tensor) -> Tensor:
-        """``[E, own rows, cols]`` of a canonical tensor."""
+        """``[E, own rows, ...]`` of a canonical tensor."""
         start, stop = self.cuts[key].row_interval(self.communicator.rank)
         return canonical[:, start:stop]
 
@@ -55,8 +59,8 @@ class DecoupledExperts(HostedExperts):
         if self.mesh is None:
             return saved.whole()
         start, stop = self.cuts[key].row_interval(self.communicator.rank)
-        num_experts, _, cols = self.shapes[key]
-        local = torch.empty(num_experts, stop - start, cols, dtype=saved.dtype)
+        num_experts, _, *row = self.shapes[key]
+        local = torch.empty(num_experts, stop - start, *row, dtype=saved.dtype)
         if local.numel():
             saved.read_into(self.wrapped(key, local))
         return local
@@ -68,7 +72,7 @@ class DecoupledExperts(HostedExperts):
         return torch.cat([chunk.clone() for chunk in source(key, rows)])
 
     def _make_cut(self, shape: torch.Size) -> EvenShards:
-        return EvenShards(shape[1], shape[2], self.communicator.num_ranks)
+        return EvenShards(shape[1], shape[2:].numel(), self.communicator.num_ranks)
 
     def gradient_memory(self) -> Locals | None:
         """See ``HostedExperts``."""
@@ -84,12 +88,13 @@ class DecoupledExperts(HostedExperts):
         return self.communicator.follow(pending, self._sum_over_groups, holding=grads)
 
     def _sum_over_groups(self, totals: Locals) -> Locals:
-        """``totals [E, own rows, cols]`` of this group's tokens become those of all groups', by one all-reduce."""
+        """``totals [E, own rows, ...]`` of this group's tokens become those of all groups', by one all-reduce."""
         assert self.replicas is not None
         flat = torch.cat([total.flatten() for total in totals.values()]).to(self.communicator.device)
         parts = self.replicas.add_up(flat, "gradient", self.name).split([total.numel() for total in totals.values()])
         return {
-            key: part.view_as(total).to(total.device) for (key, total), part in zip(totals.items(), parts, strict=True)
+            key: part.view_as(total).to(total.device, total.dtype)
+            for (key, total), part in zip(totals.items(), parts, strict=True)
         }
 
     def _start_weights(self) -> Pending[None]:

@@ -1,4 +1,4 @@
-"""``ExpertTensor``: a canonical ``[E, rows, cols]`` tensor of which this rank holds a part.
+"""``ExpertTensor``: a canonical ``[E, rows, ...]`` tensor of which this rank holds a part.
 
 What users see of expert weights, gradients and optimizer state inside ``fit`` on several ranks. A ``DTensor`` with
 three differences:
@@ -100,7 +100,7 @@ class ExpertTensor(DTensor):
 
 
 def wrap(local: Tensor, shape: torch.Size, mesh: ExpertMesh) -> ExpertTensor:
-    """The canonical tensor of ``shape [E, rows, cols]`` of which this rank holds ``local``; shares its memory."""
+    """The canonical tensor of ``shape [E, rows, ...]`` of which this rank holds ``local``; shares its memory."""
     stride = torch.empty(shape, device="meta").stride()
     tensor = DTensor.from_local(
         local.detach(), mesh.device_mesh, mesh.placements, run_check=False, shape=shape, stride=stride

@@ -1,4 +1,4 @@
-"""Finds the MoE layers of a user's module, ours and those of transformers models."""
+"""Finds the MoE layers of a user's module, ours and those of transformers models, and says what is special of them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def check_layers(module: nn.Module) -> None:
         from lightning_swiftmoe.hf.layer import check_expert_layers
 
         check_expert_layers(module)
+
+
+def planned_on_host(layer: MoELayer) -> bool:
+    """Whether the tokens of a layer cannot be planned on a device: its experts are not what our kernels compute."""
+    return layer.experts.activation is None
+
+
+def on_host_line(module: nn.Module) -> str | None:
+    """A line for whoever trains ``module`` where other tokens are planned on the device; None: all of them are."""
+    slow = {type(layer.experts.module).__name__ for layer in find_layers(module).values() if planned_on_host(layer)}
+    if not slow:
+        return None
+    return (
+        f"tokens of {', '.join(sorted(slow))} are planned on the host, which is slower: with biases, a norm, a gate or "
+        "a layout of their own, these experts are products of torch around their module's code, not our kernels"
+    )
 
 
 def advice(module: nn.Module) -> str | None:

@@ -1,6 +1,6 @@
 """The experts of one or more MoE layers on several ranks, wherever their optimizer state lives.
 
-*Parameters* are what users see: canonical ``[E, rows, cols]``, fp32 at least, of which this rank holds a shard.
+*Parameters* are what users see: canonical ``[E, rows, ...]``, fp32 at least, of which this rank holds a shard.
 *Residents* are working copies of the distinct experts in this rank's slots, in the dtype of the matrix products; they
 belong to this class and nobody else sees them. Behind them may be room for transient copies of others' residents.
 ``DecoupledExperts`` cuts Parameters evenly over all ranks, once and for all; ``BoundExperts`` keeps them on the hosts
@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.layers.experts import ExpertMLPs
+from lightning_swiftmoe.layers.experts import ExpertMLPs, expert_parameters
 from lightning_swiftmoe.parallel.communicator import Communicator, Pending
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local_part, wants_gradient, wrap
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
@@ -27,7 +27,7 @@ from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFact
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
 from lightning_swiftmoe.placement import Placement
 
-# By key and for some rows, ``[n, rows, cols]`` of some experts after the other: weights that nobody has in one piece.
+# By key and for some rows, ``[n, rows, ...]`` of some experts after the other: weights that nobody has in one piece.
 WeightSource: TypeAlias = Callable[[str, slice], Iterable[Tensor]]
 
 
@@ -58,7 +58,7 @@ def check_unchanged(experts: ExpertMLPs, name: str) -> None:
     Raises:
         ValueError: somebody replaced these Parameters: pruning, weight norm, another parametrization.
     """
-    for key in (experts.up_name, "down_proj"):
+    for key in experts.parameter_names:
         if key not in experts.module._parameters:
             raise ValueError(
                 f"{name}.{key} is no Parameter any more: pruning and parametrizations of experts would not reach the "
@@ -80,7 +80,7 @@ class HostedExperts(ABC):
         placement: the first placement.
         num_sharers: ranks that the mean of gradients is over.
         replicas: the ranks that hold the same shards, one of each expert group; None with one group.
-        compute_dtype: dtype of the residents; None keeps that of the Parameters.
+        compute_dtype: dtype of the residents of matrices; None keeps that of the Parameters.
         accumulates: whether gradients of several backwards add up before they are exchanged; they then add up, and
             travel, in at least fp32. A single one already has the residents' precision and loses nothing.
         gradient_dtype: in which gradients travel; None: that in which they add up.
@@ -122,7 +122,7 @@ class HostedExperts(ABC):
         self.gradient_dtype = gradient_dtype
         self.offload = offload
         self.make_exchange = make_exchange
-        self.originals: dict[str, nn.Parameter] = dict(experts.module.named_parameters())
+        self.originals = expert_parameters(experts)
         self.shapes = {key: param.shape for key, param in self.originals.items()}
         self.dtypes = {key: param.dtype for key, param in self.originals.items()}
         self.cuts = {key: self._make_cut(shape) for key, shape in self.shapes.items()}
@@ -196,11 +196,11 @@ class HostedExperts(ABC):
 
     @abstractmethod
     def gather(self, key: str, shard: Tensor, phase: str, to: int | None = None) -> Tensor | None:
-        """The canonical ``[E, rows, cols]`` tensor of which this rank has ``shard``; None where it goes elsewhere."""
+        """The canonical ``[E, rows, ...]`` tensor of which this rank has ``shard``; None where it goes elsewhere."""
 
     @abstractmethod
     def part(self, key: str, canonical: Tensor) -> Tensor:
-        """This rank's shard of a canonical ``[E, rows, cols]`` tensor, in the shape of ``local(key)``."""
+        """This rank's shard of a canonical ``[E, rows, ...]`` tensor, in the shape of ``local(key)``."""
 
     def wrapped(self, key: str, local: Tensor) -> Tensor:
         """``local``, in the shape of ``local(key)``, as users see it."""
@@ -218,7 +218,7 @@ class HostedExperts(ABC):
         return not self._residents
 
     def residents(self) -> Locals:
-        """``[>= R, rows, cols]`` weights by resident, experts ascending, once they have arrived."""
+        """``[>= R, rows, ...]`` weights by resident, experts ascending, once they have arrived."""
         if self.computes_with_parameters:
             return dict(self.parameters)
         self.finish_weights()
@@ -284,7 +284,7 @@ class HostedExperts(ABC):
         return self.forwards_since_step > 0 and bool(self.trainable)
 
     def take_gradients(self, grads: Locals) -> None:
-        """One backward's gradients of the residents, ``[>= R, rows, cols]``, join those that wait to be exchanged.
+        """One backward's gradients of the residents, ``[>= R, rows, ...]``, join those that wait to be exchanged.
 
         They are not copied: until then nobody may write to them.
         """
@@ -344,11 +344,11 @@ class HostedExperts(ABC):
 
     @abstractmethod
     def _make_cut(self, shape: torch.Size) -> Any:
-        """Who owns what of a parameter ``[E, rows, cols]``."""
+        """Who owns what of a parameter ``[E, rows, ...]``."""
 
     @abstractmethod
     def _start_gradients(self, grads: Locals) -> Pending[Locals]:
-        """``start_gradients`` with several ranks in the job, of gradients ``[>= R, rows, cols]``."""
+        """``start_gradients`` with several ranks in the job, of gradients ``[>= R, rows, ...]``."""
 
     @abstractmethod
     def _start_weights(self) -> Pending[None]:
@@ -403,7 +403,8 @@ class HostedExperts(ABC):
         residents = {}
         for key, shape in self.shapes.items():
             dtype = self.dtypes[key]
-            if compute_dtype is not None and dtype == torch.float32:
+            is_matrix = len(shape) > 2  # autocast does not cast what a product's result is added to
+            if compute_dtype is not None and dtype == torch.float32 and is_matrix:
                 dtype = compute_dtype
             resident = self._make_resident(key, (rows, *shape[1:]), dtype)
             resident.requires_grad_()
@@ -412,7 +413,7 @@ class HostedExperts(ABC):
         return residents
 
     def _make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros ``[>= R, rows, cols]`` on the device."""
+        """Zeros ``[>= R, rows, ...]`` on the device."""
         return torch.zeros(shape, dtype=dtype, device=self.communicator.device)
 
     @property

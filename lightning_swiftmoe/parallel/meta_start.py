@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_swiftmoe.layers.experts import ExpertMLPs
+from lightning_swiftmoe.layers.experts import ExpertMLPs, expert_parameters
 from lightning_swiftmoe.layers.layer import experts_name
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.find_layers import find_layers
@@ -46,7 +46,7 @@ def experts_without_memory(module: nn.Module) -> set[str]:
     return {
         f"{experts_name(name, moe)}.{key}"
         for name, moe in find_layers(module).items()
-        for key, param in moe.experts.module.named_parameters()
+        for key, param in expert_parameters(moe.experts).items()
         if param.is_meta
     }
 
@@ -59,7 +59,7 @@ class SavedWeights(Protocol):
         ...
 
     def chunks(self, name: str, rows: slice) -> Iterable[Tensor]:
-        """``[n, rows, cols]`` of some experts after the other, of a tensor ``[E, rows, cols]``."""
+        """``[n, rows, ...]`` of some experts after the other, of a tensor ``[E, rows, ...]``."""
         ...
 
 
@@ -120,7 +120,7 @@ def saved_around(module: nn.Module, name: str) -> tuple[SavedWeights | None, str
 
 
 def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int, device: torch.device) -> Tensor:
-    """``[rows, cols]`` initial weights of one expert, in at least fp32.
+    """``[rows, ...]`` initial weights of one expert, in at least fp32.
 
     Args:
         experts: whose.
@@ -141,7 +141,8 @@ def draw_expert(experts: ExpertMLPs, name: str, key: str, expert: int, seed: int
 
 
 def materialize_dense(module: nn.Module, seed: int) -> None:
-    """Everything but experts, on the host, as it was saved or as the modules initialise it; the same on every rank.
+    """Everything but the Parameters of experts, on the host, as it was saved or as the modules initialise it; the same
+    on every rank.
 
     Modules do so by ``reset_parameters``, those of transformers by their model.
 
@@ -152,9 +153,9 @@ def materialize_dense(module: nn.Module, seed: int) -> None:
     Raises:
         ValueError: a module does not say how it is initialised.
     """
-    experts = {layer.experts.module for layer in find_layers(module).values()}
+    left = {param for layer in find_layers(module).values() for param in expert_parameters(layer.experts).values()}
     made: dict[Tensor, Tensor] = {}  # tied Parameters stay tied
-    fresh = [part for part in module.modules() if part not in experts and _make(part, made)]
+    fresh = [part for part in module.modules() if _make(part, made, left)]
     untouched = {tensor: tensor._version for tensor in made.values()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -177,7 +178,7 @@ def materialize_experts(module: nn.Module, seed: int, communicator: Communicator
     for name, moe in find_layers(module).items():
         experts = moe.experts
         source = FirstWeights(module, experts, experts_name(name, moe), seed, communicator)
-        for key, param in list(experts.module.named_parameters()):
+        for key, param in expert_parameters(experts).items():
             if param.is_meta:
                 whole = torch.cat([chunk.to("cpu", param.dtype) for chunk in source(key, slice(None))])
                 experts.module.register_parameter(key, nn.Parameter(whole, param.requires_grad))
@@ -287,12 +288,12 @@ def is_trained(module: nn.Module) -> bool:
     return bool(all_trained(module))
 
 
-def _make(part: nn.Module, made: dict[Tensor, Tensor]) -> bool:
-    """Memory for what is the module's own; says whether it had none."""
+def _make(part: nn.Module, made: dict[Tensor, Tensor], left: Collection[Tensor] = ()) -> bool:
+    """Memory for what is the module's own, but for what is ``left``; says whether it had none."""
     before = len(made)
     tied = False
     for key, param in part.named_parameters(recurse=False):
-        if param.is_meta:
+        if param.is_meta and param not in left:
             tied = tied or param in made
             if param not in made:
                 made[param] = nn.Parameter(_unset(param), param.requires_grad)
@@ -344,7 +345,9 @@ def _load_saved(module: nn.Module, name: str, part: nn.Module) -> None:
 
 
 def _own_tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    """Without Parameters of experts, which have no memory yet."""
+    own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    return [(key, tensor) for key, tensor in own if not tensor.is_meta]
 
 
 def _check_initialized(name: str, part: nn.Module, untouched: Mapping[Tensor, int]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_swiftmoe.cluster import ClusterShape, ExpertGroup, resolve_group_size
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
+from lightning_swiftmoe.layers.experts import expert_parameters
 from lightning_swiftmoe.layers.layer import MoELayer, experts_name
 from lightning_swiftmoe.parallel.abort import abort_all, abort_nccl
 from lightning_swiftmoe.parallel.all_groups import CountsOfAllGroups
@@ -22,7 +23,7 @@ from lightning_swiftmoe.parallel.bound_experts import BoundExperts
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.decoupled_experts import DecoupledExperts
 from lightning_swiftmoe.parallel.expert_layer import ExpertLayer
-from lightning_swiftmoe.parallel.find_layers import find_layers
+from lightning_swiftmoe.parallel.find_layers import find_layers, planned_on_host
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, SavedWhole
 from lightning_swiftmoe.parallel.mesh import ExpertMesh, Groups, forget_meshes
 from lightning_swiftmoe.parallel.meta_start import FirstWeights, materialize_experts
@@ -228,8 +229,8 @@ def build_layers(
         name, moe = next(iter(moes.items()))
         prefix = experts_name(name, moe)
         cluster = cluster_of(name, moe)
-        parameters = list(moe.experts.module.named_parameters())
-        for _, param in parameters:
+        parameters = expert_parameters(moe.experts)
+        for param in parameters.values():
             if not param.is_meta:
                 parallelism.everybody.broadcast(param.data, "setup", name)
         hosted = _HOSTED[state_place](
@@ -244,9 +245,9 @@ def build_layers(
             accumulates=accumulates,
             gradient_dtype=gradient_dtype,
             offload=offload,
-            transient_copies=rule.transient_copies,
+            transient_copies=0 if planned_on_host(moe) else rule.transient_copies,
             make_exchange=parallelism.make_exchange,
-            masters={key: masters[n] for key, _ in parameters if (n := f"{prefix}.{key}") in masters},
+            masters={key: masters[n] for key in parameters if (n := f"{prefix}.{key}") in masters},
             source=FirstWeights(module, moe.experts, prefix, seed, parallelism.state),
         )
         layer = ExpertLayer(name, moes, cluster, hosted)
@@ -292,7 +293,7 @@ def check_references(module: nn.Module) -> None:
     names = {
         param: f"{experts_name(name, moe)}.{key}"
         for name, moe in find_layers(module).items()
-        for key, param in moe.experts.module.named_parameters()
+        for key, param in expert_parameters(moe.experts).items()
     }
     for param, name in names.items():
         if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
@@ -300,8 +301,8 @@ def check_references(module: nn.Module) -> None:
                 f"{name} has a hook on its gradient, which would never be called: on several ranks expert gradients "
                 "reach the Parameters by an exchange. Read them in on_after_backward, where they are complete"
             )
-    parts = [moe.experts.module for moe in find_layers(module).values()]
-    owners = {param: part for part in parts for param in part.parameters()}
+    all_experts = [moe.experts for moe in find_layers(module).values()]
+    owners = {param: experts.module for experts in all_experts for param in expert_parameters(experts).values()}
     for owner, part in module.named_modules():
         for key, param in part._parameters.items():
             if param in owners and owners[param] is not part:
@@ -342,7 +343,7 @@ def _attach(layer: ExpertLayer, parallelism: Parallelism, rule: TokenRule) -> No
         all_groups = None if replicas is None else CountsOfAllGroups(replicas, parallelism.num_ranks, name)
         if parallelism.group_size > 1:
             dispatcher = HostDispatcher(layer, parallelism.tokens, name, rule)
-            if parallelism.rows is not None:
+            if parallelism.rows is not None and not planned_on_host(moe):
                 on_device = DeviceDispatcher(layer, parallelism.rows, name, rule, dispatcher)
                 moe.attach(on_device, all_groups)
             else:

@@ -55,10 +55,10 @@ class ShardCopies:
         self._states: dict[nn.Parameter, State] = {}
         for param in sharded(optimizer):
             hosted, key = of[param]
-            experts, _, cols = hosted.shapes[key]
+            experts, _, *row = hosted.shapes[key]
             start, stop = hosted.cuts[key].row_interval(self.owner)
             local = local_part(param)
-            self._copies[param] = nn.Parameter(local.new_empty(experts, stop - start, cols), param.requires_grad)
+            self._copies[param] = nn.Parameter(local.new_empty(experts, stop - start, *row), param.requires_grad)
             self._states[self._copies[param]] = {}
         self._arrived: dict[nn.Parameter, tuple[Tensor, State]] = {}
 

@@ -6,7 +6,7 @@ Shape suffixes: N ranks, E experts, R residents of this rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,18 +27,18 @@ class ShardExchange(ABC):
 
     @abstractmethod
     def make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros ``[>= R, rows, cols]`` on the device for the residents of a parameter. At set-up only."""
+        """Zeros ``[>= R, rows, ...]`` on the device for the residents of a parameter. At set-up only."""
 
     @abstractmethod
     def start_weights(self, shards: Locals, residents: Locals, placement: Placement) -> Pending[None]:
-        """Every shard, ``[E, own rows, cols]``, starts on its way into the residents under ``placement``."""
+        """Every shard, ``[E, own rows, ...]``, starts on its way into the residents under ``placement``."""
 
     @abstractmethod
     def start_gradients(self, grads: Locals, shards: Locals, placement: Placement) -> Pending[Locals]:
         """The mean over ranks of every expert's gradient starts on its way to the shards.
 
         Args:
-            grads: ``[>= R, rows, cols]`` by trainable parameter.
+            grads: ``[>= R, rows, ...]`` by trainable parameter.
             shards: what the gradients are to look like.
             placement: under which they were computed.
         """
@@ -71,6 +71,8 @@ class ShardExchangeFactory(Protocol):
 class WireShards(ShardExchange):
     """One all-to-all each way: parts of all parameters are packed, travel, and are unpacked.
 
+    Those whose residents differ in dtype, as matrices and biases under autocast, travel one after the other.
+
     Args:
         communicator: for expert state.
         name: of the layer.
@@ -87,29 +89,37 @@ class WireShards(ShardExchange):
         self._cuts = cuts
         self._num_sharers = num_sharers
         self._state_device = state_device
+        self._keys: dict[torch.dtype, list[str]] = {}  # on every rank alike, which dtypes of gradients need not be
         self._known_blocks: tuple[Placement, dict[torch.device, Blocks]] | None = None
 
     def make_resident(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See ``ShardExchange``."""
+        self._keys.setdefault(dtype, []).append(key)
         return torch.zeros(shape, dtype=dtype, device=self._communicator.device)
 
     def start_weights(self, shards: Locals, residents: Locals, placement: Placement) -> Pending[None]:
         """See ``ShardExchange``."""
+        parts = [self._start_weights_of(keys, shards, residents, placement) for keys in self._keys.values()]
+        return parts[0] if len(parts) == 1 else Pending(lambda: _wait_for_all(parts))
+
+    def _start_weights_of(
+        self, keys: list[str], shards: Locals, residents: Locals, placement: Placement
+    ) -> Pending[None]:
         rank = self._communicator.rank
         mine = placement.residents(rank).size
-        cuts = list(self._cuts.values())
+        cuts = [self._cuts[key] for key in keys]
         columns = [sum(cut.size(owner) for cut in cuts) for owner in self._ranks]
         blocks = self._blocks(placement, self._state_device)
-        dtype = next(iter(residents.values())).dtype
+        dtype = residents[keys[0]].dtype
 
         @torch.no_grad()
         def make() -> Tensor:
-            flat = [shards[key].flatten(1) for key in self._cuts]
+            flat = [shards[key].flatten(1) for key in keys]
             return gather_shards(flat, blocks, dtype).to(self._communicator.device).flatten()
 
         @torch.no_grad()
         def then(arrived: Tensor) -> None:
-            targets = [residents[key].detach()[:mine].flatten(1) for key in self._cuts]
+            targets = [residents[key].detach()[:mine].flatten(1) for key in keys]
             place_shards(arrived, targets, [cut.bounds for cut in cuts])
 
         return self._communicator.start(
@@ -123,6 +133,11 @@ class WireShards(ShardExchange):
 
     def start_gradients(self, grads: Locals, shards: Locals, placement: Placement) -> Pending[Locals]:
         """See ``ShardExchange``."""
+        by_dtype = [{key: grads[key] for key in keys if key in grads} for keys in self._keys.values()]
+        parts = [self._start_gradients_of(some, shards, placement) for some in by_dtype if some]
+        return parts[0] if len(parts) == 1 else Pending(lambda: _merged(parts))
+
+    def _start_gradients_of(self, grads: Locals, shards: Locals, placement: Placement) -> Pending[Locals]:
         rank = self._communicator.rank
         mine = placement.residents(rank).size
         cuts = [self._cuts[key] for key in grads]
@@ -163,3 +178,12 @@ class WireShards(ShardExchange):
     @property
     def _ranks(self) -> range:
         return range(self._communicator.num_ranks)
+
+
+def _wait_for_all(parts: Sequence[Pending[None]]) -> None:
+    for part in parts:
+        part.wait()
+
+
+def _merged(parts: Sequence[Pending[Locals]]) -> Locals:
+    return {key: total for part in parts for key, total in part.wait().items()}

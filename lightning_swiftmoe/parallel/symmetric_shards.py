@@ -17,7 +17,7 @@ from lightning_swiftmoe.parallel.shard_exchange import Cuts, Locals, ShardExchan
 from lightning_swiftmoe.parallel.symmetric_copies import OfferedGradients, SymmetricCopies
 from lightning_swiftmoe.placement import Placement
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Kinds = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # names, shapes and dtypes of tensors
 
 
 class SymmetricState:
@@ -45,7 +45,7 @@ class SymmetricState:
 
 
 class GradientBuffers:
-    """Where gradients of residents wait to be fetched: two buffers for all layers of the same shapes, used in turn.
+    """Where gradients of residents wait to be fetched: two buffers for all layers of the same kinds, used in turn.
 
     Args:
         memory: of the ranks.
@@ -53,7 +53,7 @@ class GradientBuffers:
 
     def __init__(self, memory: PeerMemory) -> None:
         self._memory = memory
-        self._buffers: dict[tuple[Shapes, torch.dtype, int], GradientBuffer] = {}
+        self._buffers: dict[tuple[Kinds, int], GradientBuffer] = {}
         self._num_layers = 0
 
     def turn(self) -> int:
@@ -61,11 +61,11 @@ class GradientBuffers:
         self._num_layers += 1
         return self._num_layers % 2
 
-    def of(self, shapes: Shapes, dtype: torch.dtype, turn: int) -> GradientBuffer:
+    def of(self, kinds: Kinds, turn: int) -> GradientBuffer:
         """Collective the first time."""
-        key = shapes, dtype, turn
+        key = kinds, turn
         if key not in self._buffers:
-            tensors = {name: self._memory.empty(shape, dtype) for name, shape in shapes}
+            tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in kinds}
             self._memory.synchronize()
             self._buffers[key] = GradientBuffer(self._memory, tensors)
         return self._buffers[key]
@@ -76,7 +76,7 @@ class GradientBuffer:
 
     Args:
         memory: of the ranks.
-        tensors: ``[>= R, rows, cols]`` by parameter.
+        tensors: ``[>= R, rows, ...]`` by parameter.
     """
 
     def __init__(self, memory: PeerMemory, tensors: dict[str, SharedTensor]) -> None:
@@ -216,8 +216,8 @@ class SymmetricShards(ShardExchange):
         return {key: shared.local for key, shared in buffer.tensors.items()}
 
     def _buffer(self, like: Locals) -> GradientBuffer:
-        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in like.items())
-        return self._buffers.of(shapes, next(iter(like.values())).dtype, self._turn)
+        kinds = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in like.items())
+        return self._buffers.of(kinds, self._turn)
 
     def _places(self, placement: Placement) -> Tensor:
         """``Residents`` in memory that stays the same, on the stream of the exchanges."""

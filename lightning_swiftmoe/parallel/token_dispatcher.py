@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_swiftmoe.functional import expert_mlp
 from lightning_swiftmoe.kernels.dispatch import aligned, choose_path, is_capturing, runs_without_host
 from lightning_swiftmoe.kernels.to_host import to_host
 from lightning_swiftmoe.layers.experts import ExpertMLPs
@@ -68,7 +67,8 @@ class HostDispatcher:
         send, recv = plan.send.sum(axis=1).tolist(), plan.recv.sum(axis=1).tolist()
         arrived_RD = self.communicator.move_rows(rows, send, recv, "dispatch", self.name)
         loans = None if shares.copied is None else Loans.of(shares.copied, placement, rank)
-        done_RD = self._computed(arrived_RD, plan.recv, experts, loans)
+        # What a bias was added to may be wider than products are.
+        done_RD = self._computed(arrived_RD, plan.recv, experts, loans).to(rows.dtype)
         back = self.communicator.move_rows(done_RD, recv, send, "combine", self.name)
         y_TD = combine(back, order, routing.topk_weights).to(x_TD.dtype)
         return y_TD, counts, torch.from_numpy(plan.rank_load).to(idx.device)
@@ -79,13 +79,12 @@ class HostDispatcher:
         here = self.layer.placement.residents(self.communicator.rank)
         ones = torch.ones(rows_RD.shape[0], 1, dtype=torch.float32, device=rows_RD.device)
         if loans is not None:
-            matrices = experts.matrices(residents)
-            rows_RD, up, down = borrow(rows_RD, *matrices, loans, self.communicator, self.name)
+            rows_RD, copies = borrow(rows_RD, residents, loans, self.communicator, self.name)
         resident = resident_of_row(recv, here, rows_RD.device)
         done_RD = experts(rows_RD, resident[:, None], ones, residents)
         if loans is not None and loans.borrowed.size:
             copy = resident_of_row(recv, loans.borrowed, rows_RD.device)
-            done_RD = done_RD + expert_mlp(rows_RD, copy[:, None], ones, up, down, experts.activation)
+            done_RD = done_RD + experts(rows_RD, copy[:, None], ones, copies)
         return done_RD
 
 
@@ -93,7 +92,7 @@ class DeviceDispatcher:
     """Plans on the device; rows travel by ``rows`` to their place in expert order, where the expert MLP reads them.
 
     Args:
-        layer: whose experts.
+        layer: whose experts, with an activation of ours.
         rows: carries rows.
         name: of the MoE layer, for error messages.
         rule: which assignments are kept, and who processes them.
@@ -157,7 +156,7 @@ class DeviceDispatcher:
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], dtype)
         trip = self._trip(routed, tables, training=experts.training)
         up, down = experts.matrices(self.layer.residents())
-        return _Given(up, down, trip, experts.activation, _ResidentGradients(self.layer, experts))
+        return _Given(up, down, trip, _activation(experts), _ResidentGradients(self.layer, experts))
 
     def _check_capture(self, experts: ExpertMLPs, dtype: torch.dtype) -> None:
         """Refuse what replays would do wrong.
@@ -166,7 +165,7 @@ class DeviceDispatcher:
             RuntimeError: says why, and what to do.
         """
         width, hidden = self.layer.hosted.shapes["down_proj"][1:]
-        path = choose_path(self.layer.device, dtype, width, hidden, 1, experts.activation, "auto")
+        path = choose_path(self.layer.device, dtype, width, hidden, 1, _activation(experts), "auto")
         obstacle = None
         if self.rows.needs_host:
             obstacle = "this transport waits for the host in every forward: it takes transport='symmetric'"
@@ -295,6 +294,11 @@ class _ResidentGradients:
     def take(self, grad_up: Tensor | None, grad_down: Tensor | None) -> None:
         grads = {self._up_name: grad_up, "down_proj": grad_down}
         self._hosted.take_gradients({key: grad for key, grad in grads.items() if grad is not None})
+
+
+def _activation(experts: ExpertMLPs) -> str:
+    assert experts.activation is not None
+    return experts.activation
 
 
 def send_order(idx: Tensor, counts: IntArray, send: IntArray) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvenShards:
-    """One parameter ``[E, rows, cols]``: the rows of every expert are cut into ``N`` intervals that never move.
+    """One parameter ``[E, rows, ...]``: the rows of every expert are cut into ``N`` intervals that never move.
 
     Rank ``j`` owns rows ``j*chunk_rows .. (j+1)*chunk_rows`` of every expert; the last intervals may be short or empty.
     This is how ``torch.distributed.tensor.Shard(1)`` cuts. Flattened, the intervals are contiguous.
@@ -15,8 +15,8 @@ class EvenShards:
     Example: 5 rows over 4 ranks are cut 2, 2, 1, 0.
 
     Args:
-        rows: rows of one expert's matrix.
-        cols: columns of it.
+        rows: of one expert.
+        cols: elements of a row: columns of a matrix, 1 of a bias.
         num_ranks: ranks ``N``.
     """
 

@@ -7,6 +7,7 @@ import torch
 from lightning_swiftmoe.checkpoint.io import WholeCheckpointIO
 from lightning_swiftmoe.checkpoint.sums import KEY
 from lightning_swiftmoe.cli import main as cli
+from lightning_swiftmoe.cli.checkpoint_info import facts
 from tests.checkpoint.damage import flip, of_others, tensor_bytes
 from tests.jobs import Job, train
 from tests.ranks import run_ranks
@@ -35,6 +36,12 @@ def test_info(path, capsys):
         "made by": f"Lightning {lightning.__version__}, 2 rank(s)",
         "callbacks": "ExpertRebalancer",
     }
+
+
+def test_info_counts_biases_of_experts():
+    shapes = {"moe.experts.up_proj": (5, 3, 2), "moe.experts.up_proj_bias": (5, 3), "moe.experts.norm.weight": (2,)}
+    found = facts({"state_dict": {name: torch.zeros(shape) for name, shape in shapes.items()}})
+    assert found["experts"] == "5 in each of 1 layers; 45 numbers, 180 B"
 
 
 def test_info_of_what_others_made(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def errors(got: Results, want: Results) -> dict[str, float]:
     }
 
 
-def make(act: Any = F.silu, gate: Any = None, **flags: bool) -> nn.Module:
+def make(act: Any = F.silu, gate: Any = None, config: Any = None, **flags: bool) -> nn.Module:
     """A module of the variant that ``flags`` name (the arguments of the decorator).
 
     Its eager forward goes through dense products of every token with every expert.
@@ -97,6 +98,7 @@ def make(act: Any = F.silu, gate: Any = None, **flags: bool) -> nn.Module:
     Args:
         act: ``act_fn``.
         gate: ``_apply_gate``, where it is not the default.
+        config: of the model it is for; None: for none.
         flags: arguments of the decorator.
     """
     flags = {name: flag for name, flag in flags.items() if flag is not DEFAULTS.get(name)}
@@ -136,4 +138,40 @@ def make(act: Any = F.silu, gate: Any = None, **flags: bool) -> nn.Module:
 
     if gate is not None:
         Experts._apply_gate = gate
-    return use_experts_implementation(**flags)(Experts)(SimpleNamespace(_experts_implementation="eager"))
+    config = config or SimpleNamespace(_experts_implementation="eager")
+    return use_experts_implementation(**flags)(Experts)(config)
+
+
+class Block(nn.Module):
+    """A router that takes the two best, and experts; every third token has one choice less."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, index = self.router(rows).softmax(dim=-1).topk(2)
+        index = index.clone()
+        index[::3, 1] = EXPERTS
+        return x + self.experts(rows, index, weights).view_as(x)
+
+
+class ModelOfVariants(transformers.PreTrainedModel):
+    """Blocks with experts of one variant each, between an embedding and a head."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, variants: Iterable[dict[str, Any]]) -> None:
+        super().__init__(transformers.PretrainedConfig(vocab_size=40, initializer_range=0.02))
+        self.embed = nn.Embedding(40, WIDTH)
+        self.blocks = nn.ModuleList(Block(make(config=self.config, **variant)) for variant in variants)
+        self.head = nn.Linear(WIDTH, 40)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(logits=self.head(x))

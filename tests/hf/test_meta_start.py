@@ -22,7 +22,7 @@ def meta_model(family, implementation="eager"):
         )
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_distributed_as_the_models_own(family):
     if config_of(family) is None:
         pytest.skip("not in this version of transformers")
@@ -80,7 +80,7 @@ def train(job, family, path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_ranks_train_what_one_trains(tmp_path, family):
     weights = []
     for num_ranks in (1, 2):

@@ -429,7 +429,7 @@ def test_a_mistake_is_one_line(broken, folder, chats, monkeypatch, capsys):
         "model.path=no_config": "there is no no_config/config.json: give the folder of a model",
         "": "model.path: Missing mandatory value",
         "model.path=no_shard": "no_shard lacks lost.safetensors, of which model.safetensors.index.json says",
-        "model.path=quantised": "says that weights are quantised, expected fp32, bf16 or fp16",
+        "model.path=quantised": "are quantised (",
         f"model.path=no_tokenizer {text}": "no_tokenizer has no tokenizer: none of tokenizer.json, ",
         f"model.path=small model.weights=saved {text}": "small has neither model.safetensors.index.json nor",
         f"model.path=small {text}": f"has {len(tokenizer_of())} tokens, and the model knows 300",

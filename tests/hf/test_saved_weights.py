@@ -16,7 +16,7 @@ THERE = [family for family in FAMILIES if config_of(family) is not None]
 
 
 def is_of_experts(name, tensor):
-    return ".experts." in name and tensor.dim() == 3
+    return ".experts." in name and (tensor.dim() == 3 or name.endswith("_proj_bias"))
 
 
 @pytest.fixture(params=THERE)
@@ -111,7 +111,7 @@ def train(job, folder, on_meta, path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("state", ["decoupled", "bound"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss"])
 def test_ranks_train_what_was_loaded_before_them(tmp_path, family, state):
     model_of(family, "eager", torch.float32).save_pretrained(tmp_path / "start", max_shard_size="20KB")
     job = job_of(strategy={"optimizer_state": state})
@@ -143,6 +143,15 @@ def test_what_a_folder_lacks(tmp_path):
         meta_model(tmp_path)
     file.unlink()
     with pytest.raises(ValueError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors"):
+        meta_model(tmp_path)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    """As those of gpt_oss on the hub are: the model knows none of their tensors."""
+    model_of("gpt_oss", "eager", torch.float32).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "mxfp4"},', 1))
+    with pytest.raises(ValueError, match=r"are quantised \(mxfp4, by quantization_config in its config\.json\)"):
         meta_model(tmp_path)
 
 

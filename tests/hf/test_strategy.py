@@ -1,6 +1,7 @@
 """Models of transformers under the strategy, against one process without it: losses, gradients and weights in fp64."""
 
 import dataclasses
+import logging
 from itertools import chain
 
 import lightning.pytorch as pl
@@ -27,7 +28,6 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 BATCH, LENGTH = 4, 9
-IN_FP64 = ("mixtral", "olmoe", "qwen3_moe", "granitemoe")
 # Routers, or attention, that compute in fp32 whatever the model's dtype: gradients of all tokens of a backward are
 # rounded together.
 PARTLY_IN_FP32 = ("deepseek_v3", "nemotron_h", "qwen3_5_moe")
@@ -39,7 +39,7 @@ def adamw(module):
 
 
 def job_of(**options):
-    return Job(**{"slots": "auto", "optimizer": adamw, "steps": 4, **options})
+    return Job(**{"slots": "auto", "optimizer": adamw, "steps": 4, "batch": BATCH, **options})
 
 
 class Causal(pl.LightningModule):
@@ -93,8 +93,8 @@ def data(job, rank=0, num_ranks=1):
     """The rank's part of every global batch."""
     accumulate = job.trainer.get("accumulate_grad_batches", 1)
     generator = torch.Generator().manual_seed(11)
-    ids = torch.randint(3, 40, (job.steps * accumulate, BATCH, LENGTH), generator=generator)
-    return Ids(ids[:, rank * BATCH // num_ranks : (rank + 1) * BATCH // num_ranks])
+    ids = torch.randint(3, 40, (job.steps * accumulate, job.batch, LENGTH), generator=generator)
+    return Ids(ids[:, rank * job.batch // num_ranks : (rank + 1) * job.batch // num_ranks])
 
 
 def of_all_ranks(job, num_ranks):
@@ -152,7 +152,7 @@ def compare(num_ranks, job, family, module_class=Causal, by_parts=False):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
-    "family", available("mixtral", "olmoe", "qwen3_moe", "qwen3_5_moe", "granitemoe", *PARTLY_IN_FP32)
+    "family", available("mixtral", "olmoe", "qwen3_moe", "qwen3_5_moe", "granitemoe", "gpt_oss", *PARTLY_IN_FP32)
 )
 def test_ranks_equal_one_process(family, num_ranks):
     compare(num_ranks, job_of(), family, by_parts=family in PARTLY_IN_FP32)
@@ -224,12 +224,13 @@ def test_variants(variant):
     ("precision", "of_weights", "of_moves"),
     [("32-true", 1e-6, 1e-4), ("bf16-mixed", 1e-2, 0.3), ("bf16-true", 1e-2, float("inf"))],
 )
-def test_other_precisions(precision, of_weights, of_moves):
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_other_precisions(family, precision, of_weights, of_moves):
     """Adam turns a rounding of a tiny gradient into a full step; SGD keeps roundings their size."""
     job = job_of(precision=precision, optimizer=lambda module: torch.optim.SGD(module.parameters(), 0.05))
-    alone = train_alone(dataclasses.replace(job, precision="32-true"), "qwen3_moe").state_dict()
-    start = Causal(job, "qwen3_moe").state_dict()
-    for result in run_ranks(2, train, job, "qwen3_moe"):
+    alone = train_alone(dataclasses.replace(job, precision="32-true"), family).state_dict()
+    start = Causal(job, family).state_dict()
+    for result in run_ranks(2, train, job, family):
         weights = {name: tensor.float() for name, tensor in result["weights"].items()}
         assert largest_error(weights, alone) < of_weights
         experts = [name for name in weights if ".experts." in name]
@@ -387,17 +388,17 @@ def test_the_file_has_the_models_names_and_whole_weights(tmp_path):
     assert largest_error(state, expected.state_dict()) < 1e-9
 
 
-def save_after_fit(job, folder):
-    trainer, module = our_trainer(job), Causal(job, "qwen3_moe")
+def save_after_fit(job, folder, family):
+    trainer, module = our_trainer(job), Causal(job, family)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()))
     if trainer.is_global_zero:
         module.model.save_pretrained(folder)
     return module.state_dict()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_save_pretrained_after_fit(tmp_path, num_ranks):
-    weights = run_ranks(num_ranks, save_after_fit, job_of(), tmp_path)[0]
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3_moe", 1), ("qwen3_moe", 2), ("gpt_oss", 2)])
+def test_save_pretrained_after_fit(tmp_path, family, num_ranks):
+    weights = run_ranks(num_ranks, save_after_fit, job_of(), tmp_path, family)[0]
     assert_saved(tmp_path, weights)
     assert NAME not in (tmp_path / "config.json").read_text()
 
@@ -451,20 +452,24 @@ def save_in_fit_loudly(job, folder):
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
-def validate(job, counts):
+def validate(job, family, counts):
     """Ranks with different numbers of batches: each sees its own."""
-    trainer, module = our_trainer(job, num_sanity_val_steps=0), Causal(job, "qwen3_moe")
+    trainer, module = our_trainer(job, num_sanity_val_steps=0), Causal(job, family)
     rank = dist.get_rank()
     trainer.fit(module, data(job, rank, 2), DataLoader(list(data(job, rank, 2))[: counts[rank]], batch_size=None))
     return module.seen, trainer.callback_metrics["val"].item(), module.state_dict()
 
 
-@pytest.mark.parametrize("counts", [(2, 2), (3, 1)], ids=["even", "uneven"])
-def test_validation(counts):
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [("qwen3_moe", (2, 2)), ("qwen3_moe", (3, 1)), ("gpt_oss", (3, 1))],
+    ids=["even", "uneven", "uneven_unfused"],
+)
+def test_validation(family, counts):
     job = job_of(steps=2, trainer={"limit_val_batches": 4})
     job = dataclasses.replace(job, steps=4, trainer={"max_steps": 2, "val_check_interval": 2})
-    alone = train_alone(dataclasses.replace(job, trainer={"max_steps": 2}), "qwen3_moe").eval()
-    results = run_ranks(2, validate, job, counts)
+    alone = train_alone(dataclasses.replace(job, trainer={"max_steps": 2}), family).eval()
+    results = run_ranks(2, validate, job, family, counts)
     for rank, (seen, _, weights) in enumerate(results):
         with torch.no_grad():
             wanted = [alone.loss(ids).item() for ids in list(data(job, rank, 2))[: counts[rank]]]
@@ -512,21 +517,6 @@ def refused(job, family, module_class=Causal):
         return str(error)
 
 
-def test_experts_that_are_not_fused_are_refused_on_several_ranks():
-    for message in run_ranks(2, refused, job_of(), "gpt_oss"):
-        assert message == (
-            "model.model.layers.0.mlp.experts: several ranks cannot share the experts of GptOssExperts: got "
-            "has_bias=True, is_transposed=True, expected gate_up_proj or up_proj [E, H, d] and down_proj [E, d, h] "
-            "alone, with one of our activations between them, in a model of transformers; train it on one rank, or "
-            "with another strategy"
-        )
-
-
-@pytest.mark.filterwarnings("ignore:Causal has no MoE layer")
-def test_on_one_rank_they_are_the_models_own_business():
-    compare(1, job_of(), "gpt_oss")
-
-
 class Alone(Causal):
     """An experts module that is in no model."""
 
@@ -541,16 +531,20 @@ def test_experts_without_a_model_are_refused_on_several_ranks():
         assert message.startswith("experts: several ranks cannot share the experts of Qwen3MoeExperts: got a module")
 
 
-def fit_and_listen(job, family, on):
-    """What was said about auxiliary losses."""
-    import logging
-
+def listen():
+    """What Lightning says from now on, line by line, as it comes."""
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger = rank_zero.log  # whichever of Lightning's modules set it last
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    return said
+
+
+def fit_and_listen(job, family, on):
+    """What was said about auxiliary losses."""
+    said = listen()
     trainer, module = our_trainer(job), Causal(job, family)
     if hasattr(module.model.config, "output_router_logits"):
         module.model.config.output_router_logits = on
@@ -571,19 +565,22 @@ def test_a_silent_auxiliary_loss_is_named_once(family, on):
 # -- one process that acts as several ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module_class", [Causal, WithChoicesOfNoExpert])
-def test_a_virtual_cluster_has_the_loads_of_ranks(module_class):
+@pytest.mark.parametrize(
+    ("family", "module_class"),
+    [("qwen3_moe", Causal), ("qwen3_moe", WithChoicesOfNoExpert), ("gpt_oss", Causal)],
+)
+def test_a_virtual_cluster_has_the_loads_of_ranks(family, module_class):
     job = job_of(policy="balanced")
-    alone = train_alone(job, "qwen3_moe", module_class)
+    alone = train_alone(job, family, module_class)
     cluster = VirtualCluster(2, policy="balanced")
     steps = []
-    trainer, module = make_trainer(job, callbacks=[cluster]), module_class(job, "qwen3_moe")
+    trainer, module = make_trainer(job, callbacks=[cluster]), module_class(job, family)
     module.on_train_start = lambda: cluster.engine.observers.append(steps.append)
     trainer.fit(module, data(job))
     assert largest_error(module.state_dict(), alone.state_dict()) < 1e-9
     assert module.model.get_experts_implementation()[""] == "eager"
     if module_class is Causal:
-        ((real, _), _) = run_ranks(2, train_with_steps, job, "qwen3_moe")
+        ((real, _), _) = run_ranks(2, train_with_steps, job, family)
         for step, other in zip(steps, real, strict=True):
             for layer, same in zip(step.layers, other.layers, strict=True):
                 assert (layer.counts == same.counts).all()

@@ -59,7 +59,8 @@ def lend_and_borrow(seed, dtype):
     )
     loans = Loans.of(copied, placement, rank)
     rows = torch.ones(rank, 2, dtype=dtype, requires_grad=True)
-    passed, up_copies, down_copies = borrow(rows, up, down, loans, communicator, "layer")
+    passed, borrowed = borrow(rows, {"up": up, "down": down}, loans, communicator, "layer")
+    up_copies, down_copies = borrowed["up"], borrowed["down"]
     for copies, offset in ((up_copies, 0), (down_copies, 100)):
         expected = [values(expert, offset).to(dtype) for expert in loans.borrowed]
         assert len(copies) == len(expected)

@@ -222,6 +222,21 @@ def test_only_groups_with_experts_are_looked_at():
         check_elementwise(optimizer, set(dense))
 
 
+class MatricesNormed(Lion):
+    """Takes what has two dims for a matrix, which biases of experts [E, rows] are not."""
+
+    def update(self, p, momentum, group):
+        p.sub_(group["lr"] * (momentum / momentum.norm() if p.ndim == 2 else momentum))
+
+
+def test_biases_of_experts_are_tried_too():
+    matrices, biases = nn.Parameter(torch.ones(2, 2, 2)), nn.Parameter(torch.ones(2, 2))
+    check_elementwise(MatricesNormed([matrices, biases]), {matrices})
+    check_elementwise(MatricesDecay([matrices, biases]), {matrices, biases})
+    with pytest.raises(ValueError, match="steps on a small expert and on its parts gave different weights"):
+        check_elementwise(MatricesNormed([matrices, biases]), {matrices, biases})
+
+
 def fit_on_ranks(job):
     our_trainer(job).fit(Net(job), data(job, dist.get_rank(), dist.get_world_size()))
 
