@@ -71,8 +71,8 @@ def read_config(folder: Path) -> Any:
     if quantised is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else type(quantised).__name__
         raise ValueError(
-            f"the weights in {folder} are quantised ({method}, by quantization_config in its config.json), expected them "
-            "in fp32, bf16 or fp16, as experts train: load them dequantised with from_pretrained, and save that"
+            f"the weights in {folder} are quantised ({method}, by quantization_config in its config.json), expected "
+            "fp32, bf16 or fp16, as experts train: load them dequantised with from_pretrained, and save that"
         )
     return config
 
