@@ -276,13 +276,13 @@ class CheckpointingStrategy(DDPStrategy):
         with knowing_of_parts():
             state = super().lightning_module_state_dict()
         if self._assembled is not None:
-            return assembled_weights(state, self._experts, self._assembled.weights)
+            return assembled_weights(state, self._module, self._experts, self._assembled.weights)
         self._refuse_after_failure()
         if self.engine is None and is_trained(self._module):
             return self._with_trained_weights(state)
         if sharded:
             return sharded_weights(state)
-        return state if self.engine is None else full_weights(state, self._holders)
+        return state if self.engine is None else full_weights(state, self._module, self._holders)
 
     @property
     def _holders(self) -> dict[str, ShardHolder]:

@@ -75,7 +75,7 @@ from lightning_swiftmoe.parallel.hosted_experts import check_unchanged
 from lightning_swiftmoe.parallel.meta_start import experts_without_memory, keep_trained, without_meta
 from lightning_swiftmoe.parallel.rehearsal import compile_layers
 from lightning_swiftmoe.parallel.setup import Parallelism, build_layers, check_references
-from lightning_swiftmoe.parallel.sharded_dense import ShardedDense, StepsThroughForward
+from lightning_swiftmoe.parallel.sharded_dense import ShardedDense, StepsThroughForward, check_whole
 from lightning_swiftmoe.parallel.transports import check_transport
 from lightning_swiftmoe.parallel.uneven_validation import UnevenValidation
 from lightning_swiftmoe.placement import (
@@ -273,6 +273,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             super().model_to_device()
             return
         self._refuse_pruning()
+        check_whole(self._module)
         self._make_engine(self.fill_in(experts=False))
         for hosted in self._experts.values():
             hosted.withdraw()

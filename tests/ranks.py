@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook  # Lightning wants it: here, once for all ranks
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
 

@@ -27,33 +27,38 @@ def owners(holders: Mapping[str, Holder]) -> dict[nn.Parameter, tuple[Holder, st
     }
 
 
-def full_weights(state_dict: dict[str, Any], holders: Mapping[str, ShardHolder]) -> dict[str, Any]:
+def full_weights(state_dict: dict[str, Any], module: nn.Module, holders: Mapping[str, ShardHolder]) -> dict[str, Any]:
     """``state_dict`` with sharded weights gathered to rank 0; the other ranks' lacks them. Collective.
 
     Args:
-        state_dict: of the user's module.
-        holders: by name in it; tied experts once for each name.
+        state_dict: of ``module``.
+        module: the user's.
+        holders: by name in it.
     """
-    gathered: dict[nn.Parameter, Tensor | None] = {}
-    for name, hosted in holders.items():
-        for key, param in hosted.parameters.items():
-            if param not in gathered:
-                gathered[param] = hosted.gather_for_checkpoint(key, hosted.local(key))
-            whole = gathered[param]
-            if whole is None:
-                del state_dict[full_name(name, key)]
-            else:
-                state_dict[full_name(name, key)] = whole
+    gathered: dict[Owner, Tensor | None] = {}
+    for name, (hosted, key) in _sharded_names(module, holders).items():
+        if (hosted, key) not in gathered:
+            gathered[hosted, key] = hosted.gather_for_checkpoint(key, hosted.local(key))
+        whole = gathered[hosted, key]
+        if whole is None:
+            del state_dict[name]
+        else:
+            state_dict[name] = whole
     return state_dict
 
 
 def assembled_weights(
-    state_dict: dict[str, Any], holders: Mapping[str, ShardHolder], whole: Mapping[Owner, Tensor]
+    state_dict: dict[str, Any], module: nn.Module, holders: Mapping[str, ShardHolder], whole: Mapping[Owner, Tensor]
 ) -> dict[str, Any]:
     """``state_dict`` with expert weights that somebody has already."""
-    for name, hosted in holders.items():
-        state_dict |= {full_name(name, key): whole[hosted, key] for key in hosted.parameters}
-    return state_dict
+    return state_dict | {name: whole[owner] for name, owner in _sharded_names(module, holders).items()}
+
+
+def _sharded_names(module: nn.Module, holders: Mapping[str, ShardHolder]) -> dict[str, Owner]:
+    """Whose every sharded Parameter is, by every name it has: parts of a module may stand in it twice."""
+    of = owners(holders)
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: of[param] for name, param in named if param in of}
 
 
 def assembled_optimizer_state(
@@ -98,7 +103,7 @@ def load_full_weights(
         RuntimeError: weights are missing or unknown, and ``strict``.
     """
     dense = dict(state_dict)
-    names = {full_name(name, key): (hosted, key) for name, hosted in holders.items() for key in hosted.parameters}
+    names = _sharded_names(module, holders)
     canonical = {name: dense.pop(name) for name in names if name in dense}
     missing, unexpected = module.load_state_dict(dense, strict=False)
     missing = [name for name in missing if name not in canonical]

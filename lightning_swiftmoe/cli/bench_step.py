@@ -102,10 +102,10 @@ def bench(config: DictConfig, own: list[str]) -> None:
         own: overrides of ``conf/bench/step.yaml``.
     """
     options = Options.of(config, own)
-    model = gpt_of(config)
     if options.in_processes_of_their_own(config):
         side_by_side(config, options)
         return
+    model = gpt_of(config)
     train_and_nothing_else(config, options.warmup + options.steps + PROFILED)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # hardware lists, tips

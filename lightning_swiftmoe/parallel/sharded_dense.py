@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_expert_tensor
+from lightning_swiftmoe.parallel.sharded import full_name
 
 
 class ShardedDense:
@@ -45,7 +46,7 @@ class ShardedDense:
         self.shapes = {name: param.shape for name, param in self.originals.items()}
         self.state_device = everybody.device
         blocks = list(_blocks(module))
-        _check(self.originals, blocks)
+        _check(module, set(self.originals.values()), blocks)
         for tensor in dict.fromkeys((*self.originals.values(), *module.buffers())):
             assert not tensor.is_meta
             everybody.broadcast(tensor.data, "setup", "dense")
@@ -160,6 +161,17 @@ class StepsThroughForward(nn.Module):
         return result
 
 
+def check_whole(module: nn.Module) -> None:
+    """Raise a ValueError where somebody else has spread a Parameter over ranks."""
+    for name, param in module.named_parameters():
+        if type(param) is DTensor:
+            raise ValueError(
+                f"{name} is spread over {param.device_mesh}, by tensor parallelism or fully_shard, expected it whole: "
+                "neither composes with the exchange of experts. Leave them out of configure_model; dense='fsdp2' cuts "
+                "what is outside of experts"
+            )
+
+
 class _Traces:
     """What FSDP2 leaves in modules besides Parameters: other classes, attributes and hooks, some in the first forward.
 
@@ -220,21 +232,25 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from _blocks(child, f"{name}.")
 
 
-def _check(dense: dict[str, nn.Parameter], blocks: list[tuple[str, nn.Module]]) -> None:
+def _check(module: nn.Module, dense: Collection[nn.Parameter], blocks: list[tuple[str, nn.Module]]) -> None:
+    block_of = {part: name for name, block in blocks for part in block.modules()}
     places: dict[nn.Parameter, tuple[str, str]] = {}
-    for name, param in dense.items():
-        if param.ndim == 0:
-            raise ValueError(
-                f"dense='fsdp2' cuts Parameters along their first dim, and {name} has none: give it shape [1], or use "
-                "dense='ddp'"
-            )
-        block = next((block for block, _ in blocks if name.startswith(f"{block}.")), "")
-        first, place = places.setdefault(param, (name, block))
-        if place != block:
-            raise ValueError(
-                f"{first} and {name} are one Parameter, and dense='fsdp2' gathers {place or 'the module'} and "
-                f"{block or 'the module'} apart: use dense='ddp'"
-            )
+    for owner, part in module.named_modules():
+        for key, param in part.named_parameters(recurse=False):
+            if param not in dense:
+                continue
+            name, block = full_name(owner, key), block_of.get(part, "")
+            if param.ndim == 0:
+                raise ValueError(
+                    f"dense='fsdp2' cuts Parameters along their first dim, and {name} has none: give it shape [1], or "
+                    "use dense='ddp'"
+                )
+            first, place = places.setdefault(param, (name, block))
+            if place != block:
+                raise ValueError(
+                    f"{first} and {name} are one Parameter, and dense='fsdp2' gathers {place or 'the module'} and "
+                    f"{block or 'the module'} apart: use dense='ddp'"
+                )
 
 
 def _gradient_as_expert_tensor(param: Tensor) -> None:

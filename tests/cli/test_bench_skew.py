@@ -111,6 +111,7 @@ def test_routing_is_replayed_only_once_training_has_begun(tmp_path):
     assert (layer.pop_load().counts[0].numpy() == loads[0, 0, 0]).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_systems_train_alike_under_skew(tmp_path):

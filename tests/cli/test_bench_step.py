@@ -18,7 +18,7 @@ def bench(cwd, *args):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("start_method", ["fork", "popen"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("popen", marks=pytest.mark.exhaustive)])
 def test_what_rank_0_measured_arrives(tmp_path, start_method):
     method = f"cluster.start_method={start_method}"
     status, text = bench(tmp_path, *SMALL, "model.capacity_factor=1.0", "strategy=paper", "policy=static", method)

@@ -60,6 +60,7 @@ def test_every_training_recipe_of_the_paper_is_here():
     assert virtual == {"paper/fig7_table3", "paper/table1_capacity", "paper/fig11_aux_loss"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fig7_table3(sweep, capsys):
     base = sweep("fig7_table3", "seed=0,1")

@@ -25,7 +25,7 @@ def test_a_line_makes_the_configuration_again():
         assert eval(str(configuration)) == configuration
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_ranks_equal_one_process(num_ranks):
     configurations = [c for c in drawn(COUNT, 20261128) if c.num_ranks == num_ranks]
     trained, wrong = 0, {}

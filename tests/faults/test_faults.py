@@ -14,11 +14,13 @@ def expected():
     return expected_weights()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(200)
 def test_those_left_go_on(tmp_path, expected):
     assert faults_of(Trial.of(4, tmp_path, ("fork",), redundancy=2), expected, tmp_path) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(200)
 def test_the_first_step_has_second_owners(tmp_path, expected):
     trial = Trial.of(4, tmp_path, ("fork",), redundancy=2)

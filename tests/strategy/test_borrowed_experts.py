@@ -80,7 +80,7 @@ def lend_and_borrow(seed, dtype):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_copies_are_the_lenders_and_their_gradients_come_back(num_ranks, dtype):
     for seed in range(3):

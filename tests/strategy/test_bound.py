@@ -24,7 +24,7 @@ SIZES = [5 * 6, 6 * 5]  # up and down projection of one expert
 POLICIES = {"static": "static", "flexmoe": FlexMoEPolicy(), "random": "random"}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_ranks_equal_one_process(num_ranks, optimizer, policy):
@@ -65,7 +65,7 @@ def test_more_hosts_than_elements():
     compare(4, job, 1e-9)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("optimizer", "num_tensors"), [(sgd, 2), (adamw, 3)])
 @pytest.mark.parametrize("policy", ["flexmoe", "random"])
 def test_bytes_of_every_phase(num_ranks, optimizer, num_tensors, policy):

@@ -38,7 +38,7 @@ def record(job):
     return dist.get_rank(), recorder.steps
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_closed_formulas(num_ranks):
     job = Job(num_experts=5, slots=3, policy="random", optimizer=sgd)
     matrices = [(5, 6), (6, 5)]  # rows and columns of one expert's up and down projection

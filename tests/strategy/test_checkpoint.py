@@ -50,7 +50,7 @@ def losses_and_weights(job, path=None):
     return module.losses, module.state_dict()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("wide", [False, True])
 def test_losses_and_weights_of_every_later_step_bit_for_bit(tmp_path, num_ranks, wide):
     """Also where sums over ranks depend on where in a bucket an element lies, and with several buckets."""

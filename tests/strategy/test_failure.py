@@ -68,7 +68,12 @@ ACTIONS = {
 @pytest.mark.parametrize(
     ("start", "action", "rank"),
     # Rank 0 of popen is the process the user started: it can raise, but not die and tell.
-    [("popen", "raises", 0), ("popen", "dies", 1), ("fork", "raises", 1), ("fork", "dies", 0)],
+    [
+        ("popen", "raises", 0),
+        pytest.param("popen", "dies", 1, marks=pytest.mark.exhaustive),
+        pytest.param("fork", "raises", 1, marks=pytest.mark.exhaustive),
+        ("fork", "dies", 0),
+    ],
 )
 def test_the_job_ends_with_the_first_cause(tmp_path, start, action, rank):
     output, code = run(tmp_path, SCRIPT.format(rank=rank, action=ACTIONS[action], start=start))
@@ -84,7 +89,7 @@ def test_the_job_ends_with_the_first_cause(tmp_path, start, action, rank):
 @pytest.mark.parametrize(
     ("start", "action", "culprit", "last"),
     [
-        ("popen", ACTIONS["raises"], 1, "ArithmeticError: the first cause"),
+        pytest.param("popen", ACTIONS["raises"], 1, "ArithmeticError: the first cause", marks=pytest.mark.exhaustive),
         ("fork", "threading.Event().wait()", 0, "lightning_swiftmoe.parallel.communicator.ExchangeError: combine"),
     ],
     ids=["raises", "waits-forked"],

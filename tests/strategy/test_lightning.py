@@ -187,7 +187,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["swiftmoe", "swiftmoe_fork", "swiftmoe_spawn"])
+@pytest.mark.parametrize(
+    "name", ["swiftmoe", "swiftmoe_fork", pytest.param("swiftmoe_spawn", marks=pytest.mark.exhaustive)]
+)
 def test_by_name_whatever_starts_the_ranks(tmp_path, name):
     script, result = tmp_path / "job.py", tmp_path / "weights.pt"
     script.write_text(textwrap.dedent(SCRIPT.format(name=name)))

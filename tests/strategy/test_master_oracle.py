@@ -20,7 +20,7 @@ def compare(num_ranks, job, bound, run=train):
         assert all(torch.equal(result[key], results[0][key]) for key in result)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_ranks_equal_one_process(num_ranks, optimizer, top_k):
@@ -79,7 +79,7 @@ def train_by_any_split(job):
     return module.state_dict()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from lightning_swiftmoe import SwiftMoEStrategy, WeightEMA
@@ -32,6 +34,7 @@ class Tied(Net):
         self.once_more.weight = self.again.weight
         self.register_buffer("shift", torch.randn(job.width))
         self.inp.bias.requires_grad_(False)
+        self.another_name = self.moes
 
     def forward(self, x):
         hidden = self.once_more(self.again(self.inp(x + self.shift)))
@@ -91,7 +94,7 @@ def compare(num_ranks, job, bound=1e-9, run=train):
         assert all(torch.equal(result[key], results[0][key]) for key in result)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_ranks_equal_one_process(num_ranks, optimizer):
     compare(num_ranks, dataclasses.replace(JOB, optimizer=optimizer, slots=-(-5 // num_ranks) + 1))
@@ -341,6 +344,14 @@ class Unfreezes(Net):
             self.inp.bias.requires_grad_(True)
 
 
+class TensorParallel(Net):
+    """Cut by the user, over all ranks."""
+
+    def configure_model(self):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(self.inp, mesh, ColwiseParallel())
+
+
 class Normed(torch.optim.SGD):
     """Every step is as long as any other."""
 
@@ -368,13 +379,15 @@ def error_of(job):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"module": TensorParallel}, "inp.weight is spread over DeviceMesh"),
+        ({"module": TensorParallel, "strategy": {}}, "inp.weight is spread over DeviceMesh"),
         ({"module": Scalar}, "factor has none: give it shape [1]"),
         ({"module": SharedByBlocks}, "are one Parameter, and dense='fsdp2' gathers moes.0 and moes.1 apart"),
         ({"module": Unfreezes}, "inp.bias.requires_grad became True in fit"),
         ({"optimizer": normed}, "dense='fsdp2' gives Normed parts of dense Parameters; use dense='ddp'"),
         ({"trainer": {"num_sanity_val_steps": 0}}, "rank(s) [1] have no more validation batches"),
     ],
-    ids=["scalar", "shared", "unfreezes", "normed", "uneven"],
+    ids=["tensor_parallel", "tensor_parallel_ddp", "scalar", "shared", "unfreezes", "normed", "uneven"],
 )
 def test_what_cannot_be_sharded_is_refused(change, message):
     change = {"trainer": {"limit_val_batches": 0}, **change}

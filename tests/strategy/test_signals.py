@@ -100,9 +100,9 @@ def check_goes_on(path: Path, expected: dict[str, torch.Tensor], num_ranks: int 
     ("name", "send", "rank", "start", "devices"),
     [
         ("SIGTERM", TO_ONE, 1, "popen", 2),
-        ("SIGINT", TO_ALL, 0, "popen", 2),
+        pytest.param("SIGINT", TO_ALL, 0, "popen", 2, marks=pytest.mark.exhaustive),
         ("SIGTERM", TO_ALL, 1, "fork", 2),
-        ("SIGTERM", TO_ONE, 0, "popen", 1),
+        pytest.param("SIGTERM", TO_ONE, 0, "popen", 1, marks=pytest.mark.exhaustive),
     ],
     ids=lambda value: str(value).split("(")[0].replace("os.", ""),
 )

@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.mark.parametrize(
     ("num_ranks", "cases"),
     [
-        (2, "swiglu_every_loss twice spilling_growing compiled_experts"),
         (3, "spilling_half_frozen copies_edits_before_backward"),
+        pytest.param(2, "swiglu_every_loss twice spilling_growing compiled_experts", marks=pytest.mark.exhaustive),
         pytest.param(2, "plain accumulate checkpointed compiled_twice", marks=pytest.mark.exhaustive),
         pytest.param(2, "compiled_frozen_twice self_taught", marks=pytest.mark.exhaustive),
         pytest.param(3, "half_frozen spilling_checkpointed", marks=pytest.mark.exhaustive),

@@ -52,7 +52,7 @@ def check(job: Job) -> None:
     Raises:
         ValueError: a model that is not DeepSpeed's.
     """
-    model = job.model
+    model = job.gpt
     expected = {
         "score": (model.score, "softmax"),
         "shared_ffn_size": (model.shared_ffn_size, 0),
@@ -81,7 +81,7 @@ def build(gpt: GPT, job: Job) -> tuple[list[nn.Module], Any]:
     for block in gpt.blocks:
         if isinstance(block.ffn, MoE):
             with torch.device(job.device):
-                block.ffn = DeepSpeedFFN(block.ffn, job.model, job.num_ranks, capacity, count=False)
+                block.ffn = DeepSpeedFFN(block.ffn, job.gpt, job.num_ranks, capacity, count=False)
             gates.append(block.ffn.moe.deepspeed_moe.gate)
     groups = [{**group, "name": str(number)} for number, group in enumerate(decay_groups(gpt))]
     if gates:

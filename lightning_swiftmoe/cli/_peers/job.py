@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_swiftmoe.cli._models import gpt_of
+from lightning_swiftmoe.cli._models import gpt_of, model_of
 from lightning_swiftmoe.cli._peers.replay import Replay, ReplayedRouter
 from lightning_swiftmoe.data.text import TextData
+from lightning_swiftmoe.layers.model_sizes import DescribedModel
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.models import GPT, GPTConfig
 from lightning_swiftmoe.models.language_module import decay_groups
@@ -80,9 +82,18 @@ class Job:
         """Where this rank computes."""
         return torch.device("cuda", self.rank) if self.config.cluster.accelerator == "gpu" else torch.device("cpu")
 
+    @cached_property
+    def model(self) -> DescribedModel:
+        """Which model."""
+        return model_of(self.config)
+
     @property
-    def model(self) -> GPTConfig:
-        """Sizes of the model."""
+    def gpt(self) -> GPTConfig:
+        """Its sizes, for a peer that knows no other.
+
+        Raises:
+            ValueError: it is another model.
+        """
         return gpt_of(self.config)
 
     @property
@@ -104,7 +115,7 @@ class Job:
         """
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(self.config.seed)
-            return GPT(self.model)
+            return GPT(self.gpt)
 
     def build_replaying_gpt(self) -> GPT:
         """The same, and its routing as the plan wants it."""
@@ -135,7 +146,7 @@ class Job:
             read = np.load(self.plan.batches, mmap_mode="r")[:, self.rank * batch : (self.rank + 1) * batch]
             return list(torch.from_numpy(read.astype(np.int64)).to(self.device))
         generator = torch.Generator().manual_seed(self.config.seed)
-        vocab = self.model.vocab_size
+        vocab = self.model.describe().sizes.vocab_size
         shape = (self.num_ranks * batch, length)
         mine = slice(self.rank * batch, (self.rank + 1) * batch)
         every = [made_up_text(shape, vocab, generator)[mine] for _ in range(self.plan.total_steps)]

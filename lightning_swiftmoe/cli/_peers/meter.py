@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from lightning_swiftmoe.cli._measured import write_whole
 from lightning_swiftmoe.cli._peers.job import PROFILER_WARMUP, Job
 from lightning_swiftmoe.cli._peers.timeline import Timeline
 
-GIB = 2**30
+GIB, KIB = 2**30, 2**10
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Result:
         losses: mean over the ranks, in nats per token, of every step from the first one on.
         survival: assignments processed per assignment routed; None: not known.
         allocated_gib, reserved_gib: highest in the timed block; 0 on a CPU.
+        device_gib: of this rank's device that is taken behind the timed block, by whomever; 0 on a CPU.
+        start_s: from the system's turn, with everything imported, to its first step.
+        start_host_gib: the most host memory until then.
         profile: of ``timeline.Timeline.summary``, where profiled.
     """
 
@@ -41,6 +45,9 @@ class Result:
     survival: float | None = None
     allocated_gib: float = 0.0
     reserved_gib: float = 0.0
+    device_gib: float = 0.0
+    start_s: float = 0.0
+    start_host_gib: float = 0.0
     profile: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
@@ -67,12 +74,15 @@ class Meter:
         self.result = Result()
         self._losses: list[Tensor] = []
         self._marks: list[Any] = []
+        self._turn_s = time.perf_counter()
         self._start_s = 0.0
         self._profiler: Any = None
 
     def before_step(self, index: int) -> None:
         """In front of step ``index``, from 0."""
         if index == 0:
+            self.result.start_s = time.perf_counter() - self._turn_s
+            self.result.start_host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / GIB
             self._free_what_building_left()
         if index == self.plan.warmup:
             self.before_block()
@@ -124,6 +134,8 @@ class Meter:
         if self.job.device.type == "cuda":
             self.result.allocated_gib = torch.cuda.max_memory_allocated() / GIB
             self.result.reserved_gib = torch.cuda.max_memory_reserved() / GIB
+            free, total = torch.cuda.mem_get_info()
+            self.result.device_gib = (total - free) / GIB
 
     def _mark(self) -> Any:
         """A point in time on the device."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_swiftmoe.cli._models import model_of
+
 # Name: the module in this package that trains it.
 PEERS = {
     "none": "with_lightning",
@@ -27,6 +29,7 @@ PEERS = {
 }
 EXTRAS = {"torchtitan": "torchtitan", "deepspeed": "deepspeed", "deepspeed_cap1": "deepspeed"}
 ON_ONE_RANK = ("none", "ours1")
+WITH_SLOTS = ("ours1", "ours_all", "ours_ep")
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class System:
         with open_dict(config):
             config.cluster.devices = self.num_ranks
             config.cluster.start_method = config.strategy.start_method = "popen"  # Lightning must not fork ranks itself
-            slots = slots_of(self.name, config.model.num_experts, self.num_ranks)
-            if slots is not None:
-                config.strategy.slots_per_rank = slots
+            if self.name in WITH_SLOTS:
+                num_experts = model_of(config).describe().sizes.num_experts
+                config.strategy.slots_per_rank = slots_of(self.name, num_experts, self.num_ranks)
             if not any(key.startswith("callbacks.checkpoint.") for key in self.overrides):
                 config.callbacks.checkpoint = None  # a save in the timed block is for who asks for it
             for key, value in self.overrides.items():
@@ -68,11 +71,9 @@ class System:
         return config
 
 
-def slots_of(name: str, num_experts: int, num_ranks: int) -> int | None:
-    """Slots of a variant of ours; None leaves ``strategy.slots_per_rank`` as it is."""
-    if name in ("ours_all", "ours1"):
-        return num_experts
-    return -(-num_experts // num_ranks) if name == "ours_ep" else None
+def slots_of(name: str, num_experts: int, num_ranks: int) -> int:
+    """Slots of a variant of ours, one of ``WITH_SLOTS``."""
+    return -(-num_experts // num_ranks) if name == "ours_ep" else num_experts
 
 
 def parse(entry: str, num_ranks: int) -> System:

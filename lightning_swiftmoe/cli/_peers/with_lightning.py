@@ -12,9 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import open_dict
 from torch import Tensor
 
+from lightning_swiftmoe.cli._peers.folder_model import FolderLM, fill_in
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter
 from lightning_swiftmoe.layers.moe import moe_layers
+from lightning_swiftmoe.models import GPT, FolderModel
 
 
 class BenchModule(pl.LightningModule):
@@ -26,13 +28,16 @@ class BenchModule(pl.LightningModule):
 
     def __init__(self, job: Job) -> None:
         super().__init__()
-        self.job, self.gpt = job, job.build_gpt()
+        self.job = job
+        self.meta_seed = job.config.seed
         self.loss: Tensor | None = None
-        self._loss_of = torch.compile(self.gpt.loss) if job.config.module.get("compile") else self.gpt.loss
+        self.net: GPT | FolderLM = FolderLM(job.model) if isinstance(job.model, FolderModel) else job.build_gpt()
+        self._loss_of = torch.compile(self.net.loss) if job.config.module.get("compile") else self.net.loss
 
     def on_train_start(self) -> None:
         """Only now: a strategy's set-up runs layers with tokens of its own."""
-        self.job.replay_routing(self.gpt)
+        if isinstance(self.net, GPT):
+            self.job.replay_routing(self.net)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss in nats per token."""
@@ -86,6 +91,8 @@ class Ticks(pl.Callback):
 def run(job: Job, meter: Meter) -> None:
     """Train."""
     module = BenchModule(job)
+    if isinstance(job.model, FolderModel) and not job.name.startswith("ours"):
+        fill_in(module, module.meta_seed, job.device)
     trainer = make_trainer(job, meter)
     meter.survival = lambda: survival(trainer, module)
     trainer.fit(module, Batches(job.batches()))

@@ -7,6 +7,12 @@ from tests.interpreter import run_interpreted
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("groups", ["plan too_few_rows split copies", "many_ranks end_to_end barrier"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "plan too_few_rows split copies",
+        pytest.param("many_ranks end_to_end barrier", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_kernels_in_the_interpreter(groups: str) -> None:
     run_interpreted("tests.kernels.token_dispatch.interpreted", *groups.split())
