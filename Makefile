@@ -12,7 +12,7 @@ quickstart: $(STAMP)  ## set up and train the quickstart recipe
 	$(BIN)/swiftmoe train recipes=quickstart
 
 test: lint $(TRANSFORMERS)/.installed  ## set up and run the checks
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not exhaustive'
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not exhaustive'
 	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 -m 'not exhaustive' tests/hf
 
 exhaustive: $(TRANSFORMERS)/.installed  ## what these checks show, in more ways
