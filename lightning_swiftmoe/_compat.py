@@ -61,6 +61,7 @@ __all__ = [
     "set_num_threads",
     "trainer_callbacks",
     "use_our_loop",
+    "validate_without_inference_mode",
     "will_log",
 ]
 
@@ -236,6 +237,14 @@ def _our_validation(trainer: Trainer, theirs: _EvaluationLoop) -> ValidationLoop
     ours = ValidationLoop(trainer, theirs._trainer_fn, theirs._stage)
     vars(ours).update(vars(theirs))
     return ours
+
+
+def validate_without_inference_mode(trainer: Trainer) -> None:
+    """In ``fit`` validation only goes without gradients: tensors that FSDP2 makes in inference mode cannot be trained.
+
+    Lightning itself knows so of its ``FSDPStrategy`` (2.6.6, ``_no_grad_context``).
+    """
+    trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:

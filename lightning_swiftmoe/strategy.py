@@ -35,6 +35,7 @@ from lightning_swiftmoe._compat import (
     set_loss_scaler,
     trainer_callbacks,
     use_our_loop,
+    validate_without_inference_mode,
 )
 from lightning_swiftmoe.arguments import (
     check,
@@ -248,6 +249,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             check_layers(model)
             check_references(model)
         use_our_loop(trainer)
+        if self.dense == "fsdp2":
+            validate_without_inference_mode(trainer)
 
     @override
     def setup_environment(self) -> None:
@@ -318,7 +321,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             return
         assert self.parallelism is not None
         self._dense = ShardedDense(self._module, experts, self.parallelism.everybody)
-        self.model = StepsThroughForward(self._module, self._dense)
+        self.model = StepsThroughForward(self._module, self._dense, by_hand=not self._module.automatic_optimization)
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
@@ -549,6 +552,12 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         if self.engine is not None:
             self.engine.begin_backward(closure_loss)
 
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._dense is not None:
+            self._dense.check_reduced()
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
@@ -672,7 +681,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._detach_layers()
             parallelism.close()
         elif self._dense is not None:
-            self._dense.leave()
+            self._dense.abandon()
         if self._failed and self._before_loading is not None:
             self._put_back()
         self._put_scaler_back()

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_swiftmoe.parallel.mesh import is_dense_mesh
+
 # Right on parts, whatever their number of rows, besides what torch itself tags as pointwise.
 _BY_PARTS = {
     *("detach", "alias", "_to_copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_"),
@@ -61,14 +63,38 @@ def refuse_unknown(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Raise where an operator could only give something else than in one process.
 
     Raises:
-        RuntimeError: it changes a shape in place, or needs rows of experts that are in pieces.
+        RuntimeError: it changes a shape in place, computes with dense weights that are not gathered, or needs rows of
+            experts that are in pieces.
     """
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(
             f"{func} would change the shape of an expert tensor in place: use the function that returns another"
         )
+    _refuse_alone(func, args, kwargs)
     if any(is_in_pieces(tensor) for tensor in _sharded(args, kwargs)) and not _right_on_pieces(func, args, kwargs):
         refuse_pieces(str(func))
+
+
+def _refuse_alone(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A layer's product with a dense weight that is not gathered would take this rank's tokens for everybody's."""
+    dense = next((tensor for tensor in _sharded(args, kwargs) if is_dense_mesh(tensor.device_mesh)), None)
+    if dense is None:
+        return
+    plain = [x for x in _flat(args, kwargs) if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.numel() > 1]
+    is_elementwise = torch.Tag.pointwise in func.tags or func._schema.is_mutable
+    if all(is_elementwise and _fits_into(value.shape, dense.shape) for value in plain):
+        return
+    raise RuntimeError(
+        f"{func} of a tensor of this rank and a Parameter of shape {tuple(dense.shape)} that dense='fsdp2' has cut, "
+        "which is whole only while its block, or the module, runs: compute with it in forward, and in a manual "
+        "training_step call the module itself, self(...)"
+    )
+
+
+def _fits_into(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether it is broadcast to ``whole``, which stays as it is."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(size in (1, expected) for size, expected in sizes)
 
 
 def refuse_pieces(what: str) -> None:

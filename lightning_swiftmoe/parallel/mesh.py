@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,6 +74,21 @@ class Groups:
         ranks = torch.arange(dist.get_world_size()).view(replicas.size(), experts.size())
         mesh = DeviceMesh.from_group([replicas, experts], kind, ranks, mesh_dim_names=names)
         return ExpertMesh(mesh, (Replicate(), Shard(1)))
+
+
+_DENSE = "dense_"
+_numbers = itertools.count()
+
+
+def dense_mesh_name() -> str:
+    """Of the mesh of one fit's dense shards; see ``ExpertMesh``'s for why each has another."""
+    return f"{_DENSE}{next(_numbers)}"
+
+
+def is_dense_mesh(mesh: DeviceMesh) -> bool:
+    """Whether tensors on it are dense Parameters that FSDP2 has cut, or made of them."""
+    names = mesh.mesh_dim_names or ("",)
+    return names[0].startswith(_DENSE)
 
 
 def forget_meshes() -> None:

@@ -6,7 +6,7 @@ together, that ranks start from rank 0's weights, and that the user's module is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_expert_tensor
+from lightning_swiftmoe.parallel.mesh import dense_mesh_name
 from lightning_swiftmoe.parallel.sharded import full_name
 
 
@@ -51,11 +52,13 @@ class ShardedDense:
             assert not tensor.is_meta
             everybody.broadcast(tensor.data, "setup", "dense")
         self._traces = _Traces(module)
-        mesh = init_device_mesh(everybody.device.type, (everybody.num_ranks,))
+        mesh = init_device_mesh(everybody.device.type, (everybody.num_ranks,), mesh_dim_names=(dense_mesh_name(),))
         ignored = set(experts)
         for _, block in blocks:
             fully_shard(block, mesh=mesh, ignored_params=ignored)
-        self._root: FSDPModule = fully_shard(module, mesh=mesh, ignored_params=ignored)
+        self._root: FSDPModule = fully_shard(module, mesh=mesh, ignored_params=ignored, reshard_after_forward=False)
+        self.stays_gathered = False
+        module.register_forward_hook(lambda *_: None if self.stays_gathered else self.reshard())
         self._traces.take()
         self.parameters = _dense(module, experts)
         for original in self.originals.values():
@@ -65,10 +68,27 @@ class ShardedDense:
         for param in dict.fromkeys(self.parameters.values()):
             as_expert_tensor(_as_dtensor(param))
             if param.requires_grad:
-                param.register_post_accumulate_grad_hook(_gradient_as_expert_tensor)
+                param.register_post_accumulate_grad_hook(self._reduced)
+        self._num_reduced = 0
+
+    def check_reduced(self) -> None:
+        """Raise a RuntimeError where a backward ended without a gradient for any shard: FSDP2 did not see it.
+
+        It sees those of what the module, or one of its blocks, has returned.
+        """
+        if not self._num_reduced:
+            raise RuntimeError(
+                "a backward brought no gradients to what dense='fsdp2' has cut: it was of no block's results, nor of "
+                "the module's own. Call the module itself, self(...), in a manual training_step, or use dense='ddp'"
+            )
+        self._num_reduced = 0
 
     def reshard(self) -> None:
-        """Let go of what a forward without a backward has gathered: a step would leave it as it was."""
+        """Let go of what is gathered together with the module.
+
+        While it is, the module shows it instead of shards: ``zero_grad`` and clipping would pass these by, and a step
+        would leave it as it was.
+        """
         self._root.reshard()
 
     def share_buffers(self) -> None:
@@ -102,14 +122,25 @@ class ShardedDense:
                 assert full is not None
                 original.data = full
             original.requires_grad_(self.parameters[name].requires_grad)
-        self.leave()
-        for name, original in self.originals.items():
-            owner, _, key = name.rpartition(".")
-            self._module.get_submodule(owner).register_parameter(key, original)
+        self._leave(self.originals)
 
-    def leave(self) -> None:
-        """FSDP2 is gone from the module; Parameters stay sharded."""
+    def abandon(self) -> None:
+        """After an error, without other ranks: the module's Parameters have no memory, as nobody can gather them."""
+        lost = {
+            original: nn.Parameter(torch.empty(self.shapes[name], dtype=original.dtype, device="meta"))
+            for name, original in self.originals.items()
+        }
+        self._leave({name: lost[original] for name, original in self.originals.items()})
+
+    def _leave(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._traces.remove()
+        for name, param in parameters.items():
+            owner, _, key = name.rpartition(".")
+            self._module.get_submodule(owner).register_parameter(key, param)
+
+    def _reduced(self, param: Tensor) -> None:
+        self._num_reduced += 1
+        as_expert_tensor(_as_dtensor(param.grad))
 
     # -- ``ShardHolder`` ---------------------------------------------------------------------------------------------
 
@@ -142,23 +173,27 @@ class StepsThroughForward(nn.Module):
 
     Args:
         module: the user's, sharded.
-        dense: whose weights are let go of where no backward does so.
+        dense: whose weights are let go of at the end of a step, and gathered again for its backward.
+        by_hand: backwards and optimizers are within steps; then they are let go of whenever the module has run.
     """
 
-    def __init__(self, module: nn.Module, dense: ShardedDense) -> None:
+    def __init__(self, module: nn.Module, dense: ShardedDense, *, by_hand: bool) -> None:
         super().__init__()
         self.module = module
         self._dense = dense
+        self._by_hand = by_hand
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._dense.check_unchanged()
         if torch.is_grad_enabled():
             self._dense.share_buffers()
-        result = self.module(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        self._dense.stays_gathered = not self._by_hand
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self._dense.stays_gathered = False
             self._dense.reshard()
-        return result
 
 
 def check_whole(module: nn.Module) -> None:
@@ -253,11 +288,6 @@ def _check(module: nn.Module, dense: Collection[nn.Parameter], blocks: list[tupl
                 )
 
 
-def _gradient_as_expert_tensor(param: Tensor) -> None:
-    assert isinstance(param.grad, DTensor)
-    as_expert_tensor(param.grad)
-
-
-def _as_dtensor(param: Tensor) -> DTensor:
+def _as_dtensor(param: Tensor | None) -> DTensor:
     assert isinstance(param, DTensor)
     return param

@@ -104,7 +104,7 @@ def test_routing_is_replayed_only_once_training_has_begun(tmp_path):
     module = BenchModule(
         Job("ours", 0, 1, config, Plan(0, 1, 0, False, 4, True, replay=str(tmp_path / "replay.npz")), tmp_path)
     )
-    layer = moe_layers(module)["gpt.blocks.0.ffn"]
+    layer = moe_layers(module)["net.blocks.0.ffn"]
     rehearse(layer, torch.float32, torch.device("cpu"))
     module.on_train_start()
     module.training_step(module.job.batches()[0], 0)

@@ -37,6 +37,7 @@ def test_expert_groups_are_each_others_second_owners(tmp_path, expected):
 
 # Killed while saving, and between two steps.
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("seed", "launcher"), [pytest.param(1, "fork", marks=pytest.mark.exhaustive), (2, "popen")])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("seed", "launcher"), [(1, "fork"), (2, "popen")])
 def test_nothing_is_lost(tmp_path, expected, seed, launcher):
     assert faults_of(Trial.of(seed, tmp_path, (launcher,)), expected, tmp_path) == []

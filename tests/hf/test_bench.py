@@ -10,7 +10,7 @@ import transformers
 from tests.hf.folders import save_folder
 from tests.processes import ROOT, swiftmoe
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 
 def test_systems_train_alike(tmp_path):

@@ -251,7 +251,8 @@ def test_activation_checkpointing():
     compare(2, job_of(), "qwen3_moe", Checkpointed)
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_compiled(num_ranks):
     compare(num_ranks, job_of(), "mixtral", Compiled)
 

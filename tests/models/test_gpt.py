@@ -253,7 +253,7 @@ def train_compiled(backend):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_compiled_training_under_the_strategy(num_ranks):
     eager, compiled = (run_ranks(num_ranks, train_compiled, backend) for backend in (None, "aot_eager"))
     assert len(eager[0]) == 4

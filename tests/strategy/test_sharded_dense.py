@@ -66,6 +66,19 @@ class Manual(Net):
             optimizer.zero_grad()
 
 
+class ManualOften(Manual):
+    """Several backwards and steps in one training_step, and looks at the weights between."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.manual_backward(self.loss(batch))
+            with torch.no_grad():
+                self(batch[0])
+            nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+            optimizer.step()
+            self.zero_grad()
+
+
 class Checkpointed(Net):
     """Blocks run again in the backward."""
 
@@ -103,6 +116,7 @@ def test_ranks_equal_one_process(num_ranks, optimizer):
 VARIANTS = {
     "tied": {"module": Tied},
     "manual": {"module": Manual},
+    "manual_often": {"module": ManualOften},
     "checkpointed": {"module": Checkpointed},
     "compiled": {"module": CompiledBlocks},
     "clip": {"trainer": {"gradient_clip_val": 0.05}},
@@ -344,6 +358,29 @@ class Unfreezes(Net):
             self.inp.bias.requires_grad_(True)
 
 
+class ManualWithoutBlocks(Manual):
+    """The loss is of nothing that FSDP2 has hooks on."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.out(self.inp(batch[0])).sum())
+
+
+class ManualByParts(Manual):
+    """Another forward behind a backward, by parts of the module."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        self.out(self.inp(batch[0]))
+
+
+class AloneInAHook(Net):
+    """A dense layer outside of any forward."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            self.inp(batch[0])
+
+
 class TensorParallel(Net):
     """Cut by the user, over all ranks."""
 
@@ -368,7 +405,8 @@ def normed(module):
 
 def error_of(job):
     module = job.module(job)
-    module.automatic_optimization = job.optimizer is not normed
+    if job.optimizer is normed:
+        module.automatic_optimization = False
     part = data(job, dist.get_rank(), dist.get_world_size())
     val = data(dataclasses.replace(job, steps=2 - dist.get_rank()), dist.get_rank(), dist.get_world_size())
     with pytest.raises((ValueError, RuntimeError)) as caught:
@@ -376,20 +414,27 @@ def error_of(job):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"module": TensorParallel}, "inp.weight is spread over DeviceMesh"),
-        ({"module": TensorParallel, "strategy": {}}, "inp.weight is spread over DeviceMesh"),
-        ({"module": Scalar}, "factor has none: give it shape [1]"),
-        ({"module": SharedByBlocks}, "are one Parameter, and dense='fsdp2' gathers moes.0 and moes.1 apart"),
-        ({"module": Unfreezes}, "inp.bias.requires_grad became True in fit"),
-        ({"optimizer": normed}, "dense='fsdp2' gives Normed parts of dense Parameters; use dense='ddp'"),
-        ({"trainer": {"num_sanity_val_steps": 0}}, "rank(s) [1] have no more validation batches"),
-    ],
-    ids=["tensor_parallel", "tensor_parallel_ddp", "scalar", "shared", "unfreezes", "normed", "uneven"],
-)
-def test_what_cannot_be_sharded_is_refused(change, message):
+WHOLE_ONLY = "that dense='fsdp2' has cut, which is whole only while its block, or the module, runs"
+REFUSED = {
+    "tensor_parallel": ({"module": TensorParallel}, "inp.weight is spread over DeviceMesh"),
+    "tensor_parallel_ddp": ({"module": TensorParallel, "strategy": {}}, "inp.weight is spread over DeviceMesh"),
+    "scalar": ({"module": Scalar}, "factor has none: give it shape [1]"),
+    "shared": (
+        {"module": SharedByBlocks},
+        "are one Parameter, and dense='fsdp2' gathers moes.0 and moes.1 apart",
+    ),
+    "unseen": ({"module": ManualWithoutBlocks}, "a backward brought no gradients to what dense='fsdp2' has cut"),
+    "by_parts": ({"module": ManualByParts}, WHOLE_ONLY),
+    "in_a_hook": ({"module": AloneInAHook}, WHOLE_ONLY),
+    "unfreezes": ({"module": Unfreezes}, "inp.bias.requires_grad became True in fit"),
+    "normed": ({"optimizer": normed}, "dense='fsdp2' gives Normed parts of dense Parameters; use dense='ddp'"),
+    "uneven": ({"trainer": {"num_sanity_val_steps": 0}}, "rank(s) [1] have no more validation batches"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_sharded_is_refused(what):
+    change, message = REFUSED[what]
     change = {"trainer": {"limit_val_batches": 0}, **change}
     for text in run_ranks(2, error_of, dataclasses.replace(JOB, **change)):
         assert message in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch.nn import functional as F
 from lightning_swiftmoe.models import FolderModel
 from lightning_swiftmoe.parallel.communicator import Communicator
 from lightning_swiftmoe.parallel.meta_start import materialize_dense, materialize_experts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BUILT_IN = "grouped_mm"
 
@@ -28,7 +25,7 @@ class FolderLM(nn.Module):
 
     def __init__(self, config: FolderModel, experts: str | None = None) -> None:
         super().__init__()
-        self.model: PreTrainedModel = config.build(on_meta=True)[0]
+        self.model: Any = config.build(on_meta=True)[0]
         if experts is not None:
             self.model.set_experts_implementation(experts)
 
