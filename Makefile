@@ -14,7 +14,7 @@ quickstart: $(STAMP)  ## set up and train the quickstart recipe
 # Ranks wait for each other: on two cores a third process fills the gaps.
 test: lint $(TRANSFORMERS)/.installed  ## set up and run the checks
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m 'not exhaustive'
-	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 3 -m 'not exhaustive' tests/hf
+	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest --numprocesses 2 -m 'not exhaustive' tests/hf
 
 exhaustive: $(TRANSFORMERS)/.installed  ## what these checks show, in more ways
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exhaustive

@@ -142,7 +142,7 @@ def test_one_process_without_the_strategy(saved, tmp_path):
     assert largest_error(train_alone(FULL, str(tmp_path / "one.ckpt"), None), whole[0][1]) < 1e-10
 
 
-@pytest.mark.parametrize("tool", ["pytorch", "fabric"])
+@pytest.mark.parametrize("tool", ["pytorch", pytest.param("fabric", marks=pytest.mark.exhaustive)])
 def test_lightnings_consolidation(saved, tmp_path, tool):
     path, _, file = saved
     out = tmp_path / "theirs.ckpt"

@@ -38,6 +38,7 @@ def test_a_policy_named_on_its_own_wins():
     assert (system_of(config), config.strategy.optimizer_state) == ("flexmoe_10", "bound")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_bound_state_from_the_command_line(tmp_path):

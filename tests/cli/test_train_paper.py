@@ -117,6 +117,7 @@ def test_table1_capacity(sweep):
     assert kept[0] + 5 < kept[2] <= 100
 
 
+@pytest.mark.exhaustive
 def test_fig11_aux_loss(sweep):
     base = sweep("fig11_aux_loss", "model.aux_loss_coef=0.00001,0.1", "strategy=static", "report=false")
     assert not list(base.rglob("report.html"))

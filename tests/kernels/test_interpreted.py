@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 GROUPS = (
     "routing rows router losses shards narrow_gelu",
-    "activations expert_mlp frozen",
+    pytest.param("activations expert_mlp frozen", marks=pytest.mark.exhaustive),
     "row_layout rows_mlp partials no_tokens",
 )
 

@@ -208,7 +208,7 @@ def test_predictions_are_the_likeliest_tokens():
     assert torch.equal(module.predict_step(batch, 0), F.softmax(module(batch), dim=-1).argmax(dim=-1))
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("capacity_factor", [None, pytest.param(1.0, marks=pytest.mark.exhaustive)])
 def test_compiles_as_one_graph_with_the_same_numbers(capacity_factor):
     model, batch = gpt({**SMALL, "capacity_factor": capacity_factor}), tokens()
     want = model.loss(batch)

@@ -46,7 +46,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ranks_equal_one_process(num_ranks, variant):
     job = Job(slots=-(-5 // num_ranks) + 1, **VARIANTS[variant])

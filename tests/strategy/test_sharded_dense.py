@@ -131,7 +131,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+ALSO = ("compiled", "clip_value", "adagrad", "offload")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=pytest.mark.exhaustive) if v in ALSO else v for v in VARIANTS]
+)
 def test_variants(variant):
     compare(3, dataclasses.replace(JOB, **VARIANTS[variant]))
 

@@ -126,6 +126,7 @@ def test_a_job_that_slurm_requeues(tmp_path, expected):
     check_goes_on(tmp_path / "hpc_ckpt_1.ckpt", expected)
 
 
+@pytest.mark.exhaustive
 def test_a_second_interrupt_does_not_wait(tmp_path):
     twice = f"[{TO_ONE.format('SIGINT')} for _ in range(2)]"
     code, output = run(tmp_path, send=twice, rank=0)

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize(
     "groups",
     [
-        "plan too_few_rows split copies",
-        pytest.param("many_ranks end_to_end barrier", marks=pytest.mark.exhaustive),
+        "plan split",
+        pytest.param("too_few_rows copies many_ranks end_to_end barrier", marks=pytest.mark.exhaustive),
     ],
 )
 def test_kernels_in_the_interpreter(groups: str) -> None:
