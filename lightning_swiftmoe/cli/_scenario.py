@@ -109,7 +109,7 @@ def scenario_of(config: DictConfig, model: ModelShape, hardware: Hardware) -> Sc
         model=model,
         hardware=hardware,
         slots_per_rank=resolve_slots(config.slots_per_rank, model.num_experts, group_size),
-        capacity_factor=config.capacity_factor,
+        capacity_factor=None if config.get("hf") is not None else config.capacity_factor,
         offload=config.offload,
         published_baselines=config.get("published_baselines", False),
         efficiency=Efficiency.from_mapping({k: v for k, v in _plain(config.efficiency).items() if v is not None}),

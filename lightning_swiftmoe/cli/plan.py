@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens_per_rank must be a positive integer, got {tokens!r}")
     check_choice("dense", config.dense, ("ddp", "fsdp2"))
-    training = Run(tokens, config.offload, config.dense, config.capacity_factor, scenario.hardware.gpus_per_node)
+    training = Run(tokens, config.offload, config.dense, scenario.capacity_factor, scenario.hardware.gpus_per_node)
     memory = memory_per_rank(scenario.model, scenario.hardware.num_ranks, scenario.slots_per_rank, training)
     console = Console(width=100)
     console.print(_memory_table(scenario, memory))
@@ -79,8 +79,10 @@ def _limits(scenario: Scenario, memory: MemoryPlan, training: Run) -> list[str]:
     fewest = min_slots(model.num_experts, hardware.num_ranks)
     slots = f"{fewest} to {most} slots per rank fit" if most else f"not even {fewest} slots per rank fit"
     nowhere = f"none up to 65,536; every rank needs {memory.dense_bytes / 1e9:.0f} GB outside the experts"
+    if training.dense == "ddp":
+        nowhere += ", which dense=fsdp2 cuts over them"
     return [
-        "It fits." if fits else "It does not fit: fewer slots, more ranks, a smaller batch, or offload=true.",
+        "It fits." if fits else "It does not fit: fewer slots, more ranks, a smaller batch, offload=true, dense=fsdp2.",
         f"On {hardware.num_ranks} ranks {slots} (fewest that give every expert a place: {fewest}).",
         f"Smallest number of ranks: {ranks if ranks else nowhere}"
         + (f", with {min_slots(model.num_experts, ranks)} slots each." if ranks else "."),
