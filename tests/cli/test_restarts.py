@@ -65,6 +65,7 @@ def test_killed_ranks(tmp_path, whole, killed):
     assert all(torch.equal(weights(folder, 9)[name], value) for name, value in expected.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(200)

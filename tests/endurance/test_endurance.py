@@ -65,6 +65,7 @@ def short(folder):
     return long_fit(folder, 100, save_every=50, sample_every=10), many_fits(folder, 6, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_nothing_grows(tmp_path):
     """Process groups among it, whose sockets are files. Memory has not settled after so little."""

@@ -87,7 +87,8 @@ def test_a_rank_that_fails_is_heard_of(links):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "group_size"), [(3, None), pytest.param(4, 2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("num_ranks", "group_size"), [(3, None), (4, 2)])
 def test_a_measured_run(links, tmp_path, capfd, num_ranks, group_size):
     rate_mbit, steps = 100.0, 3
     # Two or three ranks hold equal parts of 48 x 192, so that nothing is padded.
