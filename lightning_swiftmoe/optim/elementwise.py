@@ -61,8 +61,8 @@ def check_elementwise(optimizer: Optimizer, experts: Collection[Tensor] | None =
         params = [param for param in group["params"] if experts is None or param in experts]
         if not params:
             continue
-        # Biases of experts, [E, rows], may be taken for matrices.
-        dims = {3} if experts is None else {param.ndim for param in params}
+        # Biases of experts, [E, rows], may be taken for matrices; dense vectors are tried as what nobody takes for one.
+        dims = {3} if experts is None else {param.ndim if param.ndim in _SHAPES else 3 for param in params}
         try:
             reasons = (_why_not(optimizer, group, _SHAPES[n], params[0].device) for n in sorted(dims))
             found = next((reason for reason in reasons if reason is not None), None)

@@ -124,11 +124,28 @@ VARIANTS = {
     "accumulate": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}},
     "groups": {"strategy": {**FSDP, "expert_parallel_size": 1}, "slots": 5, "trainer": {"gradient_clip_val": 0.05}},
     "bound": {"strategy": {**FSDP, "optimizer_state": "bound"}},
+    "signs": {"optimizer": lambda module: Signs(module.parameters())},
     "offload": {"strategy": {**FSDP, "offload_optimizer": True}},
     "adagrad": {
         "optimizer": lambda module: torch.optim.Adagrad(module.parameters(), 0.05, initial_accumulator_value=0.1)
     },
 }
+
+
+class Signs(torch.optim.Optimizer):
+    """Nobody's: every weight goes one way or the other."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(group["lr"] * torch.tanh(10 * param.grad))
+        return loss
 
 
 ALSO = ("compiled", "clip_value", "adagrad", "offload")
