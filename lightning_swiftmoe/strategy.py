@@ -91,7 +91,7 @@ from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
 _DENSE = ("ddp", "fsdp2")
-_HOOKS = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}  # of Lightning's for DDP
+_ONLY_DDP = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}  # of Lightning's for DDP
 _GRADIENT_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of what reached several ranks the last counts.
 _SIGNALS = (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -747,7 +747,7 @@ def _check_dense(dense: str, redundancy: int, kwargs: Mapping[str, Any]) -> None
         return
     if redundancy == 2:
         raise ValueError("redundancy=2 needs dense='ddp': what FSDP2 shards has no second owner")
-    of_ddp = sorted(kwargs.keys() & (signature(DistributedDataParallel.__init__).parameters.keys() | _HOOKS))
+    of_ddp = sorted(kwargs.keys() & (signature(DistributedDataParallel.__init__).parameters.keys() | _ONLY_DDP))
     if of_ddp:
         raise ValueError(f"{', '.join(of_ddp)} is for DDP, and dense='fsdp2' does without it: leave it out")
 

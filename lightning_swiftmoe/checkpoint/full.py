@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
 from lightning_swiftmoe.parallel.sharded import ShardHolder, full_name
 
 Owner = tuple[ShardHolder, str]
@@ -124,7 +123,7 @@ def full_optimizer_state(optimizer: Optimizer, of: Mapping[nn.Parameter, Owner])
         hosted, key = of[param]
         state = dict(state_dict["state"][index])
         for name in sorted(state):
-            if isinstance(state[name], DTensor):
+            if isinstance(state[name], ExpertTensor):
                 state[name] = hosted.gather_for_checkpoint(key, local_part(state[name]))
         state_dict["state"][index] = state
     return state_dict

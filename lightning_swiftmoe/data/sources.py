@@ -62,25 +62,19 @@ class FileSource:
 
 
 @dataclass(frozen=True)
-class JsonLinesSource:
+class JsonLinesSource(FileSource):
     """Every line of the user's files of JSON lines is a document; empty ones are none.
 
-    Args:
-        paths: files or folders, or a single one.
-        pattern: which files of a folder, as for ``Path.rglob``.
-
-    Raises:
-        ValueError: no paths, a path that does not exist, or a folder without such files.
+    Args and errors are those of ``FileSource``.
     """
 
-    paths: str | Sequence[str]
     pattern: str = "*.jsonl"
 
     def documents(self) -> Iterator[tuple[str, bytes]]:
         """Every line by its file and number, which counts from 1."""
         if not self.paths:
             raise ValueError("data=chat needs data.source.paths=[FILE or FOLDER, ...] with JSON lines, got none")
-        for name, content in FileSource(self.paths, self.pattern).documents():
+        for name, content in super().documents():
             for number, line in enumerate(content.splitlines(), 1):
                 if line.strip():
                     yield f"{name}:{number}", line

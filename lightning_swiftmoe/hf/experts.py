@@ -17,7 +17,25 @@ from lightning_swiftmoe.hf.checks import Projections, check_dtypes, parameter_na
 from lightning_swiftmoe.hf.unfused import unfused_mlp
 
 
-class FusedExperts:
+class _ModuleExperts:
+    """What all of them have in common.
+
+    Args:
+        module: of a class with transformers' ``@use_experts_implementation``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameter_names = parameter_names(module)
+        self.up_name = self.parameter_names[0]
+
+    @property
+    def training(self) -> bool:
+        """Whether the module trains."""
+        return self.module.training
+
+
+class FusedExperts(_ModuleExperts):
     """Those that nothing but an activation tells from ours.
 
     Args:
@@ -26,15 +44,8 @@ class FusedExperts:
     """
 
     def __init__(self, module: nn.Module, activation: str) -> None:
-        self.module = module
+        super().__init__(module)
         self.activation = activation
-        self.parameter_names = parameter_names(module)
-        self.up_name = self.parameter_names[0]
-
-    @property
-    def training(self) -> bool:
-        """Whether the module trains."""
-        return self.module.training
 
     def __call__(
         self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None
@@ -53,7 +64,7 @@ class FusedExperts:
         _draw_matrix(self.module, matrix, generator)
 
 
-class UnfusedExperts:
+class UnfusedExperts(_ModuleExperts):
     """All others: with biases, another layout, a norm, a gate or an activation of their own.
 
     What the module computes between and behind the products is the module's own. It gets rows of all ranks' tokens,
@@ -64,16 +75,6 @@ class UnfusedExperts:
     """
 
     activation = None
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.parameter_names = parameter_names(module)
-        self.up_name = self.parameter_names[0]
-
-    @property
-    def training(self) -> bool:
-        """Whether the module trains."""
-        return self.module.training
 
     def __call__(
         self, x_TD: Tensor, idx_TK: Tensor, weights_TK: Tensor, residents: Mapping[str, Tensor] | None = None

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_swiftmoe.parallel.expert_tensor import local_part
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, local_part
 
 
 @contextmanager
@@ -52,14 +51,14 @@ def _exchange_keys(
         optimizer.state[keys.get(key, key)] = convert(key, state) if key in keys else state
 
 
-def _places(optimizer: Optimizer) -> Iterator[tuple[list[Any], int, DTensor]]:
+def _places(optimizer: Optimizer) -> Iterator[tuple[list[Any], int, ExpertTensor]]:
     for group in optimizer.param_groups:
         for index, param in enumerate(group["params"]):
-            if isinstance(param, DTensor):
+            if isinstance(param, ExpertTensor):
                 yield group["params"], index, param
 
 
-def _local(param: DTensor) -> nn.Parameter:
+def _local(param: ExpertTensor) -> nn.Parameter:
     local = nn.Parameter(local_part(param), requires_grad=param.requires_grad)
     grad = param.grad
     if grad is not None:
@@ -71,15 +70,16 @@ def _local_value(value: Any) -> Any:
     return local_part(value) if isinstance(value, Tensor) else value
 
 
-def _canonical_state(param: DTensor, local: Tensor, state: dict[str, Any], visible: dict[str, Any]) -> dict[str, Any]:
+def _canonical_state(
+    param: ExpertTensor, local: Tensor, state: dict[str, Any], visible: dict[str, Any]
+) -> dict[str, Any]:
     result = {}
     for name, value in state.items():
         known = visible.get(name)
-        if isinstance(known, DTensor) and local_part(known) is value:
+        if isinstance(known, ExpertTensor) and local_part(known) is value:
             result[name] = known
         elif isinstance(value, Tensor) and value.shape == local.shape:
-            # Of experts ours, of what FSDP2 cut torch's.
-            result[name] = type(param)(value, param._spec, requires_grad=False)
+            result[name] = ExpertTensor(value, param._spec, requires_grad=False)
         else:
             result[name] = value
     return result

@@ -81,7 +81,7 @@ _numbers = itertools.count()
 
 
 def dense_mesh_name() -> str:
-    """Of the mesh of one fit's dense shards; see ``ExpertMesh``'s for why each has another."""
+    """Of the mesh of one fit's dense shards; see ``Groups.expert_mesh`` for why each has another."""
     return f"{_DENSE}{next(_numbers)}"
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_swiftmoe.parallel.communicator import Communicator
-from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_expert_tensor
+from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, as_expert_tensor, wants_gradient
 from lightning_swiftmoe.parallel.mesh import dense_mesh_name
 from lightning_swiftmoe.parallel.sharded import full_name
 
@@ -27,8 +27,9 @@ class ShardedDense:
     """``ShardHolder`` of all Parameters of ``module`` but experts. Collective.
 
     Blocks, which are the elements of the outermost ``nn.ModuleList``s, are gathered one at a time; everything else
-    together with the module itself, for as long as a step lasts. Parameters are cut along their first dim. They and
-    their gradients are ``ExpertTensor``s, so that users see of both kinds the same, and may clip them together.
+    together with the module itself, for its forward and again for the backward. Parameters are cut along their first
+    dim. They and their gradients are ``ExpertTensor``s, so that users see of both kinds the same, and may clip them
+    together.
 
     Args:
         module: the user's, on the device.
@@ -107,7 +108,7 @@ class ShardedDense:
     def check_unchanged(self) -> None:
         """Raise a RuntimeError where somebody froze or unfroze a Parameter, which FSDP2 would not hear of."""
         for name, param in self.parameters.items():
-            if param.requires_grad != self._trains[name]:
+            if wants_gradient(param) != self._trains[name]:
                 raise RuntimeError(
                     f"{name}.requires_grad became {param.requires_grad} in fit, and dense='fsdp2' keeps what it was at "
                     "its beginning: freeze and unfreeze between fits, or use dense='ddp'"

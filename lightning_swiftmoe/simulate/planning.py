@@ -19,7 +19,7 @@ RUNTIME_BYTES = 2 * 10**9
 _ROW_BUFFERS = 5
 # By NCCL they are sent, received, and received again on the way back.
 _ROW_COPIES = 3
-_MASTER_BYTES = 4
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def _dense_bytes(model: ModelShape, num_ranks: int, dense: str) -> int:
     """Master weights, gradients and moments, and copies for matrix products; by DDP a bucket of gradients as well."""
     copies = model.dense_params * model.weight_bytes
     if dense == "ddp" or num_ranks == 1:
-        return model.dense_params * (model.state_bytes + _MASTER_BYTES) + copies
-    # Embeddings are gathered for as long as a step lasts, blocks one at a time, and the next is on its way.
+        return model.dense_params * (model.state_bytes + _FP32_BYTES) + copies
+    # Embeddings are gathered for as long as a forward lasts, blocks one at a time, and the next is on its way.
     embeddings = min(2 * model.vocab_size * model.dim, model.dense_params)
     blocks = 2 * (model.dense_params - embeddings) // model.num_layers
-    return -(-model.dense_params // num_ranks) * model.state_bytes + _MASTER_BYTES * (embeddings + blocks) + copies
+    return -(-model.dense_params // num_ranks) * model.state_bytes + _FP32_BYTES * (embeddings + blocks) + copies
 
 
 def _row_bytes(model: ModelShape, num_ranks: int, run: Run) -> int:

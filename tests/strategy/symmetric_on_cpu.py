@@ -18,7 +18,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from lightning_swiftmoe.kernels.token_dispatch.move import peer_addresses
 from lightning_swiftmoe.parallel import setup
@@ -26,6 +25,7 @@ from lightning_swiftmoe.parallel.peer_memory import PeerMemory, SharedTensor
 from lightning_swiftmoe.parallel.row_exchange import PlacementTables, TokenBound
 from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
 from lightning_swiftmoe.parallel.symmetric_shards import SymmetricState
+from tests.gpu.cases import Checkpointed
 from tests.jobs import Job, Net, largest_error, sgd, train, train_alone
 from tests.ranks import run_ranks
 
@@ -124,16 +124,6 @@ def train_through_files(job, folder):
     weights = train(job)
     assert all(epoch > 0 for epoch in memories[0].signals.epochs), "something took another way"
     return weights
-
-
-class Checkpointed(Net):
-    """Backwards repeat forwards."""
-
-    def forward(self, x):
-        x = self.inp(x)
-        for moe in self.moes:
-            x = x + checkpoint(moe, torch.tanh(x), use_reentrant=False)
-        return self.out(x)
 
 
 class Twice(Net):

@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
 
 from lightning_swiftmoe import SwiftMoEStrategy, WeightEMA
 from lightning_swiftmoe.parallel.expert_tensor import local_part
+from tests.gpu.cases import Checkpointed
 from tests.jobs import Job, Net, adamw, data, largest_error, our_trainer, sgd, train, train_alone
 from tests.ranks import run_ranks
 
@@ -77,16 +77,6 @@ class ManualOften(Manual):
             nn.utils.clip_grad_norm_(self.parameters(), 0.5)
             optimizer.step()
             self.zero_grad()
-
-
-class Checkpointed(Net):
-    """Blocks run again in the backward."""
-
-    def forward(self, x):
-        x = self.inp(x)
-        for moe in self.moes:
-            x = x + checkpoint(moe, torch.tanh(x), use_reentrant=False)
-        return self.out(x)
 
 
 class CompiledBlocks(Net):

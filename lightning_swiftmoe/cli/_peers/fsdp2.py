@@ -48,7 +48,8 @@ def build(job: Job) -> tuple[nn.Module, nn.ModuleList, Callable[..., Any]]:
         gpt = job.build_replaying_gpt()
         return gpt, gpt.blocks, gpt.loss
     holder = nn.Module()  # with the names that weights are drawn by
-    holder.net = FolderLM(job.model, BUILT_IN)
+    holder.net = net = FolderLM(job.model, BUILT_IN)
     fill_in(holder, job.config.seed, job.device)
-    lists = [part for part in holder.modules() if isinstance(part, nn.ModuleList)]
-    return holder.net, max(lists, key=lambda part: sum(param.numel() for param in part.parameters())), holder.net
+    lists = [part for part in net.modules() if isinstance(part, nn.ModuleList)]
+    blocks = max(lists, key=lambda part: sum(param.numel() for param in part.parameters()))
+    return net, blocks, net
