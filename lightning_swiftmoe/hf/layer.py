@@ -19,7 +19,7 @@ from lightning_swiftmoe.hf.checks import NAME, check_choices, check_indices, pro
 from lightning_swiftmoe.hf.experts import FusedExperts, UnfusedExperts, experts_of
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.layer import has_experts_interface
-from lightning_swiftmoe.layers.load import LayerLoad, count_by_expert, in_backward
+from lightning_swiftmoe.layers.load import LayerLoad, count_by_expert, counts_as_training
 from lightning_swiftmoe.layers.router import Routing, no_tokens
 
 # A layer lives as long as whoever drives it keeps it.
@@ -76,7 +76,7 @@ class ExpertsLayer:
         self.top_k = top_k_index.shape[1]
         routing = self._routing(x_TD, top_k_index, top_k_weights)
         y_TD, counts, rank_load = self._dispatcher(x_TD, routing, self.experts, None)
-        if experts.training and not in_backward():
+        if counts_as_training(experts.training):
             self._add_load(counts, rank_load)
         return y_TD.to(x_TD.dtype)
 

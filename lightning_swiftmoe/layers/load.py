@@ -19,7 +19,7 @@ class LayerLoad:
         rank_load: ``[N]`` int64 assignments processed by each rank, after drops.
         aux_loss: this rank's share of the load-balance loss, summed over ``num_forwards`` passes; detached.
         num_forwards: passes added up, like ``aux_loss``: of a number torch.compile would make a graph for each value.
-        everywhere: ``[E]`` assignments routed by the ranks of all expert groups; None: ``counts`` has them all.
+        everywhere: ``[E]`` assignments in train mode of the ranks of all expert groups; None: ``counts`` has them all.
     """
 
     counts: Tensor
@@ -35,9 +35,15 @@ class LayerLoad:
         """One pass."""
         return cls(counts, rank_load, aux_loss, torch.ones_like(aux_loss), everywhere)
 
+    @classmethod
+    def in_eval_mode(cls, counts: Tensor, rank_load: Tensor) -> LayerLoad:
+        """One pass that neither has losses nor moves biases."""
+        zero = torch.zeros((), dtype=torch.float64, device=counts.device)
+        return cls(counts, rank_load, zero, zero, counts.new_zeros(counts.shape[1]))
+
     @property
     def by_expert(self) -> Tensor:
-        """``[E]`` assignments routed by all ranks of the job."""
+        """``[E]`` assignments that biases follow: of all ranks of the job, in train mode."""
         return self.counts.sum(dim=0) if self.everywhere is None else self.everywhere
 
     def __add__(self, other: LayerLoad) -> LayerLoad:
@@ -64,6 +70,15 @@ def in_backward() -> bool:
     Compiled code does not: its backward repeats tensor operations, never Python.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def counts_as_training(in_train_mode: bool) -> bool:
+    """Whether a forward that runs now is one of training: its load counts, and its gradients will be exchanged.
+
+    In train mode, or with gradients: what ``from_pretrained`` returns is in eval mode, and Lightning leaves it there.
+    What activation checkpointing repeats in the backward was counted before.
+    """
+    return (in_train_mode or torch.is_grad_enabled()) and not in_backward()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning_swiftmoe.arguments import (
 from lightning_swiftmoe.functional import activation_names, auxiliary_losses
 from lightning_swiftmoe.layers.dispatchers import AllGroups, Dispatcher, LocalDispatcher
 from lightning_swiftmoe.layers.experts import Experts
-from lightning_swiftmoe.layers.load import LayerLoad, in_backward
+from lightning_swiftmoe.layers.load import LayerLoad, counts_as_training, in_backward
 from lightning_swiftmoe.layers.losses import attach_loss
 from lightning_swiftmoe.layers.router import SCORES, Router, Routing, no_tokens
 
@@ -118,6 +118,8 @@ class MoE(nn.Module):
         y_TD, counts, rank_load = self.dispatcher(x_TD, routing, self.experts, self.capacity_factor)
         if self.training:
             y_TD = self._with_losses(y_TD, routing, counts, rank_load)
+        elif self._attached and counts_as_training(self.training):
+            self._add_load(LayerLoad.in_eval_mode(counts, rank_load))
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)
@@ -176,11 +178,13 @@ class MoE(nn.Module):
         aux, z = auxiliary_losses(routing.prob_sum, routing.z_sum, routed, self.top_k, num_processes)
         if not in_backward():
             self.aux_loss, self.z_loss = aux.detach(), z.detach()
-            load = LayerLoad.of_one_forward(counts, rank_load, self.aux_loss, everywhere)
-            self._load = load if self._load is None else self._load + load
+            self._add_load(LayerLoad.of_one_forward(counts, rank_load, self.aux_loss, everywhere))
         if self.aux_loss_coef == 0 and self.z_loss_coef == 0:
             return y_TD
         return attach_loss(y_TD, self.aux_loss_coef * aux + self.z_loss_coef * z, self.aux_loss_scale)
+
+    def _add_load(self, load: LayerLoad) -> None:
+        self._load = load if self._load is None else self._load + load
 
     def _update_bias_alone(self) -> None:
         """Without a strategy nobody reports the end of a step: the loads so far are the last step's."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_swiftmoe.cluster import ClusterShape
 from lightning_swiftmoe.layers.dispatchers import LocalDispatcher
 from lightning_swiftmoe.layers.layer import MoELayer
-from lightning_swiftmoe.layers.load import in_backward
+from lightning_swiftmoe.layers.load import counts_as_training
 from lightning_swiftmoe.parallel.communicator import Pending
 from lightning_swiftmoe.parallel.hosted_experts import HostedExperts, Locals
 from lightning_swiftmoe.placement import Placement
@@ -49,9 +49,13 @@ class ExpertLayer:
         """Where it computes."""
         return self.hosted.communicator.device
 
-    def residents(self) -> Locals:
-        """Weights to compute a forward with; the engine is told, so that it sends them if need be. Late edits count."""
-        if self.hosted.experts.training and not in_backward():
+    def residents(self, *, with_gradients: bool = False) -> Locals:
+        """Weights to compute a forward with; the engine is told, so that it sends them if need be. Late edits count.
+
+        Args:
+            with_gradients: the forward's will come, though autograd is off at the moment.
+        """
+        if counts_as_training(self.hosted.experts.training or with_gradients):
             self.hosted.count_forward()
         self.before_forward()
         if self.hosted.edited:

@@ -287,7 +287,16 @@ class HostedExperts(ABC):
         """One backward's gradients of the residents, ``[>= R, rows, ...]``, join those that wait to be exchanged.
 
         They are not copied: until then nobody may write to them.
+
+        Raises:
+            RuntimeError: nobody knows of the forward, so that they would never be exchanged. The same on every rank.
         """
+        if self.forwards_since_step == 0:
+            raise RuntimeError(
+                "gradients of experts came from a forward that did not count as training: in eval mode without "
+                "gradients, as torch.utils.checkpoint(use_reentrant=True) runs it, or from before the optimizer's last "
+                "step. Put the model in train mode, or use_reentrant=False, and go back before the optimizer steps"
+            )
         for key, grad in grads.items():
             self._add_gradient(key, grad)
         self.on_gradient()

@@ -130,7 +130,7 @@ class DeviceDispatcher:
         if torch.compiler.is_compiling():
             known = self._anchor, self._number, self.num_processes
             return dispatch_compiled(x_TD, routing, *known, capacity_factor, dtype)
-        given = self._prepare(x_TD, routing, experts, capacity_factor, dtype)
+        given = self._prepare(x_TD, routing, experts, capacity_factor, dtype, torch.is_grad_enabled())
         y_TD = ExpertsElsewhere.apply(x_TD, routing.topk_weights, *given)
         return y_TD, given.trip.counts, given.trip.rank_load
 
@@ -145,6 +145,7 @@ class DeviceDispatcher:
         experts: ExpertMLPs,
         capacity_factor: float | None,
         dtype: torch.dtype,
+        with_gradients: bool,
     ) -> _Given:
         captured = is_capturing(x_TD.device)
         if captured:
@@ -154,8 +155,8 @@ class DeviceDispatcher:
         if captured:
             tables = self._tables_for_capture(tables)
         routed = Routed(routing.topk_idx, routing.counts, x_TD.shape[1], dtype)
-        trip = self._trip(routed, tables, training=experts.training)
-        up, down = experts.matrices(self.layer.residents())
+        trip = self._trip(routed, tables, training=experts.training or with_gradients)
+        up, down = experts.matrices(self.layer.residents(with_gradients=with_gradients))
         return _Given(up, down, trip, _activation(experts), _ResidentGradients(self.layer, experts))
 
     def _check_capture(self, experts: ExpertMLPs, dtype: torch.dtype) -> None:
@@ -224,7 +225,7 @@ class DeviceDispatcher:
         if self._kept_in_step != self.layer.hosted.num_steps:
             self._kept_in_step = self.layer.hosted.num_steps
             self._kept.clear()  # of forwards that nobody went back through
-        given = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype)
+        given = self._prepare(x_TD, routing, self.layer.hosted.experts, capacity_factor, dtype, keeps)
         trip = given.trip
         kept = KeptByTicket((keeps, keeps, keeps and given.up.requires_grad, keeps and given.down.requires_grad))
         y_TD = ExpertsElsewhere.forward(kept, x_TD, routing.topk_weights, *given)

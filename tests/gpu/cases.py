@@ -99,6 +99,22 @@ class Compiled(Net):
         return self.compiled(batch)
 
 
+class InEvalMode(Net):
+    """As ``from_pretrained`` returns models; Lightning leaves them so."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.eval()
+
+
+class CompiledInEvalMode(Compiled):
+    """The same."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.eval()
+
+
 class Starved(Net):
     """The router never chooses the last two experts; needs ``bias_update_rate``."""
 

@@ -11,8 +11,10 @@ from tests.gpu.cases import (
     TRANSPORTS,
     Checkpointed,
     Compiled,
+    CompiledInEvalMode,
     GpuJob,
     Halved,
+    InEvalMode,
     OneSided,
     ReentrantCheckpointed,
     Starved,
@@ -54,6 +56,7 @@ VARIANTS = {
     "checkpointed": {"module": Checkpointed, **WIDE},
     "reentrant": {"module": ReentrantCheckpointed, **WIDE},
     "twice": {"module": Twice, **WIDE},
+    "in_eval_mode": {"module": InEvalMode, **WIDE},
     "static": {"policy": "static", "slots": 5, **WIDE},
     "fsdp2": {"strategy": {"dense": "fsdp2"}, "trainer": {"gradient_clip_val": 0.05}, "validates": True, **WIDE},
     "copies": COPIES,
@@ -83,12 +86,14 @@ VARIANTS = {
 SPECIAL = {
     "travels_wide": {"strategy": {"gradient_dtype": "float32"}, **WIDE},
     "travels_narrow": {"strategy": {"gradient_dtype": "bfloat16"}, "trainer": {"accumulate_grad_batches": 2}, **WIDE},
+    "compiled_in_eval_mode": {"module": CompiledInEvalMode, **WIDE},
 }
 CASES = {**SHAPES, **VARIANTS, **SPECIAL}
 COMBINATIONS = [
     *((case, precision) for precision in ("32-true", "bf16-mixed") for case in (*SHAPES, *VARIANTS)),
     ("travels_wide", "bf16-mixed"),
     ("travels_narrow", "32-true"),
+    ("compiled_in_eval_mode", "32-true"),
     *((case, "16-mixed") for case in ("hopper_k2", "odd_k1", "accumulate", "clip", "empty_rank")),
 ]
 ONE_RANK = ["hopper_k1", "hopper_k2", "odd_k2", "accumulate", "starved", "checkpointed"]
@@ -102,7 +107,7 @@ MOST_COMPILED_STEPS = {"32-true": 30, "bf16-mixed": 5}
 
 def make(case, precision, transport="auto"):
     job = GpuJob(precision=precision, transport=transport, **copy.deepcopy(CASES[case]))
-    most = MOST_COMPILED_STEPS if job.module is Compiled else MOST_STEPS
+    most = MOST_COMPILED_STEPS if issubclass(job.module, Compiled) else MOST_STEPS
     job.steps = min(job.steps, most[precision])
     return job
 

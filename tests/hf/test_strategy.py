@@ -132,6 +132,14 @@ def available(*families):
     ]
 
 
+class Pretrained(Causal):
+    """As ``from_pretrained`` returns models: in eval mode, where Lightning leaves them."""
+
+    def __init__(self, job, family):
+        super().__init__(job, family)
+        self.model.eval()
+
+
 def compare(num_ranks, job, family, module_class=Causal, by_parts=False):
     """Ranks with one process; the gradients of every step before they are clipped, and the weights at the end."""
     alone = train_alone(job, family, module_class, by_parts_of=num_ranks if by_parts else 1)
@@ -156,6 +164,11 @@ def compare(num_ranks, job, family, module_class=Causal, by_parts=False):
 )
 def test_ranks_equal_one_process(family, num_ranks):
     compare(num_ranks, job_of(), family, by_parts=family in PARTLY_IN_FP32)
+
+
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3_moe", 1), ("qwen3_moe", 2), ("gpt_oss", 2)])
+def test_models_that_stay_in_eval_mode(family, num_ranks):
+    compare(num_ranks, job_of(), family, Pretrained)
 
 
 class WithAuxiliaryLoss(Causal):

@@ -165,6 +165,18 @@ class CompiledFrozenTwice(CompiledTwice):
         self.moes.eval()
 
 
+class InEvalMode(Net):
+    """As ``from_pretrained`` returns models; Lightning leaves them so."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.eval()
+
+
+class CompiledInEvalMode(Compiled, InEvalMode):
+    pass
+
+
 class CompiledExperts(Compiled, Net):
     """Nothing in front of the first experts wants a gradient, but they do."""
 
@@ -228,6 +240,8 @@ CASES = {
     "compiled_experts": {"module": CompiledExperts},
     "compiled_frozen_twice": {"module": CompiledFrozenTwice},
     "self_taught": {"module": SelfTaught},
+    "in_eval_mode": {"module": InEvalMode},
+    "compiled_in_eval_mode": {"module": CompiledInEvalMode},
     "half_frozen": {"module": HalfFrozen},
     "edits_before_backward": {"module": EditsBeforeBackward},
 }

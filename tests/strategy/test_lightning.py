@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_swiftmoe import ExpertRebalancer
@@ -76,6 +77,65 @@ def fit_manually():
     module = Manual(JOB)
     our_trainer(JOB).fit(module, data(JOB, dist.get_rank(), dist.get_world_size()))
     return module.state_dict()
+
+
+class InEvalMode(Net):
+    """As ``from_pretrained`` returns models; Lightning leaves them so. No auxiliary loss, and biases stay."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.eval()
+
+
+class Adapted(InEvalMode):
+    """Experts and routers are frozen; what is in front of them learns."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.moes.requires_grad_(False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("module", [InEvalMode, Adapted])
+@pytest.mark.parametrize("extra", [{}, {"accumulate_grad_batches": 2}])
+def test_training_in_eval_mode(module, num_ranks, extra):
+    moe = {"aux_loss_coef": 0.1, "bias_update_rate": 0.5, "score": "sigmoid"}
+    job = Job(steps=4, slots=6, module=module, moe=moe, trainer=extra)
+    alone = train_alone(job)
+    for result in run_ranks(num_ranks, train, job):
+        assert largest_error(result, alone) < 1e-13
+
+
+def fit_traced(module, path):
+    options = {"policy": "balanced", "rebalancer": {"trace": str(path)}}
+    train(Job(steps=4, slots=6, module=module, moe={"aux_loss_coef": 0.0}, **options))
+
+
+def test_loads_in_eval_mode_are_followed(tmp_path):
+    traces = []
+    for module in (Net, InEvalMode):
+        run_ranks(2, fit_traced, module, tmp_path / f"{module.__name__}.npy.gz")
+        traces.append(read_trace(tmp_path / f"{module.__name__}.npy.gz"))
+    wanted, got = traces
+    assert wanted["counts"].any()
+    for key in ("counts", "replicas", "rank_load"):
+        np.testing.assert_array_equal(got[key], wanted[key])
+
+
+def checkpointed_in_eval_mode():
+    class Checkpointed(InEvalMode):
+        def forward(self, x):
+            x = self.inp(x)
+            for moe in self.moes:
+                x = x + checkpoint(moe, torch.tanh(x), use_reentrant=True)
+            return self.out(x)
+
+    with pytest.raises(RuntimeError, match=r"did not count as training: in eval mode .* Put the model in train mode"):
+        our_trainer(JOB).fit(Checkpointed(JOB), data(JOB, dist.get_rank(), dist.get_world_size()))
+
+
+def test_forwards_that_nobody_can_count_are_refused():
+    run_ranks(2, checkpointed_in_eval_mode)
 
 
 class LooksAfterTheStep(Net):

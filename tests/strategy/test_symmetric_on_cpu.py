@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
         (3, "spilling_half_frozen copies_edits_before_backward"),
         pytest.param(2, "swiglu_every_loss twice spilling_growing compiled_experts", marks=pytest.mark.exhaustive),
         pytest.param(2, "plain accumulate checkpointed compiled_twice", marks=pytest.mark.exhaustive),
-        pytest.param(2, "compiled_frozen_twice self_taught", marks=pytest.mark.exhaustive),
+        pytest.param(
+            2, "compiled_frozen_twice self_taught in_eval_mode compiled_in_eval_mode", marks=pytest.mark.exhaustive
+        ),
         pytest.param(3, "half_frozen spilling_checkpointed", marks=pytest.mark.exhaustive),
     ],
 )
