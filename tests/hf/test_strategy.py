@@ -492,6 +492,41 @@ def test_validation(family, counts):
     assert results[0][1] == results[1][1]
 
 
+END = 5  # a token
+
+
+class Generates(Pretrained):
+    """Other ranks' texts are longer."""
+
+    def validation_step(self, batch, batch_idx):
+        longest = 3 + 2 * dist.get_rank()
+        greedily = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": 0, "eos_token_id": END}
+        self.seen.append(self.model.generate(batch[:, :4], synced_gpus=True, **greedily)[:, 4:])
+
+
+def generate(job):
+    trainer, module = our_trainer(job, num_sanity_val_steps=0), Generates(job, "qwen3_moe")
+    mine = data(job, dist.get_rank(), 2)
+    trainer.fit(module, mine, DataLoader(list(mine)[:2], batch_size=None))
+    return module.seen, module.state_dict()
+
+
+def test_generation_in_validation():
+    job = job_of(steps=2, trainer={"val_check_interval": 2})
+    results = run_ranks(2, generate, job)
+    alone = Causal(job, "qwen3_moe").eval()
+    for rank, (seen, weights) in enumerate(results):
+        alone.load_state_dict(weights)
+        for ids, got in zip(data(job, rank, 2), seen, strict=True):
+            wanted, longest = ids[:, :4], 3 + 2 * rank
+            for _ in range(longest):
+                likeliest = alone.model(input_ids=wanted, use_cache=False).logits[:, -1].argmax(dim=-1)
+                wanted = torch.cat([wanted, likeliest[:, None]], dim=1)
+            new = wanted[:, 4:]
+            ends = (new == END).int()
+            assert torch.equal(got, new.masked_fill(ends.cumsum(dim=1) - ends > 0, 0))
+
+
 # -- what models are told, and what is refused -------------------------------------------------------------------------
 
 
