@@ -48,4 +48,4 @@ def test_a_mistake_is_one_line(capsys):
     assert main(["row=trace"]) == 2
     assert capsys.readouterr().err == "error: unknown setting 'row'; there are rows, systems, json, page\n"
     assert main(["rows=plain,plane"]) == 2
-    assert capsys.readouterr().err.startswith("error: rows=plane is unknown; there are plain, clips_in_hook, ")
+    assert capsys.readouterr().err.startswith("error: rows=plane is unknown; there are plain, in_eval_mode, ")

@@ -70,6 +70,20 @@ def plain(cell):
     return cell.equals_one_process()
 
 
+class InEvalMode(Model):
+    def __init__(self, system):
+        super().__init__(system)
+        self.eval()
+
+
+@row(
+    "a module that stays in eval mode, as `from_pretrained` returns models",
+    "strategy/test_lightning.py::test_training_in_eval_mode",
+)
+def in_eval_mode(cell):
+    return cell.equals_one_process(module=InEvalMode)
+
+
 class ClipsInHook(Model):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.seen.append(float(torch.nn.utils.clip_grad_norm_(self.parameters(), 0.05)))
