@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.virtual import VirtualCluster
-from tests.gpu.rank_pool import DEVICE
+from tests.gpu.rank_pool import DEVICE, NUM_RANKS
 from tests.jobs import Batches, Job, Net, data, make_trainer, our_trainer, sgd
 
 HOPPER = {"ffn_size": 128, "activation": "swiglu"}  # with a width of 64: what the Hopper kernels take
@@ -133,11 +133,11 @@ class OneSided(Net):
             moe.router.expert_bias[2:] = -10.0
 
 
-class Halved(Net):
-    """What a mean over two ranks makes of a loss that one of them has no tokens for."""
+class ShortOfOne(Net):
+    """What a mean over several ranks makes of a loss that one of them has no tokens for."""
 
     def loss(self, batch):
-        return super().loss(batch) / 2
+        return super().loss(batch) * (NUM_RANKS - 1) / NUM_RANKS
 
 
 class Recorder(pl.Callback):

@@ -1,11 +1,11 @@
-"""One rank and two ranks, shared by all tests of this folder."""
+"""One rank and several ranks, shared by all tests of this folder."""
 
 from collections import defaultdict
 
 import pytest
 import torch
 
-from tests.gpu.rank_pool import DEVICE, RankPool
+from tests.gpu.rank_pool import DEVICE, NUM_RANKS, RankPool
 
 
 def pytest_collection_modifyitems(items):
@@ -16,7 +16,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") is None or "tests/gpu/" not in item.path.as_posix():
             continue
-        needed = 2 if {"two", "two_gpus"} & set(item.fixturenames) else 1
+        needed = 1
+        if "two_gpus" in item.fixturenames:
+            needed = 2
+        if "several" in item.fixturenames:
+            needed = NUM_RANKS
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s)"))
 
@@ -30,18 +34,18 @@ def one():
 
 
 @pytest.fixture(scope="session")
-def pairs():
-    """Two ranks for each transport, so that one that breaks does not take the others along."""
-    pools = defaultdict(lambda: RankPool(2))
+def by_transport():
+    """Several ranks for each transport, so that one that breaks does not take the others along."""
+    pools = defaultdict(lambda: RankPool(NUM_RANKS))
     yield pools
     for pool in pools.values():
         pool.stop()
 
 
 @pytest.fixture
-def two(pairs, transport):
-    """Two ranks, each with a GPU."""
-    return pairs[transport]
+def several(by_transport, transport):
+    """``NUM_RANKS`` ranks, each with a GPU."""
+    return by_transport[transport]
 
 
 @pytest.fixture

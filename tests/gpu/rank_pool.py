@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 DEVICE = os.environ.get("SWIFTMOE_TEST_DEVICE", "cuda")  # "cpu" tries the harness itself, on gloo
+NUM_RANKS = int(os.environ.get("SWIFTMOE_TEST_RANKS", "2"))  # of the tests that take several: 2, 3, 4, 6, 8
 
 # The machines that the tests run on have no NVLink multicast.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}

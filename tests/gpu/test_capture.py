@@ -62,10 +62,10 @@ def validate_replays(job):
 @pytest.mark.parametrize("module", [Captured, CapturedAmongLarger])
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 @pytest.mark.parametrize(("width", "moe"), [(64, HOPPER), (24, {"ffn_size": 40})], ids=["hopper", "grouped_mm"])
-def test_replays_follow_weights_and_placements(two, transport, module, width, moe, capacity_factor):
+def test_replays_follow_weights_and_placements(several, transport, module, width, moe, capacity_factor):
     moe = {**moe, "capacity_factor": capacity_factor}
     job = GpuJob(width=width, moe=moe, module=module, precision="bf16-mixed", transport=transport, validates=True)
-    for seen, placements in two.run(validate_replays, job):
+    for seen, placements in several.run(validate_replays, job):
         assert [same for _, same, _ in seen] == [True] * len(seen)
         assert len({size for *_, size in seen}) > 4  # weights changed
         assert len({step for step, *_ in seen}) >= 4
@@ -105,10 +105,10 @@ def error_of(job):
         ("symmetric", CapturedInValidation, None, "products of torch.float32 wait for the host"),
     ],
 )
-def test_what_replays_would_do_wrong_is_refused(two, transport, module, options, message):
+def test_what_replays_would_do_wrong_is_refused(several, transport, module, options, message):
     precision = "32-true" if options is None else "bf16-mixed"
     strategy = {"transport": transport, **(options or {})}
     job = GpuJob(width=64, moe=HOPPER, module=module, precision=precision, strategy=strategy)
-    for text in two.run(error_of, job):
+    for text in several.run(error_of, job):
         assert "layer 'moes.0' cannot be captured in a CUDA graph: " in text
         assert message in text

@@ -12,9 +12,9 @@ STEPS = 200
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_nothing_compiles_after_set_up(two, precision, transport):
+def test_nothing_compiles_after_set_up(several, precision, transport):
     moe = {**HOPPER, "bias_update_rate": 1e-3}
     job = GpuJob(width=64, moe=moe, precision=precision, transport=transport, module=Wandering, steps=STEPS, batch=1200)
-    for compiled in two.run(compiled_by_step, job):
+    for compiled in several.run(compiled_by_step, job):
         late = [(step, kernel) for step, kernel in compiled if step >= 0]
         assert not late

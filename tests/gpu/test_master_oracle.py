@@ -13,16 +13,17 @@ from tests.gpu.cases import (
     Compiled,
     CompiledInEvalMode,
     GpuJob,
-    Halved,
     InEvalMode,
     OneSided,
     ReentrantCheckpointed,
+    ShortOfOne,
     Starved,
     Twice,
     fit,
     fit_alone,
 )
 from tests.gpu.compilations import Wandering
+from tests.gpu.rank_pool import NUM_RANKS
 from tests.jobs import largest_error
 
 pytestmark = pytest.mark.gpu
@@ -34,9 +35,16 @@ STARVED = {**HOPPER, "bias_update_rate": 1e-3}
 UNGATED = {"ffn_size": 128, "activation": "gelu", "bias_update_rate": 1e-3}
 
 # No expert has two hosts: the exact split leaves ranks as uneven as they are, and one borrows.
-COPIES = {"num_experts": 4, "slots": 2, "strategy": {"split": "exact", "transient_copies": 1}, **WIDE}
+COPIES = {"num_experts": 2 * NUM_RANKS, "slots": 2, "strategy": {"split": "exact", "transient_copies": 1}, **WIDE}
 
-ONE_SIDED = {"num_experts": 4, "slots": 2, "policy": "static", "batch": 1024, "width": 64, "moe": STARVED}
+ONE_SIDED = {
+    "num_experts": 2 * NUM_RANKS,
+    "slots": 2,
+    "policy": "static",
+    "batch": 1024,
+    "width": 64,
+    "moe": STARVED,
+}
 
 # By precision, so that both have each.
 SHAPES = {
@@ -49,7 +57,7 @@ SHAPES = {
 VARIANTS = {
     "accumulate": {"trainer": {"accumulate_grad_batches": 2}, **WIDE},
     "clip": {"trainer": {"gradient_clip_val": 0.05}, **WIDE},
-    "empty_rank": {"empty_rank": 1, **WIDE},
+    "empty_rank": {"empty_rank": 1, "steps": 7, **WIDE},
     "starved": {"module": Starved, "width": 64, "moe": STARVED},
     "validates": {"validates": True, **WIDE},
     "validates_unevenly": {"validates": True, "uneven": True, **WIDE},
@@ -60,7 +68,7 @@ VARIANTS = {
     "static": {"policy": "static", "slots": 5, **WIDE},
     "fsdp2": {"strategy": {"dense": "fsdp2"}, "trainer": {"gradient_clip_val": 0.05}, "validates": True, **WIDE},
     "copies": COPIES,
-    "copies_odd": {"num_experts": 4, "slots": 2, "strategy": COPIES["strategy"]},
+    "copies_odd": {"num_experts": 2 * NUM_RANKS, "slots": 2, "strategy": COPIES["strategy"]},
     "copies_accumulate": {"trainer": {"accumulate_grad_batches": 2}, **COPIES},
     "copies_twice": {"module": Twice, **COPIES},
     "copies_checkpointed": {"module": Checkpointed, **COPIES},
@@ -121,7 +129,7 @@ def expected(one):
         if (case, precision) not in known:
             job = make(case, precision)
             if job.empty_rank is not None:
-                job.module, job.empty_rank = Halved, None
+                job.module, job.empty_rank = ShortOfOne, None
             known[case, precision] = one.run(fit_alone, job)[0]
         return known[case, precision]
 
@@ -135,10 +143,11 @@ def borrows(layer):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(("case", "precision"), COMBINATIONS)
-def test_two_ranks_equal_one_process(two, expected, case, precision, transport):
+def test_ranks_equal_one_process(several, expected, case, precision, transport):
     want = expected(case, precision)
-    first, second = two.run(fit, make(case, precision, transport))
-    assert all(torch.equal(first.weights[key], second.weights[key]) for key in first.weights)
+    first, *others = several.run(fit, make(case, precision, transport))
+    for other in others:
+        assert all(torch.equal(first.weights[key], other.weights[key]) for key in first.weights)
     bound = BOUND["bf16-mixed" if case == "travels_narrow" else precision]
     assert largest_error(first.weights, want.weights) < bound
     if case != "validates_unevenly":  # a mean of the ranks' means is not that of all batches

@@ -39,9 +39,9 @@ def fit_in_parts(job):
     [({}, 1e-5), ({"precision": "bf16-mixed"}, 2e-2), ({"strategy": {"offload_optimizer": True}}, 1e-5)],
     ids=["fp32", "bf16", "offload"],
 )
-def test_two_ranks_equal_one(one, two, transport, change, bound):
+def test_ranks_equal_one(one, several, transport, change, bound):
     job = GpuJob(width=64, moe=HOPPER, module=Meta, transport=transport, **change)
     ((_, want),) = one.run(fit_in_parts, GpuJob(**{**vars(job), "slots": 6}))
-    for in_parts, weights in two.run(fit_in_parts, job):
+    for in_parts, weights in several.run(fit_in_parts, job):
         assert in_parts == [True, True]
         assert largest_error(weights, want) < bound

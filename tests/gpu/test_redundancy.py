@@ -22,11 +22,11 @@ KILLS = [(transport, phase) for transport in TRANSPORTS for phase in PHASES]
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_nothing_changes(two, tmp_path, precision, transport):
+def test_nothing_changes(several, tmp_path, precision, transport):
     job = GpuJob(width=64, moe=HOPPER, precision=precision, transport=transport, optimizer=adamw)
-    once = two.run(fit, job)
+    once = several.run(fit, job)
     options = {"strategy": {"redundancy": 2}, "trainer": {"default_root_dir": str(tmp_path)}}
-    twice = two.run(fit, dataclasses.replace(job, **options))
+    twice = several.run(fit, dataclasses.replace(job, **options))
     assert_same_bits(once, twice)
 
 

@@ -41,16 +41,16 @@ def assert_same_bits(first, again):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_repeated_fit(two, precision, transport):
-    first, again = (two.run(fit, make(precision, transport)) for _ in range(2))
+def test_a_repeated_fit(several, precision, transport):
+    first, again = (several.run(fit, make(precision, transport)) for _ in range(2))
     assert_same_bits(first, again)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_resumed_fit(two, tmp_path, precision, transport):
+def test_a_resumed_fit(several, tmp_path, precision, transport):
     path = str(tmp_path / "half.ckpt")
-    whole = two.run(fit, make(precision, transport, policy="proportional"))
-    two.run(fit_and_save, make(precision, transport, policy="proportional", trainer={"max_steps": 3}), path)
-    resumed = two.run(resume, make(precision, transport, policy="proportional"), path)
+    whole = several.run(fit, make(precision, transport, policy="proportional"))
+    several.run(fit_and_save, make(precision, transport, policy="proportional", trainer={"max_steps": 3}), path)
+    resumed = several.run(resume, make(precision, transport, policy="proportional"), path)
     assert_same_bits(whole, resumed)

@@ -1,4 +1,4 @@
-"""Models of transformers on GPUs: two ranks learn what one process learns with the model's own experts."""
+"""Models of transformers on GPUs: ranks learn what one process learns with the model's own experts."""
 
 import lightning.pytorch as pl
 import pytest
@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu.cases import TRANSPORTS, GpuJob, placed, strategy_options
+from tests.gpu.rank_pool import NUM_RANKS
 from tests.jobs import largest_error, make_trainer, our_trainer
 
 pytest.importorskip("transformers")
@@ -17,6 +18,7 @@ from tests.hf.families import model_of
 
 pytestmark = pytest.mark.gpu
 
+SEQUENCES = 2 * NUM_RANKS
 BOUND = {"32-true": 2e-4, "bf16-mixed": 3e-2}
 
 
@@ -39,8 +41,8 @@ class Causal(pl.LightningModule):
 def train(job, family, alone=False):
     """The weights afterwards."""
     rank, num_ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    ids = torch.randint(3, 40, (job.steps, 4, 9), generator=torch.Generator().manual_seed(11))
-    batches = ids[:, rank * 4 // num_ranks : (rank + 1) * 4 // num_ranks]
+    ids = torch.randint(3, 40, (job.steps, SEQUENCES, 9), generator=torch.Generator().manual_seed(11))
+    batches = ids[:, rank * SEQUENCES // num_ranks : (rank + 1) * SEQUENCES // num_ranks]
     job.strategy = strategy_options(job)
     trainer = make_trainer(job, **placed()) if alone else our_trainer(job, **placed())
     module = Causal(job, family, "eager" if alone else NAME)
@@ -61,11 +63,12 @@ def train(job, family, alone=False):
         ("gpt_oss", "bf16-mixed", {}),
     ],
 )
-def test_two_ranks_equal_one_process(one, two, transport, family, precision, strategy):
+def test_ranks_equal_one_process(one, several, transport, family, precision, strategy):
     options = {"optimizer": sgd_of, "precision": precision, "steps": 6, "slots": "auto", "transport": transport}
     (want,) = one.run(train, GpuJob(**options), family, True)
-    first, second = two.run(train, GpuJob(**options, strategy=strategy), family)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, *others = several.run(train, GpuJob(**options, strategy=strategy), family)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
     assert largest_error(first, want) < BOUND[precision]
 
 

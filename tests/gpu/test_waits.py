@@ -18,12 +18,12 @@ def make(module, transport, **kwargs):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_waits_of_three_whole_steps(two, transport):
-    for waits, num_events in two.run(profiled, make(Quiet, transport, policy="proportional")):
+def test_waits_of_three_whole_steps(several, transport):
+    for waits, num_events in several.run(profiled, make(Quiet, transport, policy="proportional")):
         assert num_events > 100
         assert len(waits) <= ALLOWED[transport], summary(waits)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_torch_itself_sees_no_wait_in_forward_and_backward(two, transport):
-    two.run(fit, make(ErrorsOnWaits, transport))
+def test_torch_itself_sees_no_wait_in_forward_and_backward(several, transport):
+    several.run(fit, make(ErrorsOnWaits, transport))
