@@ -16,7 +16,20 @@ SHORT_NAMES = {
 
 
 class ShortProgressBar(RichProgressBar):
-    """Shows loss, survival, imbalance and speed under short names."""
+    """Shows loss, survival, imbalance and speed under short names, and how many batches there will be."""
+
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        """Lightning's own takes steps that are left for batches: 60 of 30 where two accumulate, or when resumed."""
+        trainer = self.trainer
+        if trainer.max_epochs != -1 or trainer.max_steps <= 0:
+            return super().total_train_batches
+        seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if seen == trainer.num_training_batches:  # of the epoch before
+            seen = 0
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, seen + left)
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
