@@ -59,6 +59,25 @@ class Net(pl.LightningModule):
         return self.job.optimizer(self)
 
 
+class InEvalMode(Net):
+    """As ``from_pretrained`` returns models; Lightning leaves them so. No auxiliary loss, and biases stay."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.eval()
+
+
+class SaveAt(pl.Callback):
+    """A checkpoint in the middle of ``fit``, where slots are in force; training goes on."""
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def two_groups(module: Net, cls: Callable[..., Any], **kwargs: Any) -> torch.optim.Optimizer:
     """Down projections and biases in a group of their own, with another learning rate."""
     names = dict(module.named_parameters())

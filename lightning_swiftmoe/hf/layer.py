@@ -56,7 +56,6 @@ class ExpertsLayer:
         self.top_k = 1
         self.aux_loss_scale: float | Tensor = 1.0
         self._dispatcher: Dispatcher = LocalDispatcher(self.num_experts)
-        self._all_groups: AllGroups | None = None
         self._load: LayerLoad | None = None
 
     def __call__(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -91,10 +90,12 @@ class ExpertsLayer:
     def attach(self, dispatcher: Dispatcher, all_groups: AllGroups | None = None) -> None:
         """Bring tokens to experts by ``dispatcher``; whoever attaches also takes the loads and ends the steps.
 
+        Nobody asks ``all_groups``: auxiliary losses and biases are the model's.
+
         Raises:
             ValueError: the model cannot be told to.
         """
-        self._dispatcher, self._all_groups = dispatcher, all_groups
+        self._dispatcher = dispatcher
         module: Any = self.experts.module
         model = self.model
         if model not in _BEFORE:
@@ -113,7 +114,7 @@ class ExpertsLayer:
     def detach(self) -> None:
         """Compute with the module's own experts again, and as the model did before."""
         _ATTACHED.pop(self.experts.module, None)
-        self._dispatcher, self._all_groups = LocalDispatcher(self.num_experts), None
+        self._dispatcher = LocalDispatcher(self.num_experts)
         before = _BEFORE.pop(self.model, None)
         if before is not None:
             self.model.set_experts_implementation(before)
@@ -142,9 +143,7 @@ class ExpertsLayer:
         return Routing(idx_TK.masked_fill(nowhere, -1), weights_TK, no_probabilities, weights_TK.new_zeros(()), counts)
 
     def _add_load(self, counts: Tensor, rank_load: Tensor) -> None:
-        everywhere = None if self._all_groups is None else self._all_groups.add_up(counts)
-        no_loss = torch.zeros((), dtype=torch.float64, device=counts.device)
-        load = LayerLoad.of_one_forward(counts, rank_load, no_loss, everywhere)
+        load = LayerLoad.without_losses(counts, rank_load)
         self._load = load if self._load is None else self._load + load
 
 

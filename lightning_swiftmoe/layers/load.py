@@ -19,7 +19,7 @@ class LayerLoad:
         rank_load: ``[N]`` int64 assignments processed by each rank, after drops.
         aux_loss: this rank's share of the load-balance loss, summed over ``num_forwards`` passes; detached.
         num_forwards: passes added up, like ``aux_loss``: of a number torch.compile would make a graph for each value.
-        everywhere: ``[E]`` assignments in train mode of the ranks of all expert groups; None: ``counts`` has them all.
+        everywhere: ``[E]`` assignments of all expert groups' ranks that biases follow; None: all in ``counts``.
     """
 
     counts: Tensor
@@ -36,14 +36,14 @@ class LayerLoad:
         return cls(counts, rank_load, aux_loss, torch.ones_like(aux_loss), everywhere)
 
     @classmethod
-    def in_eval_mode(cls, counts: Tensor, rank_load: Tensor) -> LayerLoad:
-        """One pass that neither has losses nor moves biases."""
+    def without_losses(cls, counts: Tensor, rank_load: Tensor) -> LayerLoad:
+        """One pass with no losses of ours, that moves no biases: in eval mode, or where the router is the model's."""
         zero = torch.zeros((), dtype=torch.float64, device=counts.device)
         return cls(counts, rank_load, zero, zero, counts.new_zeros(counts.shape[1]))
 
     @property
     def by_expert(self) -> Tensor:
-        """``[E]`` assignments that biases follow: of all ranks of the job, in train mode."""
+        """``[E]`` assignments that biases follow, of all ranks of the job."""
         return self.counts.sum(dim=0) if self.everywhere is None else self.everywhere
 
     def __add__(self, other: LayerLoad) -> LayerLoad:

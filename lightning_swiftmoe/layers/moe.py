@@ -119,7 +119,7 @@ class MoE(nn.Module):
         if self.training:
             y_TD = self._with_losses(y_TD, routing, counts, rank_load)
         elif self._attached and counts_as_training(self.training):
-            self._add_load(LayerLoad.in_eval_mode(counts, rank_load))
+            self._add_load(LayerLoad.without_losses(counts, rank_load))
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.to(x.dtype).view(x.shape)

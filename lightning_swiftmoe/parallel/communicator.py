@@ -295,8 +295,8 @@ class Communicator:
         except Exception as error:
             where = f"{phase} exchange of layer {layer!r} on {self._where}"
             raise ExchangeError(
-                f"{where} failed: {error}. If another rank raised an error first, that one is the cause; else it ran "
-                "fewer forwards: ranks meet in every layer, so that generate() takes synced_gpus=True"
+                f"{where} failed: {error}. If another rank raised an error first, that one is the cause; or it ran "
+                "fewer forwards, as generate() does on some ranks without synced_gpus=True"
             ) from error
         if isinstance(start, torch.cuda.Event):
             end = _event()

@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import random
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from tests.jobs import Job, Net, data, our_trainer
+from tests.jobs import Job, Net, SaveAt, data, our_trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -23,15 +22,6 @@ class Noisy(Net):
     def forward(self, x):
         noise = random.random() + np.random.rand()  # noqa: NPY002 the numbers that are to be put back
         return super().forward(F.dropout(x, 0.3) + 0.01 * noise)
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 JOB = Job(module=Noisy, slots=5, steps=6)
@@ -55,7 +45,7 @@ def fit(job, path=None):
 def test_resumed_bit_for_bit(tmp_path, num_ranks, checkpoint):
     job = dataclasses.replace(JOB, strategy={"checkpoint": checkpoint})
     path = str(tmp_path / "3.ckpt")
-    saving = dataclasses.replace(job, callbacks=lambda: [SaveAt(3, path)])
+    saving = dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 3)])
     whole = run_ranks(num_ranks, fit, saving)
     resumed = run_ranks(num_ranks, fit, job, path)
     for (losses, drawn), (resumed_losses, resumed_drawn) in zip(whole, resumed, strict=True):
@@ -86,7 +76,7 @@ def test_behind_the_last_batch_of_an_epoch(tmp_path):
     """The order of the next one is drawn from the numbers that were saved, and once."""
     job = dataclasses.replace(JOB, module=Epochs)
     path = str(tmp_path / "3.ckpt")
-    whole = run_ranks(2, fit_epochs, dataclasses.replace(job, callbacks=lambda: [SaveAt(3, path)]))
+    whole = run_ranks(2, fit_epochs, dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 3)]))
     for losses, resumed in zip(whole, run_ranks(2, fit_epochs, job, path), strict=True):
         assert resumed == losses[3:]
 
@@ -94,6 +84,6 @@ def test_behind_the_last_batch_of_an_epoch(tmp_path):
 def test_another_number_of_ranks_has_numbers_of_its_own(tmp_path):
     """Nobody's are put back: two ranks would draw the same."""
     path = str(tmp_path / "3.ckpt")
-    run_ranks(2, fit, dataclasses.replace(JOB, callbacks=lambda: [SaveAt(3, path)]))
+    run_ranks(2, fit, dataclasses.replace(JOB, callbacks=lambda: [SaveAt(path, 3)]))
     losses = [losses for losses, _ in run_ranks(3, fit, JOB, path)]
     assert losses[0] != losses[1] != losses[2]

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_swiftmoe.checkpoint.folder import META, TABLE, check_folder, read_table
 from lightning_swiftmoe.checkpoint.reading import CheckpointError
 from lightning_swiftmoe.checkpoint.sharded_reading import read_folder
-from tests.jobs import Job, Net, data, full, largest_error, make_trainer, our_trainer, train_alone
+from tests.jobs import Job, Net, SaveAt, data, full, largest_error, make_trainer, our_trainer, train_alone
 from tests.ranks import Ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -28,21 +28,10 @@ FULL = Job(num_experts=5, slots=5, policy="proportional", precision="64-true", s
 SAVES = dataclasses.replace(FULL, strategy=SHARDED)
 
 
-class SaveAt3(pl.Callback):
-    """Saves after the third step and goes on."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, module, *_):
-        if trainer.global_step == 3:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(job, path=None, save_at_3=None):
     """Losses of every step, and weights after the last."""
     if save_at_3 is not None:
-        job = dataclasses.replace(job, callbacks=lambda: [SaveAt3(save_at_3)])
+        job = dataclasses.replace(job, callbacks=lambda: [SaveAt(save_at_3, 3)])
     module, trainer = Net(job), our_trainer(job)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=path)
     return module.losses, module.state_dict()
@@ -105,7 +94,7 @@ def test_variants(tmp_path, variant):
 
 
 def fit_and_save(job, path, at_3, after):
-    job = dataclasses.replace(job, callbacks=lambda: [SaveAt3(at_3)])
+    job = dataclasses.replace(job, callbacks=lambda: [SaveAt(at_3, 3)])
     module, trainer = Net(job), our_trainer(job)
     trainer.fit(module, data(job, dist.get_rank(), dist.get_world_size()), ckpt_path=path)
     trainer.save_checkpoint(after)

@@ -1,10 +1,9 @@
 """The bar of ``swiftmoe train`` ends at the last batch."""
 
 import pytest
-from lightning.pytorch import Callback
 
 from lightning_swiftmoe.cli.progress import ShortProgressBar
-from tests.jobs import Job, Net, data, make_trainer
+from tests.jobs import Job, Net, SaveAt, data, make_trainer
 
 
 class Bar(ShortProgressBar):
@@ -20,17 +19,6 @@ class Bar(ShortProgressBar):
         self.shown.append((int(task.completed), int(task.total)))
 
 
-class SaveAt(Callback):
-    """In the middle of ``fit``, as checkpoints of a run that is stopped are."""
-
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 def test_epochs_before_the_last_are_whole():
     job = Job(steps=4, precision="32-true", trainer={"max_epochs": -1, "max_steps": 10})
     bar = Bar()
@@ -42,10 +30,9 @@ def test_epochs_before_the_last_are_whole():
 def test_the_last_batch_is_the_last_of_all(tmp_path, accumulate, saved_after, last):
     options = {"max_epochs": -1, "accumulate_grad_batches": accumulate}
     job = Job(steps=6, trainer=options, precision="32-true")
-    path = None
-    if saved_after is not None:
-        make_trainer(job, callbacks=[SaveAt(str(tmp_path / "half.ckpt"), saved_after)]).fit(Net(job), data(job))
-        path = str(tmp_path / "half.ckpt")
+    path = None if saved_after is None else str(tmp_path / "half.ckpt")
+    if path is not None:
+        make_trainer(job, callbacks=[SaveAt(path, saved_after)]).fit(Net(job), data(job))
     bar = Bar()
     make_trainer(job, callbacks=[bar], enable_progress_bar=True).fit(Net(job), data(job), ckpt_path=path)
     assert bar.shown[-1] == (last, last)

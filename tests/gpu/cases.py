@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.gpu.rank_pool import DEVICE, NUM_RANKS
-from tests.jobs import Batches, Job, Net, data, make_trainer, our_trainer, sgd
+from tests.jobs import Batches, InEvalMode, Job, Net, data, make_trainer, our_trainer, sgd
 
 HOPPER = {"ffn_size": 128, "activation": "swiglu"}  # with a width of 64: what the Hopper kernels take
 TRANSPORTS = ("nccl", "symmetric") if DEVICE == "cuda" else ("gloo",)
@@ -99,20 +99,8 @@ class Compiled(Net):
         return self.compiled(batch)
 
 
-class InEvalMode(Net):
-    """As ``from_pretrained`` returns models; Lightning leaves them so."""
-
-    def __init__(self, job):
-        super().__init__(job)
-        self.eval()
-
-
-class CompiledInEvalMode(Compiled):
-    """The same."""
-
-    def __init__(self, job):
-        super().__init__(job)
-        self.eval()
+class CompiledInEvalMode(Compiled, InEvalMode):
+    pass
 
 
 class Starved(Net):

@@ -13,7 +13,6 @@ from tests.gpu.cases import (
     Compiled,
     CompiledInEvalMode,
     GpuJob,
-    InEvalMode,
     OneSided,
     ReentrantCheckpointed,
     ShortOfOne,
@@ -24,7 +23,7 @@ from tests.gpu.cases import (
 )
 from tests.gpu.compilations import Wandering
 from tests.gpu.rank_pool import NUM_RANKS
-from tests.jobs import largest_error
+from tests.jobs import InEvalMode, largest_error
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +56,8 @@ SHAPES = {
 VARIANTS = {
     "accumulate": {"trainer": {"accumulate_grad_batches": 2}, **WIDE},
     "clip": {"trainer": {"gradient_clip_val": 0.05}, **WIDE},
-    "empty_rank": {"empty_rank": 1, "steps": 7, **WIDE},
+    # Of more ranks a larger part has tokens: gradients are larger, and bf16 drifts apart sooner.
+    "empty_rank": {"empty_rank": 1, "steps": 9 if NUM_RANKS == 2 else 7, **WIDE},
     "starved": {"module": Starved, "width": 64, "moe": STARVED},
     "validates": {"validates": True, **WIDE},
     "validates_unevenly": {"validates": True, "uneven": True, **WIDE},

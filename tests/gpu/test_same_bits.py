@@ -1,28 +1,16 @@
 """The same bits again: of a fit that is repeated, and of one that is interrupted and resumed."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
 from tests.gpu.cases import HOPPER, TRANSPORTS, GpuJob, fit
-from tests.jobs import adamw
+from tests.jobs import SaveAt, adamw
 
 pytestmark = pytest.mark.gpu
 
 
 def make(precision, transport, **kwargs):
     return GpuJob(width=64, moe=HOPPER, precision=precision, transport=transport, optimizer=adamw, steps=6, **kwargs)
-
-
-class SaveAt(pl.Callback):
-    """A checkpoint in the middle of ``fit``, where slots are in force."""
-
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def fit_and_save(job, path):

@@ -1,14 +1,12 @@
 """``swiftmoe bench step model=hf``: systems start from the same weights and train alike."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
-import transformers
 
 from tests.hf.folders import save_folder
-from tests.processes import ROOT, swiftmoe
+from tests.hf.paths import PYTHONPATH
+from tests.processes import swiftmoe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
@@ -19,8 +17,7 @@ def test_systems_train_alike(tmp_path):
     model = ("model=hf", f"model.path={tmp_path}/folder", "model.weights=random")
     peers = "peers=[ours_ep+strategy.dense=fsdp2,fsdp2]"
     arguments = (*model, *small, peers, f"hydra.run.dir={tmp_path}/run")
-    # transformers may be in a folder of its own
-    env = {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(transformers.__file__).parents[1])])}
+    env = {"COLUMNS": "200", "PYTHONPATH": PYTHONPATH}
     status, text = swiftmoe("bench", "step", *arguments, cwd=tmp_path, env=env, timeout_s=200)
     assert status == 0, text
     ours, fsdp2 = json.loads((tmp_path / "run/step.json").read_text())["systems"].values()

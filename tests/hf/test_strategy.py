@@ -22,7 +22,7 @@ from lightning_swiftmoe.parallel.find_layers import find_layers
 from lightning_swiftmoe.parallel.nccl_rows import NcclRows
 from lightning_swiftmoe.virtual import VirtualCluster
 from tests.hf.families import config_of, model_of
-from tests.jobs import Batches, Job, full, largest_error, make_trainer, our_trainer
+from tests.jobs import Batches, Job, SaveAt, full, largest_error, make_trainer, our_trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -372,20 +372,11 @@ def test_layers_of_both_kinds():
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-class SaveAt2(pl.Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_resumed_from_a_checkpoint(tmp_path, kind):
     path = str(tmp_path / "half.ckpt")
     job = job_of(strategy={"checkpoint": kind})
-    whole = run_ranks(2, train, dataclasses.replace(job, callbacks=lambda: [SaveAt2(path)]), "qwen3_moe")[0]
+    whole = run_ranks(2, train, dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 2)]), "qwen3_moe")[0]
     for resumed in run_ranks(2, train, job, "qwen3_moe", Causal, path):
         assert len(resumed["losses"]) == 2
         assert all(torch.equal(resumed["weights"][key], weight) for key, weight in whole["weights"].items())
@@ -395,7 +386,7 @@ def test_resumed_from_a_checkpoint(tmp_path, kind):
 
 def test_the_file_has_the_models_names_and_whole_weights(tmp_path):
     path = tmp_path / "half.ckpt"
-    job = job_of(callbacks=lambda: [SaveAt2(path)])
+    job = job_of(callbacks=lambda: [SaveAt(path, 2)])
     run_ranks(2, train, job, "qwen3_moe")
     state = torch.load(path, weights_only=True)["state_dict"]
     expected = train_alone(dataclasses.replace(job, steps=2, callbacks=list, trainer={"max_steps": 2}), "qwen3_moe")

@@ -19,7 +19,6 @@ from tests.hf.test_strategy import (
     Checkpointed,
     Compiled,
     Mixed,
-    SaveAt2,
     compare,
     data,
     job_of,
@@ -29,7 +28,7 @@ from tests.hf.test_strategy import (
     train_alone,
 )
 from tests.interpreter import run_interpreted
-from tests.jobs import full, largest_error, make_trainer, our_trainer
+from tests.jobs import SaveAt, full, largest_error, make_trainer, our_trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -223,7 +222,7 @@ def test_under_autocast_biases_stay_as_they_are(accumulate):
 def test_resumed_on_another_number_of_ranks(tmp_path, kind):
     path = str(tmp_path / "half.ckpt")
     job = job_of(batch=6, strategy={"checkpoint": kind})
-    saving = dataclasses.replace(job, callbacks=lambda: [SaveAt2(path)])
+    saving = dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 2)])
     whole = run_ranks(2, train, saving, "gpt_oss", InFp64)[0]["weights"]
     for num_ranks in (1, 3):
         resumed = run_ranks(num_ranks, train, job, "gpt_oss", InFp64, path)[0]

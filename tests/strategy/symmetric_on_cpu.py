@@ -26,7 +26,7 @@ from lightning_swiftmoe.parallel.row_exchange import PlacementTables, TokenBound
 from lightning_swiftmoe.parallel.symmetric_rows import SymmetricRows
 from lightning_swiftmoe.parallel.symmetric_shards import SymmetricState
 from tests.gpu.cases import Checkpointed
-from tests.jobs import Job, Net, largest_error, sgd, train, train_alone
+from tests.jobs import InEvalMode, Job, Net, largest_error, sgd, train, train_alone
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -163,14 +163,6 @@ class CompiledFrozenTwice(CompiledTwice):
 
     def on_train_batch_start(self, batch, batch_idx):
         self.moes.eval()
-
-
-class InEvalMode(Net):
-    """As ``from_pretrained`` returns models; Lightning leaves them so."""
-
-    def __init__(self, job):
-        super().__init__(job)
-        self.eval()
 
 
 class CompiledInEvalMode(Compiled, InEvalMode):

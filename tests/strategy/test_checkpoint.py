@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.jobs import Job, Net, data, largest_error, our_trainer, train, train_alone
+from tests.jobs import Job, Net, SaveAt, data, largest_error, our_trainer, train, train_alone
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -57,7 +56,7 @@ def test_losses_and_weights_of_every_later_step_bit_for_bit(tmp_path, num_ranks,
     strategy = {"bucket_cap_mb": 0.004} if wide else {}
     job = dataclasses.replace(FULL, slots=5, width=48 if wide else 6, strategy=strategy)
     path = str(tmp_path / "3.ckpt")
-    whole = run_ranks(num_ranks, losses_and_weights, dataclasses.replace(job, callbacks=lambda: [SaveAt3(path)]))
+    whole = run_ranks(num_ranks, losses_and_weights, dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 3)]))
     resumed = run_ranks(num_ranks, losses_and_weights, job, path)
     for (losses, weights), (resumed_losses, resumed_weights) in zip(whole, resumed, strict=True):
         assert resumed_losses == losses[3:]
@@ -112,16 +111,5 @@ def test_master_weights_survive(tmp_path, precision):
         assert torch.equal(resumed[key], value), key
 
 
-class SaveAt3(pl.Callback):
-    """A checkpoint in the middle of ``fit``, where slots are in force."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 3:
-            trainer.save_checkpoint(self.path)
-
-
 def save_in_fit(job, path):
-    train(dataclasses.replace(job, callbacks=lambda: [SaveAt3(path)]))
+    train(dataclasses.replace(job, callbacks=lambda: [SaveAt(path, 3)]))

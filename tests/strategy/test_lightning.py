@@ -20,7 +20,19 @@ from torch.utils.data import DataLoader
 from lightning_swiftmoe import ExpertRebalancer
 from lightning_swiftmoe.strategy import SwiftMoEStrategy
 from lightning_swiftmoe.trace_file import read_trace
-from tests.jobs import Job, Net, adamw, data, largest_error, make_trainer, our_trainer, sgd, train, train_alone
+from tests.jobs import (
+    InEvalMode,
+    Job,
+    Net,
+    adamw,
+    data,
+    largest_error,
+    make_trainer,
+    our_trainer,
+    sgd,
+    train,
+    train_alone,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -77,14 +89,6 @@ def fit_manually():
     module = Manual(JOB)
     our_trainer(JOB).fit(module, data(JOB, dist.get_rank(), dist.get_world_size()))
     return module.state_dict()
-
-
-class InEvalMode(Net):
-    """As ``from_pretrained`` returns models; Lightning leaves them so. No auxiliary loss, and biases stay."""
-
-    def __init__(self, job):
-        super().__init__(job)
-        self.eval()
 
 
 class Adapted(InEvalMode):

@@ -17,9 +17,8 @@ from lightning_swiftmoe.simulate import load_trace
 from lightning_swiftmoe.step import Step
 from lightning_swiftmoe.trace import TraceWriter
 from lightning_swiftmoe.trace_file import read_trace
-from tests.jobs import Job, Net, data, our_trainer, train
+from tests.jobs import Job, Net, SaveAt, data, our_trainer, train
 from tests.ranks import run_ranks
-from tests.strategy.test_checkpoint import SaveAt3
 from tests.strategy.test_metrics import some_layer
 
 pytestmark = pytest.mark.distributed
@@ -40,7 +39,7 @@ class KillRank0(pl.Callback):
 
 
 def until_killed(path, checkpoint, num_ranks=2):
-    job = traced(path, callbacks=lambda: [SaveAt3(checkpoint), KillRank0()])
+    job = traced(path, callbacks=lambda: [SaveAt(checkpoint, 3), KillRank0()])
     with pytest.raises(RuntimeError):
         run_ranks(num_ranks, train, job)
 
