@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -87,6 +88,7 @@ from lightning_swiftmoe.placement import (
     try_policy,
     with_chosen_copies,
 )
+from lightning_swiftmoe.precision import clipping_fused
 from lightning_swiftmoe.redundancy import Assembled, Redundancy
 
 _STATES = ("decoupled", "bound")
@@ -208,6 +210,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self.dense = dense
         self._redundant: Redundancy | None = None
         self.validation: UnevenValidation | None = None
+        self._own_precision: Precision | None = None  # the user's plugin, while one like it stands in for it
         self._own_scaler: GradScaler | None = None  # the plugin's, while a shared one stands in for it
         self._rebalancer = ExpertRebalancer()
         self._failed = False
@@ -284,6 +287,8 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         for hosted in self._experts.values():
             hosted.install()
         self._compile()
+        self._own_precision = self.precision_plugin
+        self.precision_plugin = clipping_fused(self._own_precision)
         scaler = loss_scaler(self.precision_plugin)
         if scaler is not None and self.num_nodes * self.num_processes > 1:
             self._own_scaler = scaler
@@ -684,7 +689,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._dense.abandon()
         if self._failed and self._before_loading is not None:
             self._put_back()
-        self._put_scaler_back()
+        self._put_precision_back()
         self.engine = None
         self.validation = None
         self.parallelism = None
@@ -701,14 +706,16 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             use_original_parameters(optimizer, self._holders.values())
         self._detach_layers()
 
-    def _put_scaler_back(self) -> None:
-        if self._own_scaler is None:
-            return
+    def _put_precision_back(self) -> None:
         scaler = loss_scaler(self.precision_plugin)
-        if scaler is not None and not self._failed:
-            self._own_scaler.load_state_dict(scaler.state_dict())
-        set_loss_scaler(self.precision_plugin, self._own_scaler)
-        self._own_scaler = None
+        if self._own_scaler is not None:
+            if scaler is not None and not self._failed:
+                self._own_scaler.load_state_dict(scaler.state_dict())
+            set_loss_scaler(self.precision_plugin, self._own_scaler)
+            self._own_scaler = None
+        if self._own_precision is not None:
+            self.precision_plugin = self._own_precision
+            self._own_precision = None
 
     def _detach_layers(self) -> None:
         for moe in find_layers(self._module).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -56,3 +57,9 @@ def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:
     """
     with on_local_tensors(optimizer):
         scaler.unscale_(optimizer)
+
+
+def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the gradients of ``optimizer`` were divided by the loss scale since its last step."""
+    state = scaler._per_optimizer_states.get(id(optimizer), {})
+    return state.get("stage") is OptState.UNSCALED

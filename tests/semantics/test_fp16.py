@@ -34,7 +34,8 @@ class Scales(pl.Callback):
         self.before = [param.detach().clone() for param in module.parameters()]
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.scales.append(trainer.precision_plugin.scaler.get_scale())
+        scaler = trainer.precision_plugin.scaler
+        self.scales.append(None if scaler is None else scaler.get_scale())
         pairs = zip(self.before, module.parameters(), strict=True)
         self.changed.append([bool((old != new).any()) for old, new in pairs])
 
@@ -145,6 +146,10 @@ def FUSED(module):
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
 
 
+def PLAIN(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
 def test_the_scale_is_saved_and_the_users_scaler_goes_on(tmp_path):
     path = str(tmp_path / "half.ckpt")
     growing = {"growth_interval": 2}
@@ -166,3 +171,53 @@ def scale_of_the_plugin(job):
 
 def test_the_plugin_has_its_own_scaler_again():
     assert run_ranks(2, scale_of_the_plugin, JOB) == [(True, 4096.0)] * 2
+
+
+CLIPPED = dataclasses.replace(JOB, trainer={"gradient_clip_val": 0.05})
+
+
+def bf16():
+    return MixedPrecision("bf16-mixed", "cpu")
+
+
+@pytest.mark.parametrize("make_plugin", [half, bf16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_gradients_of_a_fused_optimizer_are_clipped(num_ranks, make_plugin):
+    """Lightning refuses that; one process steps by an optimizer that is not fused."""
+    clipped = fit(dataclasses.replace(CLIPPED, optimizer=PLAIN), make_plugin(), alone=True)[0]
+    free = fit(dataclasses.replace(JOB, optimizer=PLAIN), make_plugin(), alone=True)[0]
+    assert largest_error(free, clipped) > 0.1
+    for weights, *_ in run_ranks(num_ranks, fit, dataclasses.replace(CLIPPED, optimizer=FUSED), make_plugin()):
+        assert largest_error(weights, clipped) < 5e-3
+
+
+class ClipsByHand(Net):
+    """In manual optimization gradients are still scaled by fp16's loss scale where a user clips them."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, gradient_clip_val=0.05)
+        optimizer.step()
+
+
+def test_scaled_gradients_of_a_fused_optimizer_are_not_clipped():
+    job = dataclasses.replace(JOB, module=ClipsByHand, optimizer=FUSED)
+    with pytest.raises(Exception, match="does not allow for gradient clipping"):
+        run_ranks(2, fit, job, half())
+
+
+def test_the_trainer_has_the_users_plugin_again():
+    assert run_ranks(2, plugin_of_the_trainer, CLIPPED) == [True] * 2
+
+
+def plugin_of_the_trainer(job):
+    plugin = bf16()
+    trainer = make_our_trainer(job, plugin)
+    trainer.fit(Net(job), data(job, dist.get_rank(), dist.get_world_size()))
+    return trainer.precision_plugin is plugin

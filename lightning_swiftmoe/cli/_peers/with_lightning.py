@@ -17,6 +17,7 @@ from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.models import GPT, FolderModel
+from lightning_swiftmoe.precision import clipping_fused
 
 
 class BenchModule(pl.LightningModule):
@@ -114,7 +115,10 @@ def make_trainer(job: Job, meter: Meter) -> pl.Trainer:
         with open_dict(config):
             config.callbacks.rebalancer.trace = None
         callbacks.append(instantiate(config.callbacks.rebalancer))
-    return instantiate(config.trainer, strategy=strategy_of(job), callbacks=callbacks, logger=False)
+    trainer: pl.Trainer = instantiate(config.trainer, strategy=strategy_of(job), callbacks=callbacks, logger=False)
+    # As ours does by itself: Lightning alone would refuse to clip the gradients of the optimizer that all have.
+    trainer.strategy.precision_plugin = clipping_fused(trainer.precision_plugin)
+    return trainer
 
 
 def strategy_of(job: Job) -> Any:
