@@ -26,6 +26,12 @@ from lightning_swiftmoe.cluster import resolve_slots
 from lightning_swiftmoe.simulate import Hardware, LoadTrace, Scenario, simulate
 
 Results = dict[str, Any]
+HEADINGS = (
+    *("ms a step", "tokens/s a device", "of one device", "modelled ms", "scaled", "off by"),
+    *("exposed ms", "max/mean", "peak GiB"),
+)
+# Every rank keeps an equal part of the experts, whatever their loads.
+EXPERTS_AT_HOME = ("torchtitan", "deepspeed", "deepspeed_cap1")
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def run_missing(
     if not missing:
         return
     step_options = options.as_step_options()
+    found["imbalance_at_home"] = {segment.name: imbalance_at_home(segment, num_ranks) for segment in segments[1:]}
     found["about"] = about(config, step_options, num_ranks, plan_of(config, step_options, num_ranks))
 
     def tell(changed: Row, rows: list[Row]) -> None:
@@ -126,6 +133,18 @@ def run_missing(
 
     folder = Path(config.run_dir, f"ranks{num_ranks}")
     run_systems(config, options.only(missing), num_ranks, segments, folder, tell)
+
+
+def imbalance_at_home(segment: Segment, num_ranks: int) -> float | None:
+    """Max/mean load of ranks that hold equal parts of the experts, in order; mean over steps and layers.
+
+    None where ranks would hold different numbers of them.
+    """
+    loads = segment.loads[segment.settle :].sum(axis=2)
+    if loads.shape[-1] % num_ranks:
+        return None
+    of_ranks = loads.reshape(*loads.shape[:2], num_ranks, -1).sum(axis=-1)
+    return float((of_ranks.max(axis=-1) / of_ranks.mean(axis=-1)).mean())
 
 
 def modelled_ms(
@@ -152,7 +171,7 @@ def modelled_ms(
             continue
         for segment in segments[1:]:
             trace = LoadTrace(segment.loads, np.arange(len(segment.loads)), model.top_k, segment.name)
-            step_s = simulate(trace, scenario, [system]).results[system].step_s[segment.settle :]
+            step_s = simulate(trace, scenario, [system]).results[system].overlapped_step_s[segment.settle :]
             expected.setdefault(name, {})[segment.name] = 1e3 * float(step_s.mean())
     return expected
 
@@ -160,7 +179,7 @@ def modelled_ms(
 def print_table(results: Results) -> None:
     """A row for each number of devices, system and workload."""
     table = Table("devices", "system", "loads", box=None, pad_edge=False)
-    for heading in ("ms a step", "tokens/s a device", "of one device", "modelled ms", "scaled", "off by", "peak GiB"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     base = base_of(results)
     for number, found in sorted(results.items(), key=lambda item: int(item[0])):
@@ -169,12 +188,15 @@ def print_table(results: Results) -> None:
             system = found["systems"].get(name, {})
             modelled = found["modelled_ms"].get(name, {})
             for load in dict.fromkeys([*system.get("step_ms", {}), *modelled]):
-                measured = system.get("step_ms", {}).get(load)
-                table.add_row(number, name, load, *cells(found, system, measured, modelled.get(load), base))
+                table.add_row(number, name, load, *cells(found, name, load, modelled.get(load), base))
             if system.get("error"):
                 table.add_row(number, name, system["error"])
     Console(width=FILE_COLUMNS).print(table)
     print("scaled: one device's measured step, times what the model says of more of them")
+    print("exposed: communication under the profiler beside which nothing is computed, in steps of the last loads")
+    print(
+        "max/mean: load of the ranks; of torchtitan and DeepSpeed, whose experts have one home, computed from the loads"
+    )
 
 
 def base_of(results: Results) -> tuple[float, float] | None:
@@ -187,22 +209,39 @@ def base_of(results: Results) -> tuple[float, float] | None:
     return None
 
 
-def cells(
-    found: Results, system: Results, measured: float | None, modelled: float | None, base: tuple[float, float] | None
-) -> list[str]:
-    """Of one row, behind its names."""
+def cells(found: Results, name: str, load: str, modelled: float | None, base: tuple[float, float] | None) -> list[str]:
+    """Of one row, behind what it is about.
+
+    Args:
+        found: on one number of devices.
+        name: of the system.
+        load: of the workload.
+        modelled: milliseconds of a step.
+        base: of ``base_of``.
+    """
+    system = found["systems"].get(name, {})
+    measured = system.get("step_ms", {}).get(load)
     scaled = None if base is None or modelled is None else base[0] * modelled / base[1]
     per_device = None if measured is None else f"{found['tokens_per_rank'] / measured * 1e3:,.0f}"
     off = None if scaled is None or measured is None else f"{scaled / measured - 1:+.1%}"
     share = None if base is None or measured is None else f"{base[0] / measured:.1%}"
-    peak = system.get("allocated_gib")
+    is_last = load == next(reversed(system.get("step_ms", {})), None)
+    imbalance = system.get("imbalance") if is_last else None
+    if measured is not None and name in EXPERTS_AT_HOME:
+        imbalance = found.get("imbalance_at_home", {}).get(load)
     values = (
-        None if measured is None else f"{measured:.1f}",
+        _number(measured, ".1f"),
         per_device,
         share,
-        None if modelled is None else f"{modelled:.1f}",
-        None if scaled is None else f"{scaled:.1f}",
+        _number(modelled, ".1f"),
+        _number(scaled, ".1f"),
         off,
-        None if peak is None else f"{peak:.1f}",
+        _number(system.get("exposed_ms") if is_last else None, ".1f"),
+        _number(imbalance, ".2f"),
+        _number(system.get("allocated_gib"), ".1f"),
     )
     return ["-" if value is None else value for value in values]
+
+
+def _number(value: float | None, digits: str) -> str | None:
+    return None if value is None else format(value, digits)

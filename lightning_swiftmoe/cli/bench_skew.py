@@ -19,7 +19,7 @@ from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of, ranks_of
 from lightning_swiftmoe.cli._peers.driver import Driver, Row
-from lightning_swiftmoe.cli._peers.job import Plan
+from lightning_swiftmoe.cli._peers.job import PROFILER_WARMUP, Plan
 from lightning_swiftmoe.cli._peers.options import Options, merged_options
 from lightning_swiftmoe.cli._peers.replay import loads_of_ranks, write_replay
 from lightning_swiftmoe.cli._peers.systems import parse
@@ -46,6 +46,7 @@ class SkewOptions:
     known: dict[str, str]
     batch_per_rank: int | None = None
     rounds: int = 1
+    profile: bool = False
     limit_s: float = 180.0
     budget_s: float = 480.0
     output: str | None = None
@@ -71,6 +72,7 @@ class SkewOptions:
             warmup=self.warmup,
             steps=self.steps,
             rounds=self.rounds,
+            profile=self.profile,
             batch_per_rank=self.batch_per_rank,
             limit_s=self.limit_s,
             budget_s=self.budget_s,
@@ -147,9 +149,13 @@ def run_systems(
         tell: called with a row whenever one changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_replay(folder / "replay.npz", [segment.loads for segment in segments], config.model.top_k)
+    plan = plan_of(config, options.as_step_options(), num_ranks)
+    loads = [segment.loads for segment in segments]
+    if plan.profiled:
+        loads.append(loads[-1][-1:].repeat(PROFILER_WARMUP + plan.profiled, axis=0))
+    write_replay(folder / "replay.npz", loads, config.model.top_k)
     plan = replace(
-        plan_of(config, options.as_step_options(), num_ranks),
+        plan,
         steps=sum(len(segment.loads) for segment in segments[1:]),
         replay=str((folder / "replay.npz").absolute()),
     )
@@ -267,6 +273,8 @@ def measured_of(row: Row, segments: list[Segment]) -> dict[str, Any]:
     """Mean milliseconds of a step by workload, on the slowest rank, and the fullest rank's memory.
 
     Of several rounds every step counts as it was fastest: loads are the same in all, what else a host does is not.
+    ``imbalance`` is that of the last step, and ``exposed_ms`` what the slowest rank communicates and does nothing else
+    in steps like it, under the profiler.
     """
     found: dict[str, Any] = {"error": row.error, "step_ms": {}, "allocated_gib": None}
     if not row.rounds:
@@ -280,8 +288,14 @@ def measured_of(row: Row, segments: list[Segment]) -> dict[str, Any]:
         measured = slice(at + segment.settle, at + len(segment.loads))
         found["step_ms"][segment.name] = statistics.fmean(fastest[measured])
         at += len(segment.loads)
-    peak = max(result.allocated_gib for ranks in row.rounds for result in ranks)
-    return found | {"allocated_gib": peak, "losses": row.rounds[0][0].losses}
+    first = row.rounds[0]
+    profiles = [result.profile for result in first if result.profile and result.profile["kernel_ms"]]
+    return found | {
+        "allocated_gib": max(result.allocated_gib for ranks in row.rounds for result in ranks),
+        "imbalance": first[0].imbalance,
+        "exposed_ms": max((profile["exposed_ms"] for profile in profiles), default=None),
+        "losses": first[0].losses,
+    }
 
 
 def cells(found: dict[str, Any], names: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ from lightning_swiftmoe.simulate import (
     simulate,
 )
 from lightning_swiftmoe.simulate.paper import compare, write_tables
+from lightning_swiftmoe.simulate.results import overlapped_ms
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +77,8 @@ def _trace(config: DictConfig, num_ranks: int) -> LoadTrace:
 def print_table(simulation: Simulation) -> None:
     """One row per policy: what survives, how even ranks are, what a modelled step takes."""
     table = Table(title=f"modelled: {simulation.settings['trace']}")
-    for column in ("policy", "survival", "max/mean rank load", "step ms", "p99 ms", "migrated GB", "rebalance step"):
+    columns = ("survival", "max/mean rank load", "step ms", "overlapped", "p99 ms", "migrated GB", "rebalance step")
+    for column in ("policy", *columns):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, result in simulation.results.items():
         row = result.summary()
@@ -86,6 +88,7 @@ def print_table(simulation: Simulation) -> None:
             f"{row['mean_survival']:.2%}",
             f"{row['mean_rank_imbalance']:.3f}",
             f"{1e3 * row['mean_step_s']:.1f}",
+            overlapped_ms(result, ".1f"),
             f"{1e3 * row['p99_step_s']:.1f}",
             f"{row['total_migration_bytes'] / 1e9:.2f}",
             "-" if ratio != ratio else f"{ratio:.2f}x",

@@ -1,4 +1,4 @@
-"""Seconds from bytes and FLOPs. Nothing overlaps here: the modelled step is an upper bound for systems that overlap."""
+"""Seconds from bytes and FLOPs. Nothing overlaps here: ``overlap.py`` says what of it our runtime hides."""
 
 from __future__ import annotations
 
@@ -99,9 +99,13 @@ class CostModel:
         """Sent by one rank in a ring all-reduce of so many bytes over all ranks of ``hardware``."""
         return 2 * (self.hardware.num_ranks - 1) / self.hardware.num_ranks * num_bytes
 
+    def dense_forward_s(self) -> float:
+        """Computing outside of experts, forward alone."""
+        return self.model.dense_flops_per_token * self.tokens_per_rank / self._flops_per_s
+
     def dense_s(self) -> float:
         """Per step: forward and twice that backward, the all-reduce, and Adam in device memory."""
-        compute_s = 3 * self.model.dense_flops_per_token * self.tokens_per_rank / self._flops_per_s
+        compute_s = 3 * self.dense_forward_s()
         adam_s = self.model.dense_params * _ADAM_BYTES / self._hbm_Bps
         num_bytes = self.dense_bytes(self.hardware.num_ranks)
         return compute_s + self.network_s(num_bytes, self.efficiency.all_reduce) + adam_s

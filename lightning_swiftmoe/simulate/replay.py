@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_swiftmoe.cluster import ClusterShape, resolve_group_size
 from lightning_swiftmoe.placement import next_placement, slot_capacity, uniform
@@ -16,8 +17,9 @@ from lightning_swiftmoe.simulate.cost import COUNT_BYTES, PHASES, CostModel, use
 from lightning_swiftmoe.simulate.hardware import Efficiency, Hardware
 from lightning_swiftmoe.simulate.load_trace import LoadTrace
 from lightning_swiftmoe.simulate.model import ModelShape
+from lightning_swiftmoe.simulate.overlap import hidden_s
 from lightning_swiftmoe.simulate.results import PolicyResult, Simulation, describe
-from lightning_swiftmoe.simulate.systems import System, resolve_system
+from lightning_swiftmoe.simulate.systems import DIRECT, System, resolve_system
 from lightning_swiftmoe.simulate.traffic import (
     Flow,
     Routed,
@@ -247,6 +249,7 @@ class _Replay:
             rank_imbalance_after_drops=self._imbalance_after.mean(axis=1),
             phase_s=seconds,
             phase_bytes=sent,
+            hidden_s=self._hidden_s(),
             moved_residents=self._moved.sum(axis=1),
             mean_survival=int(self._kept.sum()) / int(self._routed.sum()),
             # fsum rounds once, so the mean does not depend on the order of addition.
@@ -254,6 +257,13 @@ class _Replay:
             replicas=self._replicas,
             rank_load=self._rank_load,
         )
+
+    def _hidden_s(self) -> NDArray[np.float64]:
+        if self._system.state != DIRECT or self._scenario.offload:
+            return np.zeros(self._trace.num_steps)
+        dense_s = self._cost.dense_forward_s() / self._trace.num_layers
+        forward_s = dense_s + self._s["dispatch"] + self._s["experts"] + self._s["combine"]
+        return hidden_s(forward_s, 2 * dense_s + self._s["backward"], self._s["weight"], self._s["gradient"])
 
 
 def _by_group(counts: IntArray, num_groups: int) -> list[IntArray]:

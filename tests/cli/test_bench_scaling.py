@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from lightning_swiftmoe.cli.bench_scaling import base_of, cells
+from lightning_swiftmoe.cli.bench_scaling import base_of, cells, imbalance_at_home
+from lightning_swiftmoe.cli.bench_skew import Segment
 from lightning_swiftmoe.cli.main import main
 from tests.cli.test_bench_skew import MODEL
 from tests.processes import swiftmoe
@@ -42,7 +44,8 @@ def test_it_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch):
     assert both["2"]["modelled_ms"]["exact"] == expected["2"]["modelled_ms"]["exact"]
     losses = [both["2"]["systems"][name]["losses"] for name in ("exact", "fsdp2")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert text.splitlines()[-1].startswith("scaled: one device's measured step")
+    assert "scaled: one device's measured step" in text
+    assert both["2"]["systems"]["exact"]["imbalance"] < 1.05 < both["2"]["imbalance_at_home"]["one_hot"]
 
 
 def test_what_is_expected_is_scaled_by_one_device():
@@ -55,10 +58,33 @@ def test_what_is_expected_is_scaled_by_one_device():
     }
     base = base_of(results)
     assert base == (60.0, 40.0)
-    # Modelled 44 ms are 66 where the model's 40 are 60; measured are 80.
-    row = cells({"tokens_per_rank": 1000}, {"allocated_gib": 3.25}, 80.0, 44.0, base)
-    assert row == ["80.0", "12,500", "75.0%", "44.0", "66.0", "-17.5%", "3.2"]
-    assert cells({"tokens_per_rank": 1000}, {}, None, 44.0, None) == ["-", "-", "-", "44.0", "-", "-", "-"]
+    found = {
+        "tokens_per_rank": 1000,
+        "systems": {
+            "exact": {
+                "step_ms": {"balanced": 70.0, "zipf": 80.0},
+                "allocated_gib": 3.25,
+                "exposed_ms": 1.5,
+                "imbalance": 1.004,
+            },
+            "deepspeed": {"step_ms": {"balanced": 90.0, "zipf": 160.0}, "allocated_gib": 5.0},
+        },
+        "imbalance_at_home": {"balanced": 1.0, "zipf": 1.5},
+    }
+    # Modelled 44 ms are 66 where the model's 40 are 60; measured are 80. What was profiled is of the last loads.
+    row = cells(found, "exact", "zipf", 44.0, base)
+    assert row == ["80.0", "12,500", "75.0%", "44.0", "66.0", "-17.5%", "1.5", "1.00", "3.2"]
+    assert cells(found, "exact", "balanced", None, base)[-3:] == ["-", "-", "3.2"]
+    assert cells(found, "deepspeed", "zipf", None, base)[-3:] == ["-", "1.50", "5.0"]
+    assert cells(found, "deepspeed", "balanced", None, base)[-3:] == ["-", "1.00", "5.0"]
+    assert cells(found, "static", "zipf", 44.0, None) == ["-", "-", "-", "44.0", "-", "-", "-", "-", "-"]
+
+
+def test_ranks_that_hold_the_hot_experts():
+    """Two ranks of two experts: 5 and 1 tokens of 6, then 3 and 3; the first step is not measured."""
+    loads = np.array([[[[9, 0, 0, 0]]], [[[4, 1, 1, 0]]], [[[1, 2, 2, 1]]]])
+    assert imbalance_at_home(Segment("zipf", loads, settle=1), 2) == pytest.approx((5 / 3 + 1) / 2)
+    assert imbalance_at_home(Segment("zipf", loads, settle=1), 3) is None
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def run(job: Job, meter: Meter) -> None:
         fill_in(module, module.meta_seed, job.device)
     trainer = make_trainer(job, meter)
     meter.survival = lambda: survival(trainer, module)
+    meter.imbalance = lambda: logged(trainer, "moe/rank_imbalance")
     trainer.fit(module, Batches(job.batches()))
 
 
@@ -134,11 +135,17 @@ def strategy_of(job: Job) -> Any:
 
 def survival(trainer: pl.Trainer, module: BenchModule) -> float | None:
     """Our strategy logs it; a layer alone counts what it routed and what it processed."""
-    logged = trainer.callback_metrics.get("moe/token_survival")
-    if logged is not None:
-        return float(logged)
+    known = logged(trainer, "moe/token_survival")
+    if known is not None:
+        return known
     loads = [load for layer in moe_layers(module).values() if (load := layer._load) is not None]
     if not loads:
         return None
     processed = sum(float(load.rank_load.sum()) for load in loads)
     return processed / sum(float(load.counts.sum()) for load in loads)
+
+
+def logged(trainer: pl.Trainer, name: str) -> float | None:
+    """A metric of the last step, where somebody logged it."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else float(value)
