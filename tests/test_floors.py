@@ -26,8 +26,8 @@ FLOORS = [
     ["failures"],
     ["rescue"],
     [
-        *("_compat", "callback", "checkpointing", "launcher", "metrics", "redundancy", "strategy", "trace", "virtual"),
-        *("weight_ema", ""),
+        *("_compat", "callback", "checkpointing", "launcher", "metrics", "precision", "redundancy", "strategy"),
+        *("trace", "virtual", "weight_ema", ""),
     ],
     ["models", "data"],
     ["report"],
