@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gpu.cases import TRANSPORTS, GpuJob, placed, strategy_options
+from tests.gpu.cases import TRANSPORTS, GpuJob, on_gpus, placed, strategy_options
 from tests.gpu.rank_pool import NUM_RANKS
 from tests.jobs import largest_error, make_trainer, our_trainer
 
@@ -38,14 +38,34 @@ class Causal(pl.LightningModule):
         return self.job.optimizer(self)
 
 
-def train(job, family, alone=False):
+class ErrorsOnWaits(Causal):
+    """Torch raises where the host waits for the device in a layer of the model or in the backward."""
+
+    def __init__(self, job, family, implementation):
+        super().__init__(job, family, implementation)
+        for layer in self.model.model.layers:
+            layer.register_forward_pre_hook(lambda *_: self._debug("error"))
+            layer.register_forward_hook(lambda *_: self._debug("default"))
+
+    def on_before_backward(self, loss):
+        self._debug("error")
+
+    def on_after_backward(self):
+        self._debug("default")
+
+    def _debug(self, mode):
+        if on_gpus() and self.trainer.global_step >= 3:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def train(job, family, alone=False, causal=Causal):
     """The weights afterwards."""
     rank, num_ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     ids = torch.randint(3, 40, (job.steps, SEQUENCES, 9), generator=torch.Generator().manual_seed(11))
     batches = ids[:, rank * SEQUENCES // num_ranks : (rank + 1) * SEQUENCES // num_ranks]
     job.strategy = strategy_options(job)
     trainer = make_trainer(job, **placed()) if alone else our_trainer(job, **placed())
-    module = Causal(job, family, "eager" if alone else NAME)
+    module = causal(job, family, "eager" if alone else NAME)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return {name: value.cpu() for name, value in module.state_dict().items()}
 
@@ -70,6 +90,14 @@ def test_ranks_equal_one_process(one, several, transport, family, precision, str
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
     assert largest_error(first, want) < BOUND[precision]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "deepseek_v3"])
+def test_the_host_waits_for_no_layer(several, transport, family):
+    """Masks may: transformers asks once a forward whether sequences are packed."""
+    options = {"optimizer": sgd_of, "precision": "bf16-mixed", "steps": 6, "slots": "auto", "transport": transport}
+    several.run(train, GpuJob(**options), family, False, ErrorsOnWaits)
 
 
 def sgd_of(module):
