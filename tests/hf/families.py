@@ -80,11 +80,16 @@ FAMILIES = {
     ),
 }
 
+# Of models and of experts, as the kernels for GPUs want them.
+_WIDE = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128}
 
-def config_of(family: str):
+
+def config_of(family: str, wide: bool = False):
     """Its configuration; of one that this version of transformers lacks, None."""
     name, special = FAMILIES[family]
     settings = {name: value for name, value in {**_COMMON, **special}.items() if value is not None}
+    if wide:
+        settings |= {name: value for name, value in _WIDE.items() if name in settings}
     return getattr(transformers, name)(**settings) if hasattr(transformers, name) else None
 
 
@@ -94,11 +99,12 @@ def model_of(family: str, implementation: str, dtype: torch.dtype, seed: int = 0
     options = {"experts_implementation": implementation, "attn_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_config(config, **options)
     rng = torch.Generator().manual_seed(seed)
+    scale = 0.3 * (_COMMON["hidden_size"] / config.hidden_size) ** 0.5
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and (tensor.requires_grad or "bias" in name):
                 noise = torch.randn(tensor.shape, generator=rng)
-                tensor.copy_(1 + 0.1 * noise if "norm" in name and "weight" in name else 0.3 * noise)
+                tensor.copy_(1 + 0.1 * noise if "norm" in name and "weight" in name else scale * noise)
     return model.to(dtype).train()
 
 
