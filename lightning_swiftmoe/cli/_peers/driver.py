@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from lightning_swiftmoe.cli._peers.job import Job, Plan
 from lightning_swiftmoe.cli._peers.meter import Result
 from lightning_swiftmoe.cli._peers.systems import System
-from lightning_swiftmoe.cli._peers.worker import TURN
+from lightning_swiftmoe.cli._peers.worker import give_turn
 from lightning_swiftmoe.report.paper import steps_until
 
 GRACE_S = 5.0  # for the other ranks to say what they failed at
@@ -58,10 +58,9 @@ class Group:
     def __init__(self, system: System, config: DictConfig, plan: Plan, folder: Path) -> None:
         self.system, self.folder = system, folder
         Job(system.name, 0, system.num_ranks, system.configure(config), plan, folder).write()
-        port = free_port()
-        self.processes = [self._start(rank, port) for rank in range(system.num_ranks)]
+        self.processes = [self._start(rank) for rank in range(system.num_ranks)]
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
         ranks = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -69,7 +68,6 @@ class Group:
             "WORLD_SIZE": self.system.num_ranks,
             "LOCAL_WORLD_SIZE": self.system.num_ranks,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
         }
         # One thread a rank, as torchrun does: Lightning would share out all cores, and others would not.
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in ranks.items()}
@@ -88,7 +86,8 @@ class Group:
         Raises:
             RuntimeError: a rank failed, or the time was up; one line says which.
         """
-        (self.folder / TURN).touch()
+        # Their port is chosen now: one chosen at their start may be taken by the time of their turn.
+        give_turn(self.folder, free_port())
         deadline = time.monotonic() + limit_s
         try:
             while any(process.poll() is None for process in self.processes):

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 
+from lightning_swiftmoe.cli._measured import write_whole
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter, Result, barrier
 from lightning_swiftmoe.cli._peers.systems import EXTRAS, PEERS
 
-TURN = "turn"  # the file that says that the system before has left
+TURN = "turn"  # the file with the port, which comes when the system before has left
 POLL_S = 0.02
 
 
@@ -38,7 +39,7 @@ def main(folder: Path, rank: int) -> None:
     try:
         job = Job.read(folder, rank)
         peer = load(job)
-        wait_for(folder / TURN)
+        os.environ["MASTER_PORT"] = wait_for_turn(folder)
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
         else:
@@ -69,13 +70,19 @@ def be_quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def wait_for(path: Path) -> None:
-    """Look until the file is there, or nobody is left who could make it."""
+def give_turn(folder: Path, port: int) -> None:
+    """The system before has left: the ranks of this one meet at ``port`` and train."""
+    write_whole(folder / TURN, port)
+
+
+def wait_for_turn(folder: Path) -> str:
+    """The port of ``give_turn``; leaves when nobody remains who could call it."""
     parent = os.getppid()
-    while not path.exists():
+    while not (folder / TURN).exists():
         if os.getppid() != parent:
             leave(1)
         time.sleep(POLL_S)
+    return (folder / TURN).read_text()
 
 
 def leave(status: int) -> None:
