@@ -43,6 +43,9 @@ def test_systems_train_alike(tmp_path):
     assert ddp["loss_difference"] < 1e-5
     assert ddp["gpus"] == 2
     assert "ours_ep: mean" in text
+    # Nobody loads packages while steps are timed.
+    loaded, timed = (tmp_path / "run/peers" / name for name in ("ddp-0/loaded.rank1", "ours-ep-0/result.rank0.json"))
+    assert loaded.stat().st_mtime < timed.stat().st_mtime
 
 
 @pytest.mark.exhaustive

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from lightning_swiftmoe.cli._peers.job import Job, Plan
 from lightning_swiftmoe.cli._peers.meter import Result
 from lightning_swiftmoe.cli._peers.systems import System
-from lightning_swiftmoe.cli._peers.worker import give_turn
+from lightning_swiftmoe.cli._peers.worker import Turn, loaded_file
 from lightning_swiftmoe.report.paper import steps_until
 
 GRACE_S = 5.0  # for the other ranks to say what they failed at
@@ -80,14 +80,21 @@ class Group:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, limit_s: float) -> list[Result]:
+    def loading(self) -> list[Path]:
+        """What will be there when all ranks have loaded their packages."""
+        return [loaded_file(self.folder, rank) for rank in range(self.system.num_ranks)]
+
+    def run(self, limit_s: float, loading: Sequence[Path]) -> list[Result]:
         """Let the ranks train; what each measured.
+
+        Args:
+            limit_s: after which they are stopped.
+            loading: what will be there when others have loaded their packages, which the timed steps wait for.
 
         Raises:
             RuntimeError: a rank failed, or the time was up; one line says which.
         """
-        # Their port is chosen now: one chosen at their start may be taken by the time of their turn.
-        give_turn(self.folder, free_port())
+        Turn(free_port(), [str(path) for path in loading]).give(self.folder)
         deadline = time.monotonic() + limit_s
         try:
             while any(process.poll() is None for process in self.processes):
@@ -148,7 +155,7 @@ class Driver:
     tell: Callable[[Row, list[Row]], None]
 
     def run(self) -> list[Row]:
-        """All rows, also of what failed. While one system trains, the next one's processes load their packages."""
+        """All rows, also of what failed. While one system starts, the next one's processes load their packages."""
         start = time.monotonic()
         rows = [Row(system, error=system.missing()) for system in self.systems]
         for row in rows:
@@ -172,7 +179,8 @@ class Driver:
                 group = following[1] if following else self._start(number, row)
                 ahead = next(((n, r) for n, r in turns[position + 1 :] if not r.error), None)
                 following = (ahead[1], self._start(*ahead)) if ahead else None
-                self._take_turn(row, group, min(self.limit_s, left_s))
+                loading = following[1].loading() if following else []
+                self._take_turn(row, group, min(self.limit_s, left_s), loading)
                 self.tell(row, rows)
         finally:
             if following is not None:
@@ -186,10 +194,10 @@ class Driver:
         name = "".join(c if c.isalnum() else "-" for c in row.system.label)
         return Group(row.system, self.config, plan, self.folder / f"{name}-{number}")
 
-    def _take_turn(self, row: Row, group: Group, limit_s: float) -> None:
+    def _take_turn(self, row: Row, group: Group, limit_s: float, loading: Sequence[Path]) -> None:
         began = time.monotonic()
         try:
-            row.rounds.append(group.run(limit_s))
+            row.rounds.append(group.run(limit_s, loading))
         except RuntimeError as error:
             row.error = str(error)
         row.seconds = time.monotonic() - began

@@ -63,14 +63,16 @@ class Meter:
     Args:
         job: this rank.
         done: called behind the last step, with the result; may leave the process.
+        wait_for_quiet: called in front of the timed block; returns when nobody else keeps the machine busy.
 
     Attributes:
         survival, imbalance: asked behind the last step; set by who knows.
         before_block: called once, in front of the timed block.
     """
 
-    def __init__(self, job: Job, done: Callable[[Result], None]) -> None:
+    def __init__(self, job: Job, done: Callable[[Result], None], wait_for_quiet: Callable[[], None]) -> None:
         self.job, self.plan, self.done = job, job.plan, done
+        self.wait_for_quiet = wait_for_quiet
         self.survival: Callable[[], float | None] = lambda: None
         self.imbalance: Callable[[], float | None] = lambda: None
         self.before_block: Callable[[], None] = lambda: None
@@ -122,6 +124,7 @@ class Meter:
             torch.cuda.empty_cache()
 
     def _start_block(self) -> None:
+        self.wait_for_quiet()
         gc.collect()
         self.wait_for_device()
         barrier()

@@ -1,17 +1,22 @@
 """One rank of one system: ``python -m lightning_swiftmoe.cli._peers.worker FOLDER RANK``.
 
-It loads what it needs, waits for its turn, trains, writes ``result.rank<r>.json`` and leaves without tidying up.
+It loads what it needs, says so in ``loaded.rank<r>``, waits for its turn, trains, writes ``result.rank<r>.json`` and
+leaves without tidying up.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,31 @@ from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter, Result, barrier
 from lightning_swiftmoe.cli._peers.systems import EXTRAS, PEERS
 
-TURN = "turn"  # the file with the port, which comes when the system before has left
+TURN = "turn.json"  # comes when the system before has left
 POLL_S = 0.02
+LOADING_S = 60.0  # packages take seconds; whoever takes longer than this is not waited for
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a system is told when its turn comes.
+
+    Args:
+        port: where its ranks meet; chosen now: one chosen at their start may be taken by now.
+        loading: files that come when the next system's processes have loaded their packages, and are idle.
+    """
+
+    port: int
+    loading: list[str]
+
+    def give(self, folder: Path) -> None:
+        """To the ranks whose folder this is."""
+        write_whole(folder / TURN, asdict(self))
+
+
+def loaded_file(folder: Path, rank: int) -> Path:
+    """There when the rank has loaded its packages."""
+    return folder / f"loaded.rank{rank}"
 
 
 def main(folder: Path, rank: int) -> None:
@@ -38,13 +66,17 @@ def main(folder: Path, rank: int) -> None:
 
     try:
         job = Job.read(folder, rank)
-        peer = load(job)
-        os.environ["MASTER_PORT"] = wait_for_turn(folder)
+        try:
+            peer = load(job)
+        finally:
+            loaded_file(folder, rank).touch()
+        turn = wait_for_turn(folder)
+        os.environ["MASTER_PORT"] = str(turn.port)
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
         else:
             torch.set_num_threads(1)
-        peer.run(job, Meter(job, done))
+        peer.run(job, Meter(job, done, partial(wait_for_files, turn.loading)))
         raise RuntimeError("training ended before its last step")
     except BaseException as error:
         traceback.print_exc()
@@ -70,19 +102,21 @@ def be_quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def give_turn(folder: Path, port: int) -> None:
-    """The system before has left: the ranks of this one meet at ``port`` and train."""
-    write_whole(folder / TURN, port)
-
-
-def wait_for_turn(folder: Path) -> str:
-    """The port of ``give_turn``; leaves when nobody remains who could call it."""
+def wait_for_turn(folder: Path) -> Turn:
+    """Leaves when nobody remains who could give it."""
     parent = os.getppid()
     while not (folder / TURN).exists():
         if os.getppid() != parent:
             leave(1)
         time.sleep(POLL_S)
-    return (folder / TURN).read_text()
+    return Turn(**json.loads((folder / TURN).read_text()))
+
+
+def wait_for_files(paths: Sequence[str]) -> None:
+    """Until all are there, though not for ever: who was to make them may have failed."""
+    deadline = time.monotonic() + LOADING_S
+    while not all(Path(path).exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def leave(status: int) -> None:
