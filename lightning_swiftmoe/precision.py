@@ -8,14 +8,14 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_swiftmoe.optim import is_unscaled
+from lightning_swiftmoe.optim import holds_scaled
 
 
 class MixedPrecision(LightningsMixedPrecision):
     """Lightning's, under whose name checkpoints keep the loss scale.
 
     Lightning clips no gradients of fused optimizers (2.6.6), because those undo fp16's loss scale in their own step.
-    Under our strategy they are free of it before they are clipped, and bf16 has none.
+    Our strategy undoes it before they are clipped, and bf16 has none.
     """
 
     @override
@@ -26,10 +26,10 @@ class MixedPrecision(LightningsMixedPrecision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """See Lightning's; still refused where gradients are scaled, as in manual optimization."""
-        if self.scaler is None or is_unscaled(self.scaler, optimizer):
-            Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
-        else:
+        if self.scaler is not None and holds_scaled(self.scaler, optimizer):
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        else:
+            Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
 
 def clipping_fused(plugin: Precision) -> Precision:

@@ -287,12 +287,16 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         for hosted in self._experts.values():
             hosted.install()
         self._compile()
+        self._take_precision()
+
+    def _take_precision(self) -> None:
+        """The user's plugin gets a scaler of all ranks, and one like it stands in for it."""
         self._own_precision = self.precision_plugin
-        self.precision_plugin = clipping_fused(self._own_precision)
-        scaler = loss_scaler(self.precision_plugin)
+        scaler = loss_scaler(self._own_precision)
         if scaler is not None and self.num_nodes * self.num_processes > 1:
             self._own_scaler = scaler
-            set_loss_scaler(self.precision_plugin, shared_scaler(scaler, self.root_device.type))
+            set_loss_scaler(self._own_precision, shared_scaler(scaler, self.root_device.type))
+        self.precision_plugin = clipping_fused(self._own_precision)
 
     def _refuse_pruning(self) -> None:
         """Before training, which a callback would let go on for an epoch; its ``setup`` says what it prunes."""
@@ -665,6 +669,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
     @override
     def teardown(self) -> None:
         parallelism = self.parallelism
+        self._put_precision_back()
         if self._redundant is not None:
             self._redundant.leave()
             self._redundant = None
@@ -689,7 +694,6 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             self._dense.abandon()
         if self._failed and self._before_loading is not None:
             self._put_back()
-        self._put_precision_back()
         self.engine = None
         self.validation = None
         self.parallelism = None
@@ -707,15 +711,17 @@ class SwiftMoEStrategy(CheckpointingStrategy):
         self._detach_layers()
 
     def _put_precision_back(self) -> None:
+        if self._own_precision is None:
+            return
+        self.precision_plugin = self._own_precision
+        self._own_precision = None
+        if self._own_scaler is None:
+            return
         scaler = loss_scaler(self.precision_plugin)
-        if self._own_scaler is not None:
-            if scaler is not None and not self._failed:
-                self._own_scaler.load_state_dict(scaler.state_dict())
-            set_loss_scaler(self.precision_plugin, self._own_scaler)
-            self._own_scaler = None
-        if self._own_precision is not None:
-            self.precision_plugin = self._own_precision
-            self._own_precision = None
+        if scaler is not None and not self._failed:
+            self._own_scaler.load_state_dict(scaler.state_dict())
+        set_loss_scaler(self.precision_plugin, self._own_scaler)
+        self._own_scaler = None
 
     def _detach_layers(self) -> None:
         for moe in find_layers(self._module).values():

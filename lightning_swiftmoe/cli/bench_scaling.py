@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +31,9 @@ HEADINGS = (
     *("ms a step", "tokens/s a device", "of one device", "modelled ms", "scaled", "off by"),
     *("exposed ms", "max/mean", "peak GiB"),
 )
+# What all systems of a file share: sections of the configuration, and options.
+SECTIONS = ("model", "strategy", "policy", "optimizer")
+SHARED_OPTIONS = ("workloads", "steps", "settle", "warmup", "skew", "pace", "rounds", "known", "hardware")
 # Every rank keeps an equal part of the experts, whatever their loads.
 EXPERTS_AT_HOME = ("torchtitan", "deepspeed", "deepspeed_cap1")
 
@@ -89,23 +93,61 @@ def bench(config: DictConfig, own: list[str]) -> None:
     options = ScalingOptions(**merged_options("bench/scaling.yaml", config.bench, own, OPTION_NAMES))
     options = replace(options, batch_per_rank=options.batch_per_rank or config.data.batch_size)
     plan = plan_of(config, options.as_step_options(), 1)
-    tokens = plan.batch_per_rank * config.data.seq_len
     path = Path(options.output or Path(config.run_dir, "scaling.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     results: Results = json.loads(path.read_text()) if path.is_file() else {}
-    devices = torch.cuda.device_count() if config.cluster.accelerator == "gpu" else max(options.ranks)
+    check_settings(results.setdefault("settings", settings_of(config, options)), settings_of(config, options), path)
+    available = torch.cuda.device_count() if config.cluster.accelerator == "gpu" else max(options.ranks)
     for num_ranks in options.ranks:
         segments = segments_of(options, config, plan, num_ranks)
-        found = results.setdefault(str(num_ranks), {"tokens_per_rank": tokens, "systems": {}})
-        if found["tokens_per_rank"] != tokens:
-            raise ValueError(
-                f"{path} has {found['tokens_per_rank']} tokens a rank, this run {tokens}: name another output"
-            )
+        found = results.setdefault("devices", {}).setdefault(str(num_ranks), {"systems": {}})
         found["modelled_ms"] = modelled_ms(config, options, segments, num_ranks)
+        found["imbalance_at_home"] = {segment.name: imbalance_at_home(segment, num_ranks) for segment in segments[1:]}
         write_whole(path, results, indent=1)
-        if not options.predict and num_ranks <= devices:
-            run_missing(config, options, segments, num_ranks, found, path, results)
+        if not options.predict and num_ranks <= available:
+            run_missing(config, options, segments, num_ranks, found["systems"], lambda: write_whole(path, results, 1))
     print_table(results)
+
+
+def settings_of(config: DictConfig, options: ScalingOptions) -> dict[str, Any]:
+    """What all numbers of a file have in common: systems and numbers of devices may come one after the other."""
+    assert options.batch_per_rank is not None
+    sections = {name: OmegaConf.to_container(config[name], resolve=True) for name in SECTIONS}
+    of_options = {name: getattr(options, name) for name in SHARED_OPTIONS}
+    return json.loads(  # type: ignore[no-any-return]
+        json.dumps(
+            {
+                "tokens_per_rank": options.batch_per_rank * config.data.seq_len,
+                "seq_len": config.data.seq_len,
+                "precision": str(config.trainer.precision),
+                "gradient_clip_val": config.trainer.gradient_clip_val,
+                "seed": config.seed,
+                **of_options,
+                **sections,
+            }
+        )
+    )
+
+
+def check_settings(known: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    """Those of a file and of this run are the same.
+
+    Raises:
+        ValueError: they differ; all differences are named.
+    """
+    before, now = flat(known), flat(asked)
+    different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if different:
+        told = "; ".join(f"{name} = {before.get(name)!r}, this run {now.get(name)!r}" for name in different)
+        raise ValueError(f"{path} was measured with {told}: name another output")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"model.top_k": 2}`` of ``{"model": {"top_k": 2}}``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def run_missing(
@@ -113,23 +155,21 @@ def run_missing(
     options: ScalingOptions,
     segments: list[Segment],
     num_ranks: int,
-    found: Results,
-    path: Path,
-    results: Results,
+    measured: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
-    """Systems on ``num_ranks`` devices that ``found`` lacks join it, and the file, one by one."""
-    missing = [name for name in options.names(num_ranks) if not found["systems"].get(name, {}).get("step_ms")]
+    """Systems on ``num_ranks`` devices that ``measured`` lacks join it one by one, and are saved."""
+    missing = [name for name in options.names(num_ranks) if not measured.get(name, {}).get("step_ms")]
     if not missing:
         return
     step_options = options.as_step_options()
-    found["imbalance_at_home"] = {segment.name: imbalance_at_home(segment, num_ranks) for segment in segments[1:]}
-    found["about"] = about(config, step_options, num_ranks, plan_of(config, step_options, num_ranks))
+    head = about(config, step_options, num_ranks, plan_of(config, step_options, num_ranks))
 
     def tell(changed: Row, rows: list[Row]) -> None:
         label = changed.system.label
-        found["systems"][label] = measured_of(changed, segments[1:])
-        write_whole(path, results, indent=1)
-        print(f"{num_ranks}: {label}: {changed.error or found['systems'][label]['step_ms']}", flush=True)
+        measured[label] = measured_of(changed, segments[1:]) | {"about": head}
+        save()
+        print(f"{num_ranks}: {label}: {changed.error or measured[label]['step_ms']}", flush=True)
 
     folder = Path(config.run_dir, f"ranks{num_ranks}")
     run_systems(config, options.only(missing), num_ranks, segments, folder, tell)
@@ -181,27 +221,30 @@ def print_table(results: Results) -> None:
     table = Table("devices", "system", "loads", box=None, pad_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
+    tokens = results["settings"]["tokens_per_rank"]
     base = base_of(results)
-    for number, found in sorted(results.items(), key=lambda item: int(item[0])):
+    for number, found in sorted(results["devices"].items(), key=lambda item: int(item[0])):
         names = dict.fromkeys([*found["systems"], *found["modelled_ms"]])
         for name in names:
             system = found["systems"].get(name, {})
             modelled = found["modelled_ms"].get(name, {})
             for load in dict.fromkeys([*system.get("step_ms", {}), *modelled]):
-                table.add_row(number, name, load, *cells(found, name, load, modelled.get(load), base))
+                table.add_row(number, name, load, *cells(found, name, load, tokens, base))
             if system.get("error"):
                 table.add_row(number, name, system["error"])
     Console(width=FILE_COLUMNS).print(table)
     print("scaled: one device's measured step, times what the model says of more of them")
-    print("exposed: communication under the profiler beside which nothing is computed, in steps of the last loads")
+    print("exposed: communication under the profiler beside which nothing is computed, in steps of the last loads,")
+    print("  of the rank that has most of it; where hosts are not equally fast, that is the wait for another rank's")
     print(
-        "max/mean: load of the ranks; of torchtitan and DeepSpeed, whose experts have one home, computed from the loads"
+        "max/mean: load of the ranks, mean over steps and layers; of torchtitan and DeepSpeed, whose experts have one"
     )
+    print("  home, computed from the loads")
 
 
 def base_of(results: Results) -> tuple[float, float] | None:
     """Measured and modelled milliseconds of one device under balanced loads; None before it ran."""
-    found = results.get("1", {"systems": {}, "modelled_ms": {}})
+    found = results["devices"].get("1", {"systems": {}, "modelled_ms": {}})
     for name, system in found["systems"].items():
         modelled = found["modelled_ms"].get(name, {}).get(BALANCED)
         if BALANCED in system.get("step_ms", {}) and modelled:
@@ -209,26 +252,27 @@ def base_of(results: Results) -> tuple[float, float] | None:
     return None
 
 
-def cells(found: Results, name: str, load: str, modelled: float | None, base: tuple[float, float] | None) -> list[str]:
+def cells(found: Results, name: str, load: str, tokens: int, base: tuple[float, float] | None) -> list[str]:
     """Of one row, behind what it is about.
 
     Args:
         found: on one number of devices.
         name: of the system.
         load: of the workload.
-        modelled: milliseconds of a step.
+        tokens: of a step on one device.
         base: of ``base_of``.
     """
     system = found["systems"].get(name, {})
     measured = system.get("step_ms", {}).get(load)
+    modelled = found["modelled_ms"].get(name, {}).get(load)
     scaled = None if base is None or modelled is None else base[0] * modelled / base[1]
-    per_device = None if measured is None else f"{found['tokens_per_rank'] / measured * 1e3:,.0f}"
+    per_device = None if measured is None else f"{tokens / measured * 1e3:,.0f}"
     off = None if scaled is None or measured is None else f"{scaled / measured - 1:+.1%}"
     share = None if base is None or measured is None else f"{base[0] / measured:.1%}"
-    is_last = load == next(reversed(system.get("step_ms", {})), None)
-    imbalance = system.get("imbalance") if is_last else None
+    imbalance = system.get("imbalance", {}).get(load)
     if measured is not None and name in EXPERTS_AT_HOME:
-        imbalance = found.get("imbalance_at_home", {}).get(load)
+        imbalance = found["imbalance_at_home"][load]
+    is_last = load == next(reversed(system.get("step_ms", {})), None)
     values = (
         _number(measured, ".1f"),
         per_device,

@@ -273,26 +273,28 @@ def measured_of(row: Row, segments: list[Segment]) -> dict[str, Any]:
     """Mean milliseconds of a step by workload, on the slowest rank, and the fullest rank's memory.
 
     Of several rounds every step counts as it was fastest: loads are the same in all, what else a host does is not.
-    ``imbalance`` is that of the last step, and ``exposed_ms`` what the slowest rank communicates and does nothing else
-    in steps like it, under the profiler.
+    ``imbalance`` is max/mean load of the ranks by workload, where it is known, and ``exposed_ms`` what a rank at most
+    communicates and does nothing else, in steps like the last, under the profiler.
     """
-    found: dict[str, Any] = {"error": row.error, "step_ms": {}, "allocated_gib": None}
+    found: dict[str, Any] = {"error": row.error, "step_ms": {}, "imbalance": {}, "allocated_gib": None}
     if not row.rounds:
         return found
     steps_ms = [
         [max(of_ranks) for of_ranks in zip(*(result.steps_ms for result in ranks), strict=True)] for ranks in row.rounds
     ]
     fastest = [min(of_rounds) for of_rounds in zip(*steps_ms, strict=True)]
+    first = row.rounds[0]
+    imbalances = first[0].imbalances
     at = 0
     for segment in segments:
         measured = slice(at + segment.settle, at + len(segment.loads))
         found["step_ms"][segment.name] = statistics.fmean(fastest[measured])
+        if imbalances[measured]:
+            found["imbalance"][segment.name] = statistics.fmean(imbalances[measured])
         at += len(segment.loads)
-    first = row.rounds[0]
     profiles = [result.profile for result in first if result.profile and result.profile["kernel_ms"]]
     return found | {
         "allocated_gib": max(result.allocated_gib for ranks in row.rounds for result in ranks),
-        "imbalance": first[0].imbalance,
         "exposed_ms": max((profile["exposed_ms"] for profile in profiles), default=None),
         "losses": first[0].losses,
     }

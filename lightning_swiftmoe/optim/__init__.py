@@ -7,12 +7,12 @@ from lightning_swiftmoe.optim.checks import (
     use_original_parameters,
 )
 from lightning_swiftmoe.optim.local_step import on_local_tensors
-from lightning_swiftmoe.optim.scaler import is_unscaled, shared_scaler, unscale
+from lightning_swiftmoe.optim.scaler import holds_scaled, shared_scaler, unscale
 
 __all__ = [
     "check_optimizers",
     "check_steps_on_shards",
-    "is_unscaled",
+    "holds_scaled",
     "on_local_tensors",
     "shared_scaler",
     "unscale",

@@ -59,7 +59,11 @@ def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:
         scaler.unscale_(optimizer)
 
 
-def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the gradients of ``optimizer`` were divided by the loss scale since its last step."""
+def holds_scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether gradients of ``optimizer`` are still multiplied by the loss scale: it has some, and none was divided."""
+    if not scaler.is_enabled():
+        return False
+    if not any(param.grad is not None for group in optimizer.param_groups for param in group["params"]):
+        return False
     state = scaler._per_optimizer_states.get(id(optimizer), {})
-    return state.get("stage") is OptState.UNSCALED
+    return state.get("stage") is not OptState.UNSCALED

@@ -12,10 +12,11 @@ def hidden_s(forward_s: Seconds, backward_s: Seconds, weight_s: Seconds, gradien
     """``[T]`` seconds of the weight and the gradient phase in which ranks compute; the rest they wait for.
 
     Weights leave for all layers when a forward begins, in its order, and a layer waits for its own. Gradients of a
-    layer leave when its backward is over.
+    layer leave when its backward is over. Rather less is said to be hidden than is: nothing
+    travels beside tokens, which need the same network, and what is dense in front of a layer waits with it.
 
     Args:
-        forward_s: ``[T, L]`` computing in a layer and what is dense in front of it, in the order of the forward.
+        forward_s: ``[T, L]`` computing alone, in a layer and what is dense in front of it, in the order of the forward.
         backward_s: ``[T, L]`` the same of the backward, in the order of the forward too.
         weight_s: ``[T, L]`` exchange of a layer's weights, one after the other.
         gradient_s: ``[T, L]`` exchange of its gradients.
@@ -23,7 +24,9 @@ def hidden_s(forward_s: Seconds, backward_s: Seconds, weight_s: Seconds, gradien
     forward = two_stages_s(weight_s, forward_s)
     backward = two_stages_s(backward_s[:, ::-1], gradient_s[:, ::-1])
     one_by_one = sum(part.sum(axis=1) for part in (forward_s, backward_s, weight_s, gradient_s))
-    return one_by_one - forward - backward
+    # Sums of the same numbers in another order: what is below a picosecond is rounding.
+    hidden: Seconds = np.maximum(one_by_one - forward - backward, 0.0).round(12)
+    return hidden
 
 
 def two_stages_s(first_s: Seconds, second_s: Seconds) -> Seconds:

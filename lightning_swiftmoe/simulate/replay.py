@@ -261,9 +261,8 @@ class _Replay:
     def _hidden_s(self) -> NDArray[np.float64]:
         if self._system.state != DIRECT or self._scenario.offload:
             return np.zeros(self._trace.num_steps)
-        dense_s = self._cost.dense_forward_s() / self._trace.num_layers
-        forward_s = dense_s + self._s["dispatch"] + self._s["experts"] + self._s["combine"]
-        return hidden_s(forward_s, 2 * dense_s + self._s["backward"], self._s["weight"], self._s["gradient"])
+        forward_s = self._cost.dense_forward_s() / self._trace.num_layers + self._s["experts"]
+        return hidden_s(forward_s, 2 * forward_s, self._s["weight"], self._s["gradient"])
 
 
 def _by_group(counts: IntArray, num_groups: int) -> list[IntArray]:

@@ -31,8 +31,8 @@ class PolicyResult:
         rank_imbalance_after_drops: ``[T]`` the same for what is processed.
         phase_s: phase -> ``[T]`` modelled seconds, all layers.
         phase_bytes: phase -> ``[T]`` bytes sent by all ranks, all layers.
-        hidden_s: ``[T]`` seconds of the weight and gradient phases that our runtime hides behind computing; 0 where
-            they are not its own, or cross PCIe.
+        hidden_s: ``[T]`` seconds of the weight and gradient phases that our runtime hides behind computing; 0 for
+            other systems than ours, and where state crosses PCIe.
         moved_residents: ``[T]`` residents that reached a new rank after the step, all layers.
         mean_survival: processed / routed of the whole trace.
         replicas: ``[T, L, E]`` replicas in force, for reports.

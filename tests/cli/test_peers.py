@@ -1,6 +1,8 @@
 """``swiftmoe bench step peers=[...]``: systems in processes of their own, on gloo ranks."""
 
+import itertools
 import json
+import threading
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,17 +11,21 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from lightning_swiftmoe.cli._peers import meter as meter_module
 from lightning_swiftmoe.cli._peers.driver import Row, summary
-from lightning_swiftmoe.cli._peers.job import Plan, made_up_text, write_batches
-from lightning_swiftmoe.cli._peers.meter import Result
+from lightning_swiftmoe.cli._peers.job import Job, Plan, made_up_text, write_batches
+from lightning_swiftmoe.cli._peers.meter import Meter, Result
 from lightning_swiftmoe.cli._peers.systems import System, expand, parse, slots_of
 from lightning_swiftmoe.cli._peers.table import with_differences
+from lightning_swiftmoe.cli._peers.worker import Turn, forget_earlier_run, wait_for_files
 from tests.cli.test_bench_step import bench
 
 SMALL = [
     *("data.seq_len=32", "data.batch_size=8", "warmup=1", "steps=5", "rounds=1"),
     *("model.aux_loss_coef=0", "model.activation=swiglu", "model.top_k=2", "optimizer.lr=0.005"),
 ]
+
+PLAN = Plan(warmup=2, steps=3, profiled=0, stacks=False, batch_per_rank=1, reshard=True)
 
 
 def run(folder, *args):
@@ -43,9 +49,6 @@ def test_systems_train_alike(tmp_path):
     assert ddp["loss_difference"] < 1e-5
     assert ddp["gpus"] == 2
     assert "ours_ep: mean" in text
-    # Nobody loads packages while steps are timed.
-    loaded, timed = (tmp_path / "run/peers" / name for name in ("ddp-0/loaded.rank1", "ours-ep-0/result.rank0.json"))
-    assert loaded.stat().st_mtime < timed.stat().st_mtime
 
 
 @pytest.mark.exhaustive
@@ -83,6 +86,64 @@ def test_systems_race_to_a_loss_on_text(tmp_path):
         minutes = result["steps_to_loss"] * result["wall_ms"] / 60e3
         assert result["minutes_to_loss"] == pytest.approx(minutes)
     assert "steps to loss" in text
+
+
+def test_timed_steps_begin_when_the_machine_is_quiet(monkeypatch, tmp_path):
+    """Waiting for that is part of no step: a second each here, and a thousand to wait."""
+    clock = itertools.count()
+    waited = []
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: float(next(clock) + 1000 * len(waited)))
+    job = Job("none", 0, 1, OmegaConf.create({"cluster": {"accelerator": "cpu"}}), PLAN, tmp_path)
+    meter = Meter(job, lambda result: None, lambda: waited.append(True))
+    for step in range(PLAN.total_steps):
+        meter.before_step(step)
+        assert waited == ([True] if step >= PLAN.warmup else [])
+        meter.after_step(step, torch.zeros(()))
+    assert meter.result.steps_ms == [1000.0] * PLAN.steps
+    assert meter.result.block_s < 10
+
+
+def test_files_are_waited_for(tmp_path):
+    paths = [tmp_path / "first", tmp_path / "second"]
+    looked = []
+
+    class Looks(threading.Thread):
+        """Makes the second only when the first was there for a while and nobody went on."""
+
+        def run(self):
+            paths[0].touch()
+            looked.append(went_on.wait(0.2))
+            paths[1].touch()
+
+    went_on = threading.Event()
+    thread = Looks()
+    thread.start()
+    wait_for_files([str(path) for path in paths])
+    went_on.set()
+    thread.join()
+    assert looked == [False]
+    with pytest.raises(RuntimeError, match=r"have not loaded their packages within 0 s.*third"):
+        wait_for_files([str(tmp_path / "third" / "loaded.rank0")], limit_s=0.1)
+
+
+def test_an_earlier_run_in_the_folder_gives_no_turns(tmp_path):
+    Turn(1234, []).give(tmp_path)
+    for name in ("loaded.rank0", "result.rank1.json", "error.rank0.txt", "log.rank0.txt"):
+        (tmp_path / name).touch()
+    forget_earlier_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.rank0.txt"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_same_folder_twice(tmp_path):
+    """Nobody trains beside the system whose turn it is: results come one after the other."""
+    for _ in range(2):
+        run(tmp_path, "peers=[none,ours1]")
+        results = [tmp_path / "run/peers" / name / "result.rank0.json" for name in ("none-0", "ours1-0")]
+        turn = (tmp_path / "run/peers/ours1-0/turn.json").stat().st_mtime
+        assert results[0].stat().st_mtime < turn < results[1].stat().st_mtime
 
 
 def test_text_comes_as_in_training(tmp_path):

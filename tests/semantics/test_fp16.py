@@ -212,12 +212,47 @@ def test_scaled_gradients_of_a_fused_optimizer_are_not_clipped():
         run_ranks(2, fit, job, half())
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("job", [JOB, CLIPPED])
+@pytest.mark.parametrize("optimizer", [PLAIN, FUSED])
+def test_a_scaler_that_is_switched_off(num_ranks, job, optimizer):
+    """fp16 whose gradients nobody scales: they are clipped as they are."""
+    off = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", enabled=False))
+    expected = fit(dataclasses.replace(job, optimizer=PLAIN), off, alone=True)[0]
+    for weights, *_ in run_ranks(num_ranks, fit, dataclasses.replace(job, optimizer=optimizer), off):
+        assert largest_error(weights, expected) < 5e-3
+
+
+class SkipsOnce(Net):
+    """The second step has no loss, which Lightning allows on one rank."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == 1 else loss
+
+
+@pytest.mark.parametrize("optimizer", [PLAIN, FUSED])
+def test_a_step_without_gradients_clips_nothing(optimizer):
+    job = dataclasses.replace(CLIPPED, module=SkipsOnce, optimizer=optimizer)
+    expected = fit(dataclasses.replace(job, optimizer=PLAIN), half(), alone=True)[0]
+    weights = run_ranks(1, fit, job, half())[0][0]
+    assert largest_error(weights, expected) < 5e-3
+
+
 def test_the_trainer_has_the_users_plugin_again():
-    assert run_ranks(2, plugin_of_the_trainer, CLIPPED) == [True] * 2
+    assert run_ranks(2, plugins_of_the_trainer, CLIPPED) == [(False, True)] * 2
 
 
-def plugin_of_the_trainer(job):
-    plugin = bf16()
-    trainer = make_our_trainer(job, plugin)
+class Plugins(pl.Callback):
+    """The trainer's plugin while it trains."""
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen = trainer.precision_plugin
+
+
+def plugins_of_the_trainer(job):
+    """Whether the trainer has the user's plugin while it trains, and afterwards."""
+    plugin, seen = bf16(), Plugins()
+    trainer = make_our_trainer(dataclasses.replace(job, callbacks=lambda: [seen]), plugin)
     trainer.fit(Net(job), data(job, dist.get_rank(), dist.get_world_size()))
-    return trainer.precision_plugin is plugin
+    return seen.seen is plugin, trainer.precision_plugin is plugin

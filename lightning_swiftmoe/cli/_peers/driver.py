@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from lightning_swiftmoe.cli._peers.job import Job, Plan
 from lightning_swiftmoe.cli._peers.meter import Result
 from lightning_swiftmoe.cli._peers.systems import System
-from lightning_swiftmoe.cli._peers.worker import Turn, loaded_file
+from lightning_swiftmoe.cli._peers.worker import Turn, forget_earlier_run, loaded_file
 from lightning_swiftmoe.report.paper import steps_until
 
 GRACE_S = 5.0  # for the other ranks to say what they failed at
@@ -57,6 +57,7 @@ class Group:
 
     def __init__(self, system: System, config: DictConfig, plan: Plan, folder: Path) -> None:
         self.system, self.folder = system, folder
+        forget_earlier_run(folder)
         Job(system.name, 0, system.num_ranks, system.configure(config), plan, folder).write()
         self.processes = [self._start(rank) for rank in range(system.num_ranks)]
 
@@ -80,21 +81,21 @@ class Group:
                 stderr=subprocess.STDOUT,
             )
 
-    def loading(self) -> list[Path]:
+    def loaded_files(self) -> list[Path]:
         """What will be there when all ranks have loaded their packages."""
         return [loaded_file(self.folder, rank) for rank in range(self.system.num_ranks)]
 
-    def run(self, limit_s: float, loading: Sequence[Path]) -> list[Result]:
+    def run(self, limit_s: float, others_loaded: Sequence[Path]) -> list[Result]:
         """Let the ranks train; what each measured.
 
         Args:
             limit_s: after which they are stopped.
-            loading: what will be there when others have loaded their packages, which the timed steps wait for.
+            others_loaded: what will be there when others have loaded their packages, which the timed steps wait for.
 
         Raises:
             RuntimeError: a rank failed, or the time was up; one line says which.
         """
-        Turn(free_port(), [str(path) for path in loading]).give(self.folder)
+        Turn(free_port(), [str(path) for path in others_loaded]).give(self.folder)
         deadline = time.monotonic() + limit_s
         try:
             while any(process.poll() is None for process in self.processes):
@@ -179,8 +180,8 @@ class Driver:
                 group = following[1] if following else self._start(number, row)
                 ahead = next(((n, r) for n, r in turns[position + 1 :] if not r.error), None)
                 following = (ahead[1], self._start(*ahead)) if ahead else None
-                loading = following[1].loading() if following else []
-                self._take_turn(row, group, min(self.limit_s, left_s), loading)
+                others_loaded = following[1].loaded_files() if following else []
+                self._take_turn(row, group, min(self.limit_s, left_s), others_loaded)
                 self.tell(row, rows)
         finally:
             if following is not None:
@@ -194,10 +195,10 @@ class Driver:
         name = "".join(c if c.isalnum() else "-" for c in row.system.label)
         return Group(row.system, self.config, plan, self.folder / f"{name}-{number}")
 
-    def _take_turn(self, row: Row, group: Group, limit_s: float, loading: Sequence[Path]) -> None:
+    def _take_turn(self, row: Row, group: Group, limit_s: float, others_loaded: Sequence[Path]) -> None:
         began = time.monotonic()
         try:
-            row.rounds.append(group.run(limit_s, loading))
+            row.rounds.append(group.run(limit_s, others_loaded))
         except RuntimeError as error:
             row.error = str(error)
         row.seconds = time.monotonic() - began

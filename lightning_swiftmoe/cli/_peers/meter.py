@@ -32,7 +32,7 @@ class Result:
         block_s: of the timed block, by the host's clock, waiting for the device before and behind it.
         losses: mean over the ranks, in nats per token, of every step from the first one on.
         survival: assignments processed per assignment routed; None: not known.
-        imbalance: max/mean load of the ranks in the last step; None: not known.
+        imbalances: max/mean load of the ranks, mean over layers, of each timed step; empty: not known.
         allocated_gib, reserved_gib: highest in the timed block; 0 on a CPU.
         device_gib: of this rank's device that is taken behind the timed block, by whomever; 0 on a CPU.
         start_s: from the system's turn, with everything imported, to its first step.
@@ -44,7 +44,7 @@ class Result:
     block_s: float = 0.0
     losses: list[float] = field(default_factory=list)
     survival: float | None = None
-    imbalance: float | None = None
+    imbalances: list[float] = field(default_factory=list)
     allocated_gib: float = 0.0
     reserved_gib: float = 0.0
     device_gib: float = 0.0
@@ -66,7 +66,8 @@ class Meter:
         wait_for_quiet: called in front of the timed block; returns when nobody else keeps the machine busy.
 
     Attributes:
-        survival, imbalance: asked behind the last step; set by who knows.
+        survival: asked behind the last step; set by who knows.
+        imbalances: of every step from the first on; filled by who knows.
         before_block: called once, in front of the timed block.
     """
 
@@ -74,7 +75,7 @@ class Meter:
         self.job, self.plan, self.done = job, job.plan, done
         self.wait_for_quiet = wait_for_quiet
         self.survival: Callable[[], float | None] = lambda: None
-        self.imbalance: Callable[[], float | None] = lambda: None
+        self.imbalances: list[float] = []
         self.before_block: Callable[[], None] = lambda: None
         self.result = Result()
         self._losses: list[Tensor] = []
@@ -156,7 +157,7 @@ class Meter:
         self.result.steps_ms = [between_ms(first, second) for first, second in pairs]
         self.result.losses = mean_over_ranks(torch.stack(self._losses).double())
         self.result.survival = self.survival()
-        self.result.imbalance = self.imbalance()
+        self.result.imbalances = self.imbalances[self.plan.warmup : self.plan.warmup + self.plan.steps]
         if self._profiler is not None:
             self._profiler.stop()
             self.result.profile = write_trace(self._profiler, self.job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import open_dict
 from torch import Tensor
 
+from lightning_swiftmoe.callback import ExpertRebalancer
 from lightning_swiftmoe.cli._peers.folder_model import FolderLM, fill_in
 from lightning_swiftmoe.cli._peers.job import Job
 from lightning_swiftmoe.cli._peers.meter import Meter
 from lightning_swiftmoe.layers.moe import moe_layers
 from lightning_swiftmoe.models import GPT, FolderModel
 from lightning_swiftmoe.precision import clipping_fused
+from lightning_swiftmoe.step import Step
 
 
 class BenchModule(pl.LightningModule):
@@ -89,6 +92,21 @@ class Ticks(pl.Callback):
         self.meter.after_step(batch_idx, pl_module.loss)
 
 
+class Loads(pl.Callback):
+    """Tells the meter how even the ranks' loads were in every step of ours."""
+
+    def __init__(self, rebalancer: ExpertRebalancer, meter: Meter) -> None:
+        self.rebalancer, self.meter = rebalancer, meter
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The engine is there."""
+        assert self.rebalancer.engine is not None
+        self.rebalancer.engine.observers.append(self._keep)
+
+    def _keep(self, step: Step) -> None:
+        self.meter.imbalances.append(statistics.fmean(layer.rank_imbalance for layer in step.layers))
+
+
 def run(job: Job, meter: Meter) -> None:
     """Train."""
     module = BenchModule(job)
@@ -96,7 +114,6 @@ def run(job: Job, meter: Meter) -> None:
         fill_in(module, module.meta_seed, job.device)
     trainer = make_trainer(job, meter)
     meter.survival = lambda: survival(trainer, module)
-    meter.imbalance = lambda: logged(trainer, "moe/rank_imbalance")
     trainer.fit(module, Batches(job.batches()))
 
 
@@ -111,11 +128,12 @@ def make_trainer(job: Job, meter: Meter) -> pl.Trainer:
     callbacks: list[pl.Callback] = []
     if config.trainer.enable_checkpointing:
         callbacks.append(instantiate(config.callbacks.checkpoint, dirpath=str(job.folder / "checkpoints")))
-    callbacks.append(Ticks(meter))  # behind the save, which is part of its step
     if job.name.startswith("ours"):
         with open_dict(config):
             config.callbacks.rebalancer.trace = None
-        callbacks.append(instantiate(config.callbacks.rebalancer))
+        rebalancer = instantiate(config.callbacks.rebalancer)
+        callbacks += [rebalancer, Loads(rebalancer, meter)]
+    callbacks.append(Ticks(meter))  # behind the save and the rebalancing, which are parts of their step
     trainer: pl.Trainer = instantiate(config.trainer, strategy=strategy_of(job), callbacks=callbacks, logger=False)
     # As ours does by itself: Lightning alone would refuse to clip the gradients of the optimizer that all have.
     trainer.strategy.precision_plugin = clipping_fused(trainer.precision_plugin)

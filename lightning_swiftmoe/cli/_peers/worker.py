@@ -30,7 +30,7 @@ from lightning_swiftmoe.cli._peers.systems import EXTRAS, PEERS
 
 TURN = "turn.json"  # comes when the system before has left
 POLL_S = 0.02
-LOADING_S = 60.0  # packages take seconds; whoever takes longer than this is not waited for
+LOADING_S = 120.0  # packages take seconds
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,22 @@ class Turn:
 
     Args:
         port: where its ranks meet; chosen now: one chosen at their start may be taken by now.
-        loading: files that come when the next system's processes have loaded their packages, and are idle.
+        others_loaded: files that come when the next system's processes have loaded their packages, and are idle.
     """
 
     port: int
-    loading: list[str]
+    others_loaded: list[str]
 
     def give(self, folder: Path) -> None:
         """To the ranks whose folder this is."""
         write_whole(folder / TURN, asdict(self))
+
+
+def forget_earlier_run(folder: Path) -> None:
+    """What another run of the same name left would give turns that nobody has."""
+    for pattern in (TURN, "loaded.rank*", "result.rank*", "error.rank*"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def loaded_file(folder: Path, rank: int) -> Path:
@@ -65,10 +72,10 @@ def main(folder: Path, rank: int) -> None:
         leave(0)
 
     try:
-        job = Job.read(folder, rank)
         try:
+            job = Job.read(folder, rank)
             peer = load(job)
-        finally:
+        finally:  # whoever failed keeps nobody waiting
             loaded_file(folder, rank).touch()
         turn = wait_for_turn(folder)
         os.environ["MASTER_PORT"] = str(turn.port)
@@ -76,7 +83,7 @@ def main(folder: Path, rank: int) -> None:
             torch.cuda.set_device(job.device)
         else:
             torch.set_num_threads(1)
-        peer.run(job, Meter(job, done, partial(wait_for_files, turn.loading)))
+        peer.run(job, Meter(job, done, partial(wait_for_files, turn.others_loaded)))
         raise RuntimeError("training ended before its last step")
     except BaseException as error:
         traceback.print_exc()
@@ -112,10 +119,21 @@ def wait_for_turn(folder: Path) -> Turn:
     return Turn(**json.loads((folder / TURN).read_text()))
 
 
-def wait_for_files(paths: Sequence[str]) -> None:
-    """Until all are there, though not for ever: who was to make them may have failed."""
-    deadline = time.monotonic() + LOADING_S
-    while not all(Path(path).exists() for path in paths) and time.monotonic() < deadline:
+def wait_for_files(paths: Sequence[str], limit_s: float = LOADING_S) -> None:
+    """Until all are there.
+
+    Raises:
+        RuntimeError: one is not, after ``limit_s``.
+    """
+    deadline = time.monotonic() + limit_s
+    missing = list(paths)
+    while missing:
+        missing = [path for path in missing if not Path(path).exists()]
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the next system's processes have not loaded their packages within {limit_s:.0f} s, and steps beside "
+                f"that would be slower: see log.rank*.txt in {Path(missing[0]).parent}"
+            )
         time.sleep(POLL_S)
 
 
