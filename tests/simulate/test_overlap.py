@@ -54,7 +54,7 @@ def test_steps_of_ours():
     """Most of what a slow network takes cannot be hidden, and something always can: behind computing alone."""
     result = result_of("balanced")
     exchanges = result.phase_s["weight"] + result.phase_s["gradient"]
-    # What is neither optimizer nor network of the dense part is at most all of its phase.
+    # The dense phase has its optimizer and its all-reduce too.
     computing = 3 * result.phase_s["experts"] + result.phase_s["dense"]
     assert (result.hidden_s > 0).all()
     assert (result.hidden_s <= np.minimum(exchanges, computing)).all()
