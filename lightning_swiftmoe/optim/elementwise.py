@@ -1,7 +1,7 @@
 """Which optimizers may step on parts of a parameter as if each were the whole.
 
 Whoever is not known is tried: a copy of the optimizer, with its own options and hyper-parameters but small parameters,
-must change parts of a parameter as it changes the whole.
+must change parts of a parameter as it changes the whole, together and each by itself.
 """
 
 from __future__ import annotations
@@ -129,11 +129,20 @@ def _why_not(optimizer: Optimizer, group: dict[str, Any], shape: tuple[int, ...]
     def changes(cut: Cut, *, replaced: bool = False) -> list[Tensor]:
         return _changes(_copy(optimizer, group, cut(start)), [cut(grad) for grad in grads], replaced)
 
+    def apart(cut: Cut) -> list[Tensor]:
+        found: list[Tensor] = []
+        for part, *of_grads in zip(cut(start), *map(cut, grads), strict=True):
+            found += _changes(_copy(optimizer, group, [part]), [[grad] for grad in of_grads], replaced=False)
+        return found
+
     (whole,) = changes(lambda tensor: [tensor])
     if not whole.any():
         raise RuntimeError(f"{_STEPS} steps changed nothing")
     if not all(_close(changes(cut), cut(whole)) for cut in (_rows, _pieces)):
         return f"steps on a small expert and on its parts gave different weights, {_HOLDS}"
+    # Another rank has the other parts, and an optimizer of its own.
+    if not all(_close(apart(cut), cut(whole)) for cut in (_rows, _pieces)):
+        return f"its steps depend on all its parameters together (by a norm of all gradients, say), {_HOLDS}"
     if not _close(changes(_rows, replaced=True), _rows(whole)):
         return "it remembers Parameters elsewhere than in param_groups and state, but a step's shards are new tensors"
     return None

@@ -73,6 +73,17 @@ class RowNormed(Lion):
         p.sub_(group["lr"] * momentum / momentum.norm())
 
 
+class GloballyNormed(Lion):
+    """As by a limit of its own on the norm of all gradients: each rank would have another."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            p.sub_(1e-2 * p.grad / norm)
+
+
 class MuonLike(Lion):
     """Orthogonalises the matrices of groups that ask for it."""
 
@@ -172,6 +183,10 @@ REFUSED = [
     (
         lambda: RowNormed(weight()),
         "RowNormed cannot be sharded: steps on a small expert and on its parts gave different",
+    ),
+    (
+        lambda: GloballyNormed(weight()),
+        "GloballyNormed cannot be sharded: its steps depend on all its parameters together",
     ),
     (lambda: at_rate_zero(RowNormed), "RowNormed cannot be sharded: steps on a small expert"),
     (lambda: SharpnessAware(weight(), lr=0.1), "it evaluates the loss several times a step"),
