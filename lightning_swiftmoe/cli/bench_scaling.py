@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lightning_swiftmoe.cli._dotted import leaves
 from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._measured import write_whole
 from lightning_swiftmoe.cli._models import gpt_of
@@ -96,7 +97,8 @@ def bench(config: DictConfig, own: list[str]) -> None:
     path = Path(options.output or Path(config.run_dir, "scaling.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     results: Results = json.loads(path.read_text()) if path.is_file() else {}
-    check_settings(results.setdefault("settings", settings_of(config, options)), settings_of(config, options), path)
+    settings = settings_of(config, options)
+    check_settings(results.setdefault("settings", settings), settings, path)
     available = torch.cuda.device_count() if config.cluster.accelerator == "gpu" else max(options.ranks)
     for num_ranks in options.ranks:
         segments = segments_of(options, config, plan, num_ranks)
@@ -112,21 +114,18 @@ def bench(config: DictConfig, own: list[str]) -> None:
 def settings_of(config: DictConfig, options: ScalingOptions) -> dict[str, Any]:
     """What all numbers of a file have in common: systems and numbers of devices may come one after the other."""
     assert options.batch_per_rank is not None
-    sections = {name: OmegaConf.to_container(config[name], resolve=True) for name in SECTIONS}
-    of_options = {name: getattr(options, name) for name in SHARED_OPTIONS}
-    return json.loads(  # type: ignore[no-any-return]
-        json.dumps(
-            {
-                "tokens_per_rank": options.batch_per_rank * config.data.seq_len,
-                "seq_len": config.data.seq_len,
-                "precision": str(config.trainer.precision),
-                "gradient_clip_val": config.trainer.gradient_clip_val,
-                "seed": config.seed,
-                **of_options,
-                **sections,
-            }
-        )
-    )
+    settings = {
+        "tokens_per_rank": options.batch_per_rank * config.data.seq_len,
+        "seq_len": config.data.seq_len,
+        "precision": str(config.trainer.precision),
+        "gradient_clip_val": config.trainer.gradient_clip_val,
+        "seed": config.seed,
+        **{name: getattr(options, name) for name in SHARED_OPTIONS},
+        **{name: OmegaConf.to_container(config[name], resolve=True) for name in SECTIONS},
+    }
+    # As a file has them: lists, no tuples.
+    as_in_a_file: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_in_a_file
 
 
 def check_settings(known: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
@@ -135,19 +134,11 @@ def check_settings(known: dict[str, Any], asked: dict[str, Any], path: Path) -> 
     Raises:
         ValueError: they differ; all differences are named.
     """
-    before, now = flat(known), flat(asked)
+    before, now = leaves(known), leaves(asked)
     different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if different:
         told = "; ".join(f"{name} = {before.get(name)!r}, this run {now.get(name)!r}" for name in different)
         raise ValueError(f"{path} was measured with {told}: name another output")
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"model.top_k": 2}`` of ``{"model": {"top_k": 2}}``."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def run_missing(

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_swiftmoe.checkpoint.periodic import checkpoints_in, step_of
+from lightning_swiftmoe.cli._dotted import leaves
 from lightning_swiftmoe.redundancy import FOLDER as RESCUED
 
 CONFIG = "config.yaml"
@@ -87,7 +88,7 @@ def resumed_config(config: DictConfig, folder: Path, overrides: Sequence[str]) -
     was = OmegaConf.to_container(saved)
     differences: dict[str, str] = {}
     for key in _keys(overrides, saved):
-        for name in _flat(_at(asked, key), key).keys() | _flat(_at(was, key), key).keys():
+        for name in leaves(_at(asked, key), key).keys() | leaves(_at(was, key), key).keys():
             old, new = _at(was, name), _at(asked, name)
             if old == new:
                 continue
@@ -173,13 +174,3 @@ def _at(values: Any, key: str) -> Any:
     for part in key.split(".") if key else ():
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _flat(values: Any, key: str) -> dict[str, Any]:
-    """Leaves by dotted name."""
-    if not isinstance(values, dict) or not values:
-        return {key: values}
-    leaves: dict[str, Any] = {}
-    for part, value in values.items():
-        leaves.update(_flat(value, f"{key}.{part}".lstrip(".")))
-    return leaves
