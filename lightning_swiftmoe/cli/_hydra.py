@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
+from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_swiftmoe.cli._folders import folders_there, remove_unused
 from lightning_swiftmoe.cli._mistakes import one_line, unknown_option
 from lightning_swiftmoe.cli.compose import prepare_hydra
 
@@ -32,6 +35,7 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
     prepare_hydra()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # the one line is ours to write
     mistakes: list[Exception] = []
+    there = folders_there(argv)
 
     def guarded(config: DictConfig) -> None:
         # Hydra would print lines of its own if this went through it; and a sweep goes on with the next job.
@@ -39,6 +43,10 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
             task(config)
         except (ValueError, ImportError, HydraException, OmegaConfBaseException) as error:
             mistakes.append(error)
+            job = HydraConfig.get()
+            folder = Path(job.runtime.output_dir)
+            if folder not in there:
+                remove_unused(folder, job.output_subdir)
 
     before, sys.argv = sys.argv, [sys.argv[0], *argv]  # the program's name starts further ranks
     try:
@@ -57,7 +65,7 @@ def run_task(config_name: str, task: Callable[[DictConfig], None], argv: Sequenc
         raise mistakes[0]
     for mistake in mistakes:
         # Not through rich: it would take [steps, layers] for markup.
-        print(f"error: {one_line(mistake)}", file=sys.stderr)
+        print(f"error: {one_line(mistake, groups_of(config_name))}", file=sys.stderr)
     return 2 if mistakes else 0
 
 
@@ -77,6 +85,13 @@ def run_benchmark(
         return 0
     given = [word for word in argv if word.split("=")[0].split(".")[0] in own]
     return run_task("train", lambda config: task(config, given), [word for word in argv if word not in given])
+
+
+def groups_of(config_name: str) -> list[str]:
+    """Config groups from which ``conf/<config_name>.yaml`` chooses."""
+    defaults = OmegaConf.create((files("lightning_swiftmoe.conf") / f"{config_name}.yaml").read_text()).defaults
+    named = [str(name) for entry in defaults if isinstance(entry, DictConfig) for name in entry]
+    return [name for name in named if not name.startswith("override ")]
 
 
 def help_text(config_name: str) -> str:

@@ -54,7 +54,7 @@ def _check_schema(place: str, node: DictConfig) -> None:
     for key in map(str, node):
         if key not in known:
             others = OmegaConf.masked_copy(node, [name for name in map(str, node) if name in known])
-            raise ValueError(unknown_key(others, key, f"{place}{key}"))
+            raise ValueError(unknown_key(others, key, f"{place}{key}", ["recipes"]))
 
 
 def _check_arguments(place: str, node: DictConfig) -> None:

@@ -8,10 +8,38 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_swiftmoe.arguments import check, check_count, check_number
 from lightning_swiftmoe.cluster import resolve_group_size, resolve_slots
 from lightning_swiftmoe.layers.model_sizes import ModelSizes
 from lightning_swiftmoe.models import GPTConfig
 from lightning_swiftmoe.simulate import Efficiency, Hardware, LoadTrace, ModelShape, Scenario
+
+_FLAGS = ("adapt_model", "hf_recompute", "offload", "published_baselines", "report", "spread")
+
+
+def check_values(config: DictConfig) -> None:
+    """Look at options of ``simulate`` and ``plan`` under the names that their users know.
+
+    Raises:
+        ValueError: a value of the wrong type, or one that means nothing.
+    """
+    for name in _FLAGS:
+        if name in config:
+            check(isinstance(config[name], bool), name, config[name], "true or false")
+    if config.num_ranks is not None:
+        check_count("num_ranks", config.num_ranks, "null (the whole cluster) or a positive integer")
+    if config.capacity_factor is not None:
+        said = "null (no token is dropped) or a number above zero"
+        check_number("capacity_factor", config.capacity_factor, said, above=0)
+    check_mapping("efficiency", config.efficiency, "{compute: 0.4}")
+    for name, value in config.efficiency.items():
+        if value is not None:
+            check_number(f"efficiency.{name}", value, "null or a number above zero", above=0)
+
+
+def check_mapping(name: str, value: Any, example: str) -> None:
+    """Raise a ValueError for what has no keys."""
+    check(isinstance(value, DictConfig), name, value, f"a mapping such as {example}")
 
 
 def hardware_of(config: DictConfig) -> Hardware:
@@ -26,8 +54,11 @@ def hardware_of(config: DictConfig) -> Hardware:
         raise ValueError(
             f"a cluster with a 'hardware:' section is needed, such as cluster=a100_16x1; {_why_none(cluster)}"
         )
+    for own, name in (("num_nodes", "num_nodes"), ("gpus_per_node", "devices")):
+        if name in cluster and values.get(own) == cluster[name]:  # taken from there, and known by that name
+            check_count(f"cluster.{name}", cluster[name])
     hardware = Hardware.from_mapping(values)
-    return hardware if config.num_ranks is None else hardware.with_ranks(int(config.num_ranks))
+    return hardware if config.num_ranks is None else hardware.with_ranks(config.num_ranks)
 
 
 def _why_none(cluster: Any) -> str:

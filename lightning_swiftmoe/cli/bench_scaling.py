@@ -18,6 +18,7 @@ from rich.table import Table
 from lightning_swiftmoe.cli._dotted import leaves
 from lightning_swiftmoe.cli._hydra import run_benchmark
 from lightning_swiftmoe.cli._measured import write_whole
+from lightning_swiftmoe.cli._mistakes import check_list
 from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of
 from lightning_swiftmoe.cli._peers.driver import Row
@@ -55,6 +56,8 @@ class ScalingOptions(SkewOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key in ("ranks", "alone"):
+            check_list(key, getattr(self, key))
         if not self.ranks or any(not isinstance(number, int) or number < 1 for number in self.ranks):
             raise ValueError(f"ranks must be a list of positive integers, got {list(self.ranks)}")
         if not isinstance(self.predict, bool):
@@ -186,7 +189,7 @@ def modelled_ms(
     The placement of a step comes from the loads of the step before, as in training.
     """
     cluster = OmegaConf.create((files("lightning_swiftmoe.conf") / f"cluster/{options.hardware}.yaml").read_text())
-    hardware = Hardware.from_mapping(OmegaConf.to_container(cluster.hardware))  # type: ignore[arg-type]
+    hardware = Hardware.from_mapping(OmegaConf.to_container(cluster.hardware, resolve=True))  # type: ignore[arg-type]
     model = gpt_of(config)
     slots = resolve_slots(config.strategy.slots_per_rank, model.num_experts, num_ranks)
     scenario = Scenario(

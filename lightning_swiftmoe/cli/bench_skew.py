@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_swiftmoe.cli._hydra import run_benchmark
+from lightning_swiftmoe.cli._mistakes import check_list
 from lightning_swiftmoe.cli._models import gpt_of
 from lightning_swiftmoe.cli._peers.command import FILE_COLUMNS, about, plan_of, ranks_of
 from lightning_swiftmoe.cli._peers.driver import Driver, Row
@@ -54,7 +55,8 @@ class SkewOptions:
     def __post_init__(self) -> None:
         for key in ("workloads", "systems"):
             value = getattr(self, key)
-            if not isinstance(value, list) or not value:
+            check_list(key, value)
+            if not value:
                 raise ValueError(f"{key} must be a list that is not empty, got {value!r}")
         for key, least in {"settle": 0, "warmup": 1}.items():
             value = getattr(self, key)

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print_help(list(COMMANDS))
         return 0
     parts = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
-    if parts and any(word in HELP for word in args[1:2]):
+    if parts and (len(args) == 1 or args[1] in HELP):
         print_help(parts)
         return 0
     if args[0] == "--version":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.arguments import check_choice
+from lightning_swiftmoe.arguments import check, check_choice, check_count, is_number
 from lightning_swiftmoe.cli._hydra import run_task
-from lightning_swiftmoe.cli._scenario import hardware_of, model_of, scenario_of
+from lightning_swiftmoe.cli._scenario import check_values, hardware_of, model_of, scenario_of
 from lightning_swiftmoe.cluster import min_slots
 from lightning_swiftmoe.simulate import PHASES, Scenario
 from lightning_swiftmoe.simulate.planning import (
@@ -32,11 +33,15 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: DictConfig) -> None:
     """Print memory, limits and the modelled step."""
-    scenario = scenario_of(config, model_of(config), hardware_of(config))
+    check_values(config)
     tokens = config.tokens_per_rank
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens_per_rank must be a positive integer, got {tokens!r}")
+    check_count("tokens_per_rank", tokens)
+    check_count("hf_seq_len", config.hf_seq_len)
     check_choice("dense", config.dense, ("ddp", "fsdp2"))
+    check(is_number(config.skew) and config.skew >= 0, "skew", config.skew, "a number, zero or more")
+    for override in HydraConfig.get().overrides.task:
+        _check_read(override, config)
+    scenario = scenario_of(config, model_of(config), hardware_of(config))
     training = Run(tokens, config.offload, config.dense, scenario.capacity_factor, scenario.hardware.gpus_per_node)
     memory = memory_per_rank(scenario.model, scenario.hardware.num_ranks, scenario.slots_per_rank, training)
     console = Console(width=100)
@@ -44,6 +49,18 @@ def run(config: DictConfig) -> None:
     for line in _limits(scenario, memory, training):
         console.print(line, highlight=False)
     console.print(_step_table(scenario, tokens, config.skew))
+
+
+def _check_read(override: str, config: DictConfig) -> None:
+    """Raise a ValueError for what would be left unread, with ``hf`` or without."""
+    name = override.lstrip("+~").partition("=")[0].partition(".")[0]
+    if config.hf is None:
+        if name in ("hf_seq_len", "hf_recompute"):
+            raise ValueError(f"{override} is for a model by hf=FOLDER: name one, or leave it out")
+    elif name == "model":
+        raise ValueError(f"hf={config.hf} brings a model of its own: leave out {override}, or hf")
+    elif name == "capacity_factor" and config.capacity_factor is not None:
+        raise ValueError(f"hf={config.hf} drops no token: leave out {override}")
 
 
 def _memory_table(scenario: Scenario, memory: MemoryPlan) -> Table:

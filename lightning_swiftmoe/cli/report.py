@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
             load_tables,
             minutes_tables,
             paper_tables,
+            without_runs,
             write_page,
         )
     except ModuleNotFoundError as error:
@@ -39,15 +40,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.steps is not None and args.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {args.steps}")
-        runs = load_runs(args.runs)
+        left_out = without_runs(args.runs)
+        folders = [path for path in args.runs if path not in left_out]
+        if left_out and folders:
+            print(f"left out, no run there: {', '.join(left_out)}", file=sys.stderr)
+        runs = load_runs(folders or args.runs)
         if args.steps is not None:
             runs = [first_steps(run, args.steps) for run in runs]
         tables = [*paper_tables(runs, args.target_loss), *minutes_tables(runs, args.target_loss)]
-        tables += load_tables(args.runs)
+        tables += load_tables(folders)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path = write_page(runs, tables, args.output)
+    path = write_page(runs, tables, args.output).absolute()
     if tables:
         text = "\n".join(table.markdown() for table in tables)
         beside = path.with_suffix(".md")

@@ -3,7 +3,7 @@
 from lightning_swiftmoe.report.minutes import minutes_tables
 from lightning_swiftmoe.report.page import write_page, write_report
 from lightning_swiftmoe.report.paper import paper_tables
-from lightning_swiftmoe.report.runs import Run, first_steps, load_runs, load_tables
+from lightning_swiftmoe.report.runs import Run, first_steps, load_runs, load_tables, without_runs
 
 __all__ = [
     "Run",
@@ -12,6 +12,7 @@ __all__ = [
     "load_tables",
     "minutes_tables",
     "paper_tables",
+    "without_runs",
     "write_page",
     "write_report",
 ]

@@ -89,6 +89,17 @@ def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     return _with_unique_names([run for folder in inner if not _tables_of(folder) for run in _load_folder(folder)])
 
 
+def without_runs(paths: Sequence[str]) -> list[str]:
+    """Those of ``paths`` that are there and hold no run: folders of what was refused, files beside runs."""
+    return [path for path in paths if Path(path).exists() and not _holds_results(Path(path))]
+
+
+def _holds_results(path: Path) -> bool:
+    if not path.is_dir():
+        return path.name == "simulation.json"
+    return any(_newest(path, name) is not None for name in _RESULTS) or _find_trace(path) is not None
+
+
 def first_steps(run: Run, num_steps: int) -> Run:
     """The run as if it had ended after so many steps; a simulation, whose means are made already, as it is."""
     if not run.config:

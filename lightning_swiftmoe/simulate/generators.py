@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.arguments import check, check_count, is_number
 from lightning_swiftmoe.simulate.load_trace import LoadTrace
 
 FloatArray = NDArray[np.floating]
@@ -24,7 +25,7 @@ class Workload:
         tokens: tokens of the global batch.
         top_k: assignments per token; no expert gets more than one of them.
         num_ranks: sources; 1 leaves them open.
-        seed: any integer.
+        seed: an integer, zero or more.
         skew: exponent of the Zipf-like generators; 0 is even.
         pace: how fast loads move, in the unit of each generator (its docstring says).
     """
@@ -41,15 +42,15 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_layers", "num_experts", "tokens", "top_k", "num_ranks"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, "an integer, zero or more", least=0)
+        for name in ("skew", "pace"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check(is_number(value) and value >= 0, name, value, "a number, zero or more")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} needs at least as many experts, got num_experts={self.num_experts}")
         if self.tokens % self.num_ranks:
-            raise ValueError(f"{self.tokens} tokens do not divide evenly over {self.num_ranks} ranks")
-        if self.skew < 0 or self.pace < 0:
-            raise ValueError(f"skew and pace must not be negative, got {self.skew} and {self.pace}")
+            raise ValueError(f"tokens={self.tokens} do not divide evenly over num_ranks={self.num_ranks}")
 
 
 def balanced(work: Workload, rng: np.random.Generator) -> FloatArray:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_swiftmoe.arguments import check_count, is_integer
+
 
 @dataclass(frozen=True)
 class Coefficient:
@@ -62,13 +64,17 @@ class Hardware:
             object.__setattr__(self, "nvlink_GBps", self.pcie_GBps)
 
     def _check(self, name: str, value: Any) -> None:
+        if name in ("gpus_per_node", "num_nodes"):
+            if not is_integer(value) or value < 1:
+                raise ValueError(
+                    f"hardware.{name} must be a positive integer, got {value!r}; correct it in the cluster file"
+                )
+            return
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         may_be_zero = name in ("nvlink_GBps", "nic_latency_us")
         if not is_number or value < 0 or (value == 0 and not may_be_zero):
             kind = "a number, zero or more" if may_be_zero else "a positive number"
             raise ValueError(f"hardware.{name} must be {kind}, got {value!r}; correct it in the cluster file")
-        if name in ("gpus_per_node", "num_nodes") and value != int(value):
-            raise ValueError(f"hardware.{name} counts devices or nodes, got {value!r}; give an integer")
 
     @property
     def num_ranks(self) -> int:
@@ -96,8 +102,9 @@ class Hardware:
         """The same machines, as many as ``num_ranks`` need.
 
         Raises:
-            ValueError: more than one node, but not whole nodes.
+            ValueError: no positive integer; or more than one node, but not whole nodes.
         """
+        check_count("num_ranks", num_ranks)
         if num_ranks <= self.gpus_per_node:
             return dataclasses.replace(self, gpus_per_node=num_ranks, num_nodes=1)
         if num_ranks % self.gpus_per_node:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_swiftmoe.arguments import check_count
 from lightning_swiftmoe.placement.placement import IntArray
 from lightning_swiftmoe.trace_file import read_trace
 
@@ -92,7 +93,13 @@ class LoadTrace:
         return self.counts[step, layer].sum(axis=0, dtype=np.int64)
 
     def first(self, num_steps: int | None) -> LoadTrace:
-        """The first steps only; all of them with None."""
+        """The first steps only; all of them with None.
+
+        Raises:
+            ValueError: no positive integer. A negative one would cut the trace at its other end.
+        """
+        if num_steps is not None:
+            check_count("num_steps", num_steps, "None (all) or a positive integer")
         return LoadTrace(self.counts[:num_steps], self.steps[:num_steps], self.top_k, self.name)
 
     def spread(self, num_ranks: int) -> LoadTrace:

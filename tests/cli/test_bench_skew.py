@@ -152,7 +152,7 @@ def test_other_projects_send_them_there_too(tmp_path, peer):
     ("word", "message"),
     [
         ("workloads=[zip]", "workload 'zip' is neither a file nor one of balanced, zipf"),
-        ("workloads=zipf", "workloads must be a list that is not empty, got 'zipf'"),
+        ("workloads=zipf", "workloads must be a list, got 'zipf': write workloads=[zipf]"),
         ("systems=[exakt]", "systems must be among static, last_step, exact, copies, ep, "),
         ("settle=-1", "settle must be an integer of at least 0, got -1"),
         ("steps=0", "steps must be an integer of at least 1, got 0"),

@@ -28,6 +28,20 @@ def test_help_on_a_family_names_its_members(capsys):
         assert named == ["checkpoint info", "checkpoint verify", "checkpoint consolidate"]
 
 
+@pytest.mark.parametrize("family", ["bench", "checkpoint"])
+def test_a_family_alone_names_its_members(capsys, family):
+    """As ``swiftmoe`` alone names all commands."""
+    members = [name for name in cli.COMMANDS if name.startswith(f"{family} ")]
+    assert cli.main([family]) == 0
+    captured = capsys.readouterr()
+    lines = [line.strip() for line in captured.out.splitlines()]
+    for name in members:
+        (line,) = (line for line in lines if line.startswith(f"{name} "))
+        assert line.endswith(cli.COMMANDS[name][1])
+    assert not any(line.startswith(name) for line in lines for name in cli.COMMANDS if name not in members)
+    assert captured.err == ""
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"swiftmoe {__version__}\n"
@@ -72,6 +86,46 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     for name in ("quickstart", "gpt_small_a100_16x1", "gpt_medium_a100_16x1", "gpt_large_a100_16x1"):
         (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
         assert len(line.split()) > 5
+
+
+@pytest.mark.parametrize("word", ["foo=1", "hf", "--all"])
+def test_recipes_take_no_arguments(capsys, word):
+    assert cli.main(["recipes", word]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line == (
+        f"error: recipes takes no arguments, got {word}: swiftmoe recipes lists all, "
+        "swiftmoe train recipes=NAME runs one"
+    )
+
+
+def test_help_of_recipes(capsys):
+    assert cli.main(["recipes", "--help"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "usage: swiftmoe recipes"
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("bench step", "peers=ours", "peers must be a list, got 'ours': write peers=[ours]"),
+        ("bench step", "peers=null", "peers must be a list, got null: write peers=[...]"),
+        ("bench skew", "workloads=zipf", "workloads must be a list, got 'zipf': write workloads=[zipf]"),
+        ("bench skew", "systems=exact", "systems must be a list, got 'exact': write systems=[exact]"),
+        ("bench skew", "systems=[]", "systems must be a list that is not empty, got []"),
+        ("bench scaling", "ranks=2", "ranks must be a list, got 2: write ranks=[2]"),
+        ("bench scaling", "alone=alone", "alone must be a list, got 'alone': write alone=[alone]"),
+        ("bench scaling", "systems=exact", "systems must be a list, got 'exact': write systems=[exact]"),
+        ("bench network", "policies=static", "policies must be a list: write policies=[...]"),
+        ("bench rows", "travel=0.5", "travel must be a list: write travel=[...]"),
+    ],
+)
+def test_a_list_is_written_in_brackets(capfd, tmp_path, monkeypatch, command, override, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), override]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"error: {message}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bench_kernels_mistake(capsys):

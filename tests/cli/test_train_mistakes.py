@@ -1,11 +1,13 @@
 """Every mistake in an override is one line on stderr and status 2, before any rank is started."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from lightning_swiftmoe.cli import train
+from lightning_swiftmoe.cli._folders import remove_unused
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,12 @@ def _no_rank_is_started(monkeypatch, tmp_path):
         ("policy.every_n_steps=1.5", "policy.every_n_steps: Value '1.5' of type 'float' could not be converted"),
         ("policy.every_n_steps=0", "every_n_steps must be a positive integer, got 0"),
         ("trainer.max_steps", "cannot read 'trainer.max_steps': an override is KEY=VALUE without spaces, as in "),
-        ("recipes=fastest", "Could not find 'recipes/fastest'; there are gpt_large_a100_16x1, "),
+        ("recipes=fastest", "Could not find 'recipes/fastest'; there are bench/qwen3_cut, bench/skew32, "),
+        ("recipes=hf/mixtral", ", hf/mixtral_8x7b, hf/olmoe_1b_7b, "),
+        ("recipes=hf/mixtral", "; did you mean 'hf/mixtral_8x7b'?"),
+        ("recipes=small16", "; did you mean 'bench/small16'?"),
+        ("recipes=paper/fig7", "; did you mean 'paper/fig7_table3'?"),
+        ("bench=step", "there is no group 'bench' here; there are module, model, data, cluster, "),
         ("policy=hottest", "Could not find 'policy/hottest'; there are auto, balanced, "),
         ("policy.name=hottest", "unknown placement policy 'hottest'; there are auto, balanced, "),
         ("model=gpt5", "Could not find 'model/gpt5'; there are deepseek_v3, "),
@@ -103,6 +110,36 @@ def test_one_line_and_status_2(capfd, override, message):
         assert captured.out == ""
     assert not dist.is_initialized()
     assert "LOCAL_RANK" not in os.environ
+    assert list(Path.cwd().iterdir()) == []  # nothing ran, and no folder says otherwise
+
+
+def test_jobs_that_are_refused_leave_no_folder():
+    assert train.main(["-m", "recipes=quickstart", "model.top_k=9,99"]) == 2
+    assert [path.name for path in Path.cwd().rglob("*") if path.is_file()] == ["multirun.yaml"]
+    assert len(list(Path.cwd().rglob("*"))) == 4  # multirun, date, time, the file
+
+
+def test_folders_of_others_stay():
+    mistake = ["recipes=quickstart", "model.top_k=9"]
+    for name in ("empty", "full"):
+        Path(name).mkdir()
+    Path("full", "notes.txt").write_text("mine")
+    assert train.main([*mistake, "hydra.run.dir=empty"]) == 2
+    assert train.main([*mistake, "hydra.run.dir=full"]) == 2
+    assert train.main([*mistake, "hydra.run.dir=full/new"]) == 2
+    assert {path.name for path in Path.cwd().iterdir()} == {"empty", "full"}
+    assert Path("full", "notes.txt").read_text() == "mine"
+    assert not Path("full", "new").exists()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_another_rank_leaves_the_folder_to_the_first(monkeypatch, name):
+    folder = Path.cwd() / "run"
+    (folder / "hydra").mkdir(parents=True)
+    remove_unused(folder, "hydra", {name: "1"})
+    assert folder.exists()
+    remove_unused(folder, "hydra", {name: "0"})
+    assert not folder.exists()
 
 
 def test_nothing_else_is_said_where_somebody_imported_the_other_lightning(capfd):

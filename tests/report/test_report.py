@@ -213,6 +213,40 @@ def test_mistakes_are_one_line(tmp_path, capsys, name, message):
     assert message in lines[0]
 
 
+def test_folders_without_a_run_are_left_out(tmp_path, simulated, trained, capsys):
+    """As ``swiftmoe report outputs/*/*`` names them: folders of what was refused, and files."""
+    (tmp_path / "refused" / "hydra").mkdir(parents=True)
+    (tmp_path / "refused" / "hydra" / "config.yaml").write_text("seed: 7\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    others = [str(tmp_path / "refused"), str(tmp_path / "notes.txt")]
+    with_runs = [str(trained), str(simulated)]
+    assert command.main([*others, *with_runs, "-o", str(tmp_path / "some.html")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"left out, no run there: {', '.join(others)}\n"
+    assert command.main([*with_runs, "-o", str(tmp_path / "only.html")]) == 0
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "some.html").read_text() == (tmp_path / "only.html").read_text()
+    assert command.main([*others, "-o", str(tmp_path / "none.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {others[0]} holds neither metrics.csv nor simulation.json nor a trace")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_folder_that_is_not_there_is_no_folder_to_leave_out(tmp_path, trained, capsys):
+    assert command.main([str(trained), str(tmp_path / "nowhere"), "-o", str(tmp_path / "r.html")]) == 2
+    assert "no run at" in capsys.readouterr().err
+
+
+def test_where_the_page_is(tmp_path, simulated, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([str(simulated)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"wrote {tmp_path / 'report.html'} (")
+    assert (tmp_path / "report.html").is_file()
+    assert command.main([str(simulated), "-o", "pages/r.html"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {tmp_path / 'pages' / 'r.html'} (")
+
+
 def test_png_decodes_to_the_pixels():
     import base64
 

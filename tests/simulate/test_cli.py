@@ -20,6 +20,31 @@ def run(tmp_path, *overrides, command=simulate):
     [
         (["policies=[nope]"], "unknown policy 'nope'"),
         (["policies=[]"], "no policies"),
+        (["policies=[1]"], "unknown policy '1'"),
+        (["policies=static"], "policies must be a list, got 'static': write policies=[static]"),
+        (["policies=null"], "policies must be a list, got null: write policies=[...]"),
+        (["steps=-1"], "steps must be null (all) or a positive integer, got -1"),
+        (["steps=0"], "steps must be null (all) or a positive integer, got 0"),
+        (["steps=2.5"], "steps must be null (all) or a positive integer, got 2.5"),
+        (["steps=true"], "steps must be null (all) or a positive integer, got True"),
+        (["num_ranks=0"], "num_ranks must be null (the whole cluster) or a positive integer, got 0"),
+        (["cluster.num_nodes=0"], "cluster.num_nodes must be a positive integer, got 0"),
+        (["offload=maybe"], "offload must be true or false, got 'maybe'"),
+        (["spread=1"], "spread must be true or false, got 1"),
+        (["published_baselines=maybe"], "published_baselines must be true or false, got 'maybe'"),
+        (["adapt_model=maybe"], "adapt_model must be true or false, got 'maybe'"),
+        (["report=maybe"], "report must be true or false, got 'maybe'"),
+        (["trace=3"], "trace must be null or a file, got 3"),
+        (["efficiency.compute=fast"], "efficiency.compute must be null or a number above zero, got 'fast'"),
+        (["efficiency.compute=0"], "efficiency.compute must be null or a number above zero, got 0"),
+        (["efficiency=null"], "efficiency must be a mapping such as {compute: 0.4}, got None"),
+        (["workload=3"], "workload must be a mapping such as {num_steps: 100}, got 3"),
+        (["workload.num_steps=-1"], "workload.num_steps must be a positive integer, got -1"),
+        (["workload.tokens=true"], "workload.tokens must be a positive integer, got True"),
+        (["workload.seed=-1"], "workload.seed must be an integer, zero or more, got -1"),
+        (["workload.seed=1.5"], "workload.seed must be an integer, zero or more, got 1.5"),
+        (["workload.skew=abc"], "workload.skew must be a number, zero or more, got 'abc'"),
+        (["workload.pace=-1"], "workload.pace must be a number, zero or more, got -1"),
         (["cluster=nope"], "Could not find 'cluster/nope'"),
         (["cluster=local_cpu"], "'hardware:' section is needed, such as cluster=a100_16x1; this one does not say"),
         (["cluster=virtual_16x1"], "a single process that drops tokens as 16 ranks would"),
@@ -31,7 +56,11 @@ def run(tmp_path, *overrides, command=simulate):
         (["synthetic=nope"], "unknown generator 'nope'"),
         (["+workload.colour=1"], "workload: "),
         (["+efficiency.speed=2"], "unknown efficiency speed"),
-        (["capacity_factor=0"], "capacity_factor must be above zero"),
+        (["capacity_factor=0"], "capacity_factor must be null (no token is dropped) or a number above zero, got 0"),
+        (
+            ["capacity_factor=abc"],
+            "capacity_factor must be null (no token is dropped) or a number above zero, got 'abc'",
+        ),
         (["adapt_model=false", "workload.num_experts=8"], "the trace routes to 8 experts, the model has 16"),
     ],
 )
@@ -86,6 +115,97 @@ def test_plan(capfd):
     assert "Smallest number of ranks: 1, with 16 slots each." in out
     assert plan.main(["tokens_per_rank=0"]) == 2
     assert "tokens_per_rank must be a positive integer, got 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_ranks=0"], "num_ranks must be null (the whole cluster) or a positive integer, got 0"),
+        (["num_ranks=-4"], "num_ranks must be null (the whole cluster) or a positive integer, got -4"),
+        (["num_ranks=2.5"], "num_ranks must be null (the whole cluster) or a positive integer, got 2.5"),
+        (["num_ranks=abc"], "num_ranks must be null (the whole cluster) or a positive integer, got 'abc'"),
+        (["cluster.num_nodes=0"], "cluster.num_nodes must be a positive integer, got 0"),
+        (["cluster.devices=0"], "cluster.devices must be a positive integer, got 0"),
+        (["cluster.devices=auto"], "cluster.devices must be a positive integer, got 'auto'"),
+        (["cluster.hardware.num_nodes=0"], "hardware.num_nodes must be a positive integer, got 0; correct it in the"),
+        (["tokens_per_rank=0"], "tokens_per_rank must be a positive integer, got 0"),
+        (["tokens_per_rank=true"], "tokens_per_rank must be a positive integer, got True"),
+        (["hf_seq_len=0"], "hf_seq_len must be a positive integer, got 0"),
+        (["hf_recompute=maybe"], "hf_recompute must be true or false, got 'maybe'"),
+        (["offload=maybe"], "offload must be true or false, got 'maybe'"),
+        (["skew=abc"], "skew must be a number, zero or more, got 'abc'"),
+        (["skew=-1"], "skew must be a number, zero or more, got -1"),
+        (
+            ["capacity_factor=abc"],
+            "capacity_factor must be null (no token is dropped) or a number above zero, got 'abc'",
+        ),
+        (["efficiency.network=-1"], "efficiency.network must be null or a number above zero, got -1"),
+        (["hf=/nowhere", "model=tiny"], "hf=/nowhere brings a model of its own: leave out model=tiny, or hf"),
+        (["hf=/nowhere", "model.top_k=2"], "hf=/nowhere brings a model of its own: leave out model.top_k=2, or hf"),
+        (["hf=/nowhere", "capacity_factor=2"], "hf=/nowhere drops no token: leave out capacity_factor=2"),
+        (["hf_seq_len=512"], "hf_seq_len=512 is for a model by hf=FOLDER: name one, or leave it out"),
+    ],
+)
+def test_what_plan_refuses(tmp_path, capfd, overrides, message):
+    assert run(tmp_path, *overrides, command=plan) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("overrides", [["num_ranks=16"], ["cluster.num_nodes=2"], ["cluster.devices=2"]])
+def test_a_smaller_cluster(capfd, overrides):
+    """``devices`` and ``num_nodes`` of a cluster are those of its hardware: ``train`` and ``plan`` read the same."""
+    assert plan.main(["cluster=h100_8x8", *overrides]) == 0
+    assert "on 16 x NVIDIA H100 SXM" in " ".join(capfd.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        (plan, ["recipes=quickstart"], "swiftmoe plan takes no recipe"),
+        (plan, ["recipes=hf/mixtral_8x7b"], "swiftmoe plan takes no recipe"),
+        (plan, ["data=text"], "there is no group 'data' here; there are model, cluster"),
+        (plan, ["recipe=quickstart"], "there is no 'recipe'; at the top has model, cluster, hf, "),
+        (plan, ["+recipes=quickstart"], "recipes=quickstart sets 'data', and the groups here are model, cluster"),
+        (simulate, ["recipes=quickstart"], "recipes=quickstart sets 'data', and the groups here are model, cluster, "),
+        (simulate, ["strategy=paper"], "there is no group 'strategy' here; there are model, cluster, recipes"),
+        (simulate, ["recipe=paper/scaling"], "there is no 'recipe'; did you mean 'recipes'?"),
+        (simulate, ["recipes=scalin"], "; did you mean 'paper/scaling'?"),
+    ],
+)
+def test_groups_that_a_command_has_not(tmp_path, capfd, command, overrides, message):
+    assert run(tmp_path, *overrides, command=command) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert message in line
+    assert "append" not in line
+
+
+def test_what_plan_says_instead_of_a_recipe_works(capfd):
+    assert plan.main(["recipes=quickstart"]) == 2
+    advice = capfd.readouterr().err.partition("as in swiftmoe plan ")[2].split()
+    assert len(advice) > 1
+    assert plan.main(advice) == 0
+
+
+def test_a_refused_simulation_keeps_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert simulate.main(["steps=-1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert simulate.main([*SMALL, "policies=[static]"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before
+    for mistake in ("steps=-1", "policies=static", "policies=[nope]", "num_ranks=0"):
+        assert simulate.main([*SMALL, mistake]) == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_plan_leaves_the_current_folder(tmp_path, monkeypatch):
+    """Its run folder is the one that the user stands in, which may be empty."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert plan.main(["num_ranks=0"]) == 2
+    assert (tmp_path / "empty").is_dir()
 
 
 def test_jobs_of_a_sweep_keep_apart(tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def test_no_more_than_both_directions_at_once():
         ({"pcie_GBps": "fast"}, "hardware.pcie_GBps must be a positive number, got 'fast'"),
         ({"hbm_gb": float("nan")}, "hardware.hbm_gb must be a positive number, got nan"),
         ({"nic_latency_us": -1}, "hardware.nic_latency_us must be a number, zero or more, got -1"),
-        ({"gpus_per_node": 1.5}, "hardware.gpus_per_node counts"),
+        ({"gpus_per_node": 1.5}, "hardware.gpus_per_node must be a positive integer, got"),
         ({"colour": 1}, "unknown hardware fields colour"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_swiftmoe.cli._mistakes import check_list
 from lightning_swiftmoe.cli._peers.systems import parse
 
 PROFILED_STEPS = 3
@@ -52,8 +53,7 @@ class Options:
         for key in ("profile", "stacks", "reshard", "text"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
-        if not isinstance(self.peers, list):
-            raise ValueError(f"peers must be a list, got {self.peers!r}")
+        check_list("peers", self.peers)
         for entry in self.peers:
             parse(str(entry), 1)
 
