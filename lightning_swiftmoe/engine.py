@@ -378,9 +378,12 @@ class GradientPhase:
             loss.register_hook(self._on_backward)
 
     def flush(self) -> None:
-        """Exchange what backwards without ``syncing`` left: the last one of an accumulation may never have come."""
-        if self._unsynced:
-            self._exchange()
+        """Exchange what backwards without ``syncing`` left: somebody looks, or the last one of them never came."""
+        if not self._unsynced:
+            return
+        for layer in self._order:
+            layer.hosted.leave_out_removed()
+        self._exchange()
 
     def reset(self) -> None:
         """A step is over: gradients that were not exchanged are dropped."""
@@ -391,9 +394,12 @@ class GradientPhase:
             layer.hosted.num_steps += 1
 
     def _on_backward(self, _: Tensor) -> None:
-        if not self._running:
-            self._running = True
-            Variable._execution_engine.queue_callback(self._end)
+        if self._running:
+            return
+        self._running = True
+        for layer in self._order:
+            layer.hosted.begin_backward()
+        Variable._execution_engine.queue_callback(self._end)
 
     def _on_gradient(self) -> None:
         self._on_backward(torch.empty(0))
@@ -423,7 +429,7 @@ class GradientPhase:
             return
         self._unsynced += 1
         for layer in self._order:
-            layer.hosted.hold_place()
+            layer.hosted.hold_place(self.flush)
 
     def _exchange(self) -> None:
         self._unsynced = 0

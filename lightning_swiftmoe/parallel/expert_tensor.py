@@ -49,7 +49,7 @@ _IN_PLACE = {torch._foreach_mul_, torch._foreach_div_, torch._foreach_zero_} | {
 
 
 # Asked for often, and nothing to add up: the short cut keeps a step's bookkeeping cheap.
-_FACTS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "shape", "dtype", "device", "is_leaf")}
+FACTS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "shape", "dtype", "device", "is_leaf")}
 
 
 class ExpertTensor(DTensor):
@@ -61,7 +61,7 @@ class ExpertTensor(DTensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _FACTS:
+            if func in FACTS:
                 return func(*args)
             if func in _INSTEAD:
                 return _INSTEAD[func](*args, **kwargs)

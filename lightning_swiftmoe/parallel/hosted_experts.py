@@ -25,6 +25,7 @@ from lightning_swiftmoe.parallel.expert_tensor import ExpertTensor, edits, local
 from lightning_swiftmoe.parallel.mesh import ExpertMesh
 from lightning_swiftmoe.parallel.shard_exchange import Locals, ShardExchangeFactory
 from lightning_swiftmoe.parallel.symmetric_copies import SymmetricCopies
+from lightning_swiftmoe.parallel.waiting_gradient import settle, wait
 from lightning_swiftmoe.placement import Placement
 
 # By key and for some rows, ``[n, rows, ...]`` of some experts after the other: weights that nobody has in one piece.
@@ -141,6 +142,7 @@ class HostedExperts(ABC):
         self._gradients: Locals = {}
         self._given: set[str] = set()
         self._held: set[str] = set()
+        self._removed: set[str] = set()
         self._weights: Pending[None] | None = None
         self._sent: list[tuple[int, ...]] = []
 
@@ -281,7 +283,11 @@ class HostedExperts(ABC):
     @property
     def wants_exchange(self) -> bool:
         """Whether the gradient phase has work here: a structural fact, the same on every rank whatever its tokens."""
-        return self.forwards_since_step > 0 and bool(self.trainable)
+        return self.forwards_since_step > 0 and bool(self._exchanged)
+
+    @property
+    def _exchanged(self) -> list[str]:
+        return [key for key in self.trainable if key not in self._removed]
 
     def take_gradients(self, grads: Locals) -> None:
         """One backward's gradients of the residents, ``[>= R, rows, ...]``, join those that wait to be exchanged.
@@ -310,7 +316,7 @@ class HostedExperts(ABC):
 
     def start_gradients(self) -> Pending[Locals]:
         """Gradient phase: the mean over ranks of every expert's gradient starts on its way to the shards."""
-        grads = {key: self._take_gradient(key) for key in self.trainable}
+        grads = {key: self._take_gradient(key) for key in self._exchanged}
         if self.communicator.num_ranks > 1 or self.replicas is not None:
             if self.gradient_dtype is not None:
                 grads = {key: grad.to(self.gradient_dtype) for key, grad in grads.items()}
@@ -324,6 +330,7 @@ class HostedExperts(ABC):
             if param.grad is None:
                 param.grad = self.wrapped(key, total)
             else:
+                settle(param.grad)
                 local_part(param.grad).add_(total)
 
     def drop_gradients(self) -> None:
@@ -331,14 +338,41 @@ class HostedExperts(ABC):
         self._gradients.clear()
         self._given.clear()
         self._held.clear()
+        self._removed.clear()
 
-    def hold_place(self) -> None:
-        """A zero gradient stands in for those that wait to be exchanged: whoever removes it drops them too."""
-        for key in self._gradients:
+    def hold_place(self, exchange: Callable[[], None]) -> None:
+        """``.grad`` waits for what adds up here: whoever looks exchanges it, whoever removes it drops that too.
+
+        On every rank alike, also where the loss did not reach this layer.
+
+        Args:
+            exchange: see ``wait``.
+        """
+        if not self.wants_exchange:
+            return
+        for key in self.trainable:
             param = self.parameters[key]
             self._held.add(key)
             if param.grad is None:
                 param.grad = self.wrapped(key, torch.zeros_like(self.local(key)))
+            wait(param.grad, exchange)
+
+    def forget_removed(self) -> set[str]:
+        """Drop what waited behind a place that was removed; names the Parameters. The same on every rank."""
+        removed = {key for key in self._held if self.parameters[key].grad is None}
+        for key in removed:
+            self._gradients.pop(key, None)
+        self._held.clear()
+        return removed
+
+    def begin_backward(self) -> None:
+        """New gradients are about to come, also of what was removed."""
+        self.forget_removed()
+        self._removed.clear()
+
+    def leave_out_removed(self) -> None:
+        """No backward came since they were removed: as in one process, they have no gradient."""
+        self._removed |= self.forget_removed()
 
     # -- what the place of the state decides -------------------------------------------------------------------------
 
@@ -444,9 +478,6 @@ class HostedExperts(ABC):
 
     def _add_gradient(self, key: str, grad: Tensor) -> None:
         """Gradients of low-precision residents add up in fp32, not in their own precision."""
-        if key in self._held and self.parameters[key].grad is None:
-            self._gradients.pop(key)
-        self._held.discard(key)
         earlier = self._gradients.get(key)
         adds = self.accumulates or earlier is not None
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32)) if adds else grad

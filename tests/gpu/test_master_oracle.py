@@ -12,6 +12,7 @@ from tests.gpu.cases import (
     Checkpointed,
     Compiled,
     CompiledInEvalMode,
+    EditsBetween,
     GpuJob,
     OneSided,
     ReentrantCheckpointed,
@@ -55,6 +56,7 @@ SHAPES = {
 }
 VARIANTS = {
     "accumulate": {"trainer": {"accumulate_grad_batches": 2}, **WIDE},
+    "edits_between": {"module": EditsBetween, "trainer": {"accumulate_grad_batches": 2}, **WIDE},
     "clip": {"trainer": {"gradient_clip_val": 0.05}, **WIDE},
     # Of more ranks a larger part has tokens: gradients are larger, and bf16 drifts apart sooner.
     "empty_rank": {"empty_rank": 1, "steps": 9 if NUM_RANKS == 2 else 7, **WIDE},

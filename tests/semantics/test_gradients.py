@@ -1,10 +1,13 @@
 """Gradients as hooks see them: complete, summed, and every number of them that of one process on every rank."""
 
+import copy
+
 import pytest
 import torch
 
 from tests.jobs import Job, Net, full, sgd
-from tests.semantics.systems import OURS, check, on
+from tests.ranks import run_ranks
+from tests.semantics.systems import GROUPS, OURS, check, fit, on
 
 pytestmark = pytest.mark.distributed
 
@@ -64,6 +67,173 @@ class Rescales(Net):
 
 def test_edits_of_gradients(system):
     check(system, Job(steps=3, optimizer=sgd, module=Rescales), without=Net)
+
+
+class LooksBetween(Net):
+    """After each micro-batch: what adds up of experts is the sum so far, over all ranks."""
+
+    def look(self):
+        experts = {name: grad for name, grad in gradients(self).items() if "experts" in name}
+        assert len(experts) == 4
+        self.seen.append(experts)
+
+    def on_after_backward(self):
+        self.look()
+
+
+class LooksWhenTheBatchIsOver(LooksBetween):
+    def on_after_backward(self):
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            self.look()
+
+
+class EditsBetween(Net):
+    """Edits count after each micro-batch, the last one and those before it."""
+
+    def on_after_backward(self):
+        for moe in self.moes:
+            for param in moe.experts.parameters():
+                self.edit(param)
+
+
+class Scales(EditsBetween):
+    def edit(self, param):
+        param.grad.mul_(1.25)
+
+
+class ScalesAsData(EditsBetween):
+    def edit(self, param):
+        param.grad.data *= 1.25
+
+
+class ScalesAll(EditsBetween):
+    def on_after_backward(self):
+        torch._foreach_mul_([p.grad for moe in self.moes for p in moe.experts.parameters()], 1.25)
+
+
+class Replaces(EditsBetween):
+    def edit(self, param):
+        param.grad = param.grad * 0.5 + 1e-3 * param.detach()
+
+
+class ZeroesTheLarge(EditsBetween):
+    def edit(self, param):
+        param.grad = torch.where(param.grad.abs() > 1e-2, 0.0, param.grad)
+
+
+class LooksAndDrops(EditsBetween):
+    """Once looked at, what is dropped is gone as well."""
+
+    def edit(self, param):
+        self.seen.append(param.grad.norm().item())
+        if self.trainer.fit_loop.batch_idx % 3 == 1:
+            param.grad = None
+
+
+class DropsAndLooks(EditsBetween):
+    """A look at one brings back no other that was dropped before it."""
+
+    def on_after_backward(self):
+        if self.trainer.fit_loop.batch_idx % 3 == 1:
+            self.moes[1].experts.up_proj.grad = None
+            self.seen.append(self.moes[1].experts.down_proj.grad.norm().item())
+            self.seen.append(self.moes[1].experts.up_proj.grad is None)
+
+
+class DropsToZeros(EditsBetween):
+    def on_after_backward(self):
+        if self.trainer.fit_loop.batch_idx % 3 == 1:
+            self.moes[0].experts.zero_grad(set_to_none=False)
+
+
+class Regularized(Scales):
+    """Autograd itself has something for the Parameters, beside what goes through the layers."""
+
+    def loss(self, batch):
+        return super().loss(batch) + sum(p.square().sum() for p in self.parameters()) * 0.01
+
+
+# A Parameter is in parts, and whole beside another expert group; one in parts of a group shows the same again.
+WAITING = [*OURS, GROUPS[1], pytest.param(GROUPS[0], marks=pytest.mark.exhaustive)]
+LOOKS = [LooksBetween, LooksWhenTheBatchIsOver]
+EDITS = [
+    Scales,
+    ScalesAsData,
+    ScalesAll,
+    Replaces,
+    ZeroesTheLarge,
+    LooksAndDrops,
+    DropsAndLooks,
+    DropsToZeros,
+    Regularized,
+]
+
+
+@on(WAITING)
+@pytest.mark.parametrize("module", LOOKS + EDITS)
+def test_between_micro_batches(system, module):
+    job = Job(steps=6, optimizer=sgd, module=module, trainer={"accumulate_grad_batches": 3})
+    check(system, job, without=Net if module in EDITS else None)
+
+
+OFFLOADED = {"offload_optimizer": True}
+BOUND = {"optimizer_state": "bound"}
+
+
+@pytest.mark.parametrize(
+    ("system", "strategy"),
+    [(OURS[0], OFFLOADED), (OURS[1], OFFLOADED), (GROUPS[1], OFFLOADED), (OURS[1], BOUND)],
+    ids=str,
+)
+@pytest.mark.parametrize("module", [LooksAndDrops, Replaces])
+def test_between_micro_batches_elsewhere(system, module, strategy):
+    job = Job(steps=6, optimizer=sgd, module=module, strategy=strategy, trainer={"accumulate_grad_batches": 3})
+    check(system, job, without=Net)
+
+
+class LooksInEveryWay(Net):
+    """What torch's functions do not pass: the first look, which waits, finds what the second one does."""
+
+    ways = (
+        lambda grad: grad.to_local(),
+        lambda grad: grad.full_tensor(),
+        lambda grad: grad.redistribute(placements=grad.placements).to_local(),
+        repr,
+        lambda grad: copy.deepcopy(grad).to_local(),
+    )
+
+    def on_after_backward(self):
+        way = self.ways[self.trainer.fit_loop.batch_idx % len(self.ways)]
+        grad = self.moes[0].experts.up_proj.grad
+        first, second = str(way(grad)), str(way(grad))
+        assert first == second
+        assert first != str(way(grad.mul_(0)))
+
+
+@on([OURS[1]])
+def test_every_look(system):
+    run_ranks(2, fit, system, Job(steps=6, module=LooksInEveryWay, trainer={"accumulate_grad_batches": 6}))
+
+
+class LooksInside(Net):
+    """While a backward runs: what there was before it."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        loss.register_hook(self.look)
+        return loss
+
+    def look(self, _):
+        grad = self.moes[0].experts.up_proj.grad
+        self.seen.append(None if grad is None else grad.square().sum().item())
+
+
+@on(WAITING)
+def test_inside_of_a_backward(system):
+    check(system, Job(steps=6, module=LooksInside, trainer={"accumulate_grad_batches": 3}))
 
 
 NUMBERS = {
