@@ -28,7 +28,10 @@ _START_METHODS = {
     "swiftmoe_fork": "fork",
     "swiftmoe_notebook": "fork",
 }
+_UNUSED = "_find_unused_parameters_true"  # as Lightning's names of DDP have it
 for _name, _start in _START_METHODS.items():
     _about = f"SwiftMoE expert parallelism, ranks started by {_start}"
     register_strategy(_name, SwiftMoEStrategy, _about, start_method=_start)
-refuse_other_namespace(list(_START_METHODS))
+    _about += "; parameters outside of experts may have no gradient"
+    register_strategy(_name + _UNUSED, SwiftMoEStrategy, _about, start_method=_start, find_unused_parameters=True)
+refuse_other_namespace([name + ending for name in _START_METHODS for ending in ("", _UNUSED)])

@@ -153,9 +153,9 @@ class SymmetricShards(ShardExchange):
         @torch.no_grad()
         def push() -> None:
             memory = self._places(placement)
-            places = Residents.within(memory, placement.num_experts)
 
             def write() -> None:
+                places = Residents.within(memory, placement.num_experts)
                 # Nobody computes with the weights of the last step any more.
                 self._memory.barrier(Channel.STATE)
                 for key, shared in self._residents.items():
@@ -185,12 +185,12 @@ class SymmetricShards(ShardExchange):
                 if grad.data_ptr() != here.data_ptr():
                     here[:mine].copy_(grad[:mine])
             memory = self._places(placement)
-            places = Residents.within(memory, placement.num_experts)
             totals = {key: torch.empty_like(shards[key]) for key in grads}
             flat = [total.view(total.shape[0], -1) for total in totals.values()]
             point(self._cells, flat)
 
             def fetch() -> None:
+                places = Residents.within(memory, placement.num_experts)
                 self._memory.barrier(Channel.STATE)
                 for key, total in zip(grads, pointed(self._cells, flat), strict=True):
                     cut, shared = self._cuts[key], buffer.tensors[key]

@@ -273,6 +273,15 @@ def test_by_name_whatever_starts_the_ranks(tmp_path, name):
     assert largest_error(torch.load(result), train_alone(dataclasses.replace(JOB, steps=4))) < bound
 
 
+@pytest.mark.parametrize("start", ["", "_spawn", "_fork"])
+def test_names_for_parameters_without_gradients(start):
+    name = f"swiftmoe{start}_find_unused_parameters_true"
+    trainer = pl.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy, SwiftMoEStrategy)
+    assert trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
+    assert trainer.strategy._start_method == (start[1:] or "popen")
+
+
 def fit_offloaded(path):
     job = dataclasses.replace(JOB, strategy={"offload_optimizer": True}, optimizer=adamw)
     devices = []
