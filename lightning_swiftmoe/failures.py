@@ -3,22 +3,28 @@
 When a rank fails, the others fail as well a moment later, each with a traceback of its own about a lost connection.
 Ranks that a Lightning launcher started therefore write down their errors in a folder of the host, and the process that
 the user started prints them: the consequences in a line each, then the first cause.
+
+Where ranks waited for each other until a timeout, no error is the cause, and the first to time out is not to blame.
+What tells then is where each rank was: of those that failed their errors know it, the others are asked.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import linecache
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
@@ -27,9 +33,31 @@ from lightning_swiftmoe.parallel.communicator import ExchangeError
 MOST_LINES = 30
 
 _MOST_CAUSE_LINES = 20
+_LEAST_TRACE_LINES = 6
 _MOST_OTHERS = 6
 _LINE_WIDTH = 200
 _SIGNS_OF_A_LOST_PEER = ("gloo", "NCCL", "Connection reset", "Connection closed")
+_SIGNS_OF_A_TIMEOUT = ("Timed out waiting", "has not finished for")  # of gloo, and of our watchdog
+_ASKED = "asked"  # a file that is there once every rank should write down where it is
+_ANSWER_S = 2.0
+_PERIOD_S = 0.05
+_EVERYBODY = (
+    "In fit all ranks meet in forwards, collectives and reads of expert Parameters, norms too: every rank has to come "
+    "to each of them, so put none behind is_global_zero"
+)
+# What Lightning and we do by functions of these names, for frames in which no line of the user's says so.
+_DOING = {
+    "setup": "setting up",
+    "end_where_asked": "at the head of a training step",
+    "training_step": "in a training step",
+    "backward": "in a backward",
+    "optimizer_step": "in an optimizer's step",
+    "validation_step": "in a validation step",
+    "save_checkpoint": "saving a checkpoint",
+    "teardown": "at the end of fit",
+}
+
+_Frames = Sequence[tuple[FrameType, int]]  # each with its line, the innermost last
 
 
 @dataclass(frozen=True)
@@ -41,18 +69,26 @@ class Failure:
         when: seconds since the epoch; infinity where only the end of the process was seen.
         consequence: whether it tells of the failure of another rank.
         text: the traceback, or a sentence.
+        message: what ``text`` ends with: type and message of the last exception, or all of it.
+        place: where the rank was; empty where nobody knows.
+        timed_out: whether it waited for another rank for too long.
     """
 
     rank: int
     when: float
     consequence: bool
     text: str
+    message: str
+    place: str = ""
+    timed_out: bool = False
 
     @classmethod
     def of_error(cls, rank: int, error: BaseException) -> Failure:
-        """From what was raised."""
+        """From what was raised, or is about to be said for the main thread, which waits."""
         text = "".join(traceback.format_exception(error)).rstrip()
-        return cls(rank, time.time(), _tells_of_another(error), text)
+        message = "".join(traceback.format_exception_only(error)).rstrip()
+        timed_out = any(sign in str(cause) for cause in _causes(error) for sign in _SIGNS_OF_A_TIMEOUT)
+        return cls(rank, time.time(), _tells_of_another(error), text, message, _place_of(error), timed_out)
 
     @classmethod
     def of_exit(cls, rank: int, code: int) -> Failure:
@@ -60,14 +96,26 @@ class Failure:
         if code < 0:
             name = signal.Signals(-code).name
             hint = ": out of memory, or somebody killed it" if name == "SIGKILL" else ""
-            return cls(rank, float("inf"), False, f"rank {rank} was killed by {name}{hint}")
-        return cls(rank, float("inf"), True, f"rank {rank} ended with exit code {code}")
+            text = f"rank {rank} was killed by {name}{hint}"
+            return cls(rank, float("inf"), False, text, text)
+        text = f"rank {rank} ended with exit code {code}"
+        return cls(rank, float("inf"), True, text, text)
 
     @property
     def in_a_line(self) -> str:
         """The error itself, cut to what a terminal shows."""
-        last = self.text.splitlines()[-1] if self.text else ""
-        return last if len(last) <= _LINE_WIDTH else f"{last[:_LINE_WIDTH]} ..."
+        return _cut(self.message.splitlines()[0] if self.message else "")
+
+    @property
+    def in_lines(self) -> list[str]:
+        """The end of the traceback, shortened, and the message, which often ends with what to do: never cut."""
+        message = self.message.splitlines()
+        trace = self.text.removesuffix(self.message).splitlines()
+        lines = [_cut(line) for line in trace if line.strip(" ^~")]  # without the marks below a line of code
+        room = max(_MOST_CAUSE_LINES - len(message), _LEAST_TRACE_LINES)
+        if len(lines) > room:
+            lines = [lines[0], "  ...", *lines[2 - room :]]
+        return [*lines, *message]
 
 
 class FailureBoard:
@@ -82,16 +130,31 @@ class FailureBoard:
         if folder is None:
             atexit.register(self.remove)
 
-    def note(self, rank: int, error: BaseException) -> None:
+    def note(self, rank: int, error: BaseException) -> Failure:
         """Write down the first error of this rank; where that fails, the error matters more."""
-        path = self.folder / f"{rank}.json"
-        try:
-            if not path.exists():
-                draft = path.with_suffix(".draft")
-                draft.write_text(json.dumps(asdict(Failure.of_error(rank, error))))
-                draft.rename(path)
-        except OSError:
-            pass
+        failure = Failure.of_error(rank, error)
+        self._write(f"{rank}.json", json.dumps(asdict(failure)))
+        return failure
+
+    def ask(self, ranks: Iterable[int]) -> None:
+        """Let ``ranks`` write down where they are, those that have not failed; they have ``_ANSWER_S`` to do so."""
+        self._write(_ASKED, "")
+        deadline = time.monotonic() + _ANSWER_S
+        while time.monotonic() < deadline and not all(map(self._is_known, ranks)):
+            time.sleep(_PERIOD_S)
+
+    def answer(self, rank: int) -> None:
+        """Write down where the main thread of this rank is, if somebody asked. Once, on another thread."""
+        if (self.folder / _ASKED).exists() and not self._is_known(rank):
+            self._write(f"{rank}.place", _place_of_main_thread())
+
+    def note_common_end(self) -> None:
+        """All ranks are about to end as one, and nobody is to blame."""
+        self._write("together", "")
+
+    def ends_together(self) -> bool:
+        """Whether ``note_common_end`` was called by some rank."""
+        return (self.folder / "together").exists()
 
     def has_notes(self) -> bool:
         """Whether some rank wrote down an error."""
@@ -109,16 +172,51 @@ class FailureBoard:
         return sorted([*written, *silent], key=lambda failure: (failure.consequence, failure.when, failure.rank))
 
     def summary(self, exit_codes: Mapping[int, int]) -> str:
-        """At most ``MOST_LINES`` lines, the first cause last; empty where nobody failed."""
+        """The first cause last, ``MOST_LINES`` lines unless its message has many; empty where nobody failed."""
         found = self.failures(exit_codes)
         if not found:
             return ""
+        late = [failure for failure in found if failure.timed_out]
+        if late and found[0].consequence:
+            return "\n".join([*self._of_timeout(), late[0].message, _EVERYBODY])
         first, others = found[0], found[1:]
         lines = [f"rank {other.rank}, as a consequence: {other.in_a_line}" for other in others[:_MOST_OTHERS]]
         if len(others) > _MOST_OTHERS:
             lines.append(f"and {len(others) - _MOST_OTHERS} more ranks")
         lines.append(f"The job ended because of rank {first.rank}:")
-        return "\n".join([*lines, *_shortened(first.text)])
+        return "\n".join([*lines, *first.in_lines])
+
+    def places(self) -> list[str]:
+        """Where ranks were that have failed or answered: a line for each place."""
+        known = {failure.rank: failure.place for failure in self.failures({})}
+        # Whoever answered was there in time, and may have failed elsewhere later.
+        known |= {int(path.stem): path.read_text() for path in self.folder.glob("*.place")}
+        ranks: dict[str, list[int]] = {}
+        for rank, place in sorted(known.items()):
+            ranks.setdefault(place, []).append(rank)
+        lines = [f"{_named(some)}: {place}" for place, some in ranks.items()]
+        if len(lines) > _MOST_OTHERS:
+            lines = [*lines[:_MOST_OTHERS], f"and {len(lines) - _MOST_OTHERS} more places"]
+        return lines
+
+    def _of_timeout(self) -> list[str]:
+        places = self.places()
+        how = "ranks waited for each other in different places" if len(places) > 1 else "ranks waited for others"
+        return [f"The job ended by a timeout: {how}:", *places]
+
+    def _is_known(self, rank: int) -> bool:
+        return any((self.folder / f"{rank}.{kind}").exists() for kind in ("json", "place"))
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all, and only the first time."""
+        path = self.folder / name
+        try:
+            if not path.exists():
+                draft = path.with_name(f"{name}.draft")
+                draft.write_text(text)
+                draft.rename(path)
+        except OSError:
+            pass
 
     def remove(self) -> None:
         """Nobody reads it any more."""
@@ -137,19 +235,78 @@ def show_instead(error: BaseException, show: Callable[[], bool]) -> None:
 
 
 def _tells_of_another(error: BaseException) -> bool:
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, (ExchangeError, dist.DistError)):
             return True
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _SIGNS_OF_A_LOST_PEER):
             return True
-        cause = cause.__cause__
     return False
 
 
-def _shortened(text: str) -> list[str]:
-    said = [line for line in text.splitlines() if line.strip(" ^~")]  # without the marks below a line of code
-    lines = [line if len(line) <= _LINE_WIDTH else f"{line[:_LINE_WIDTH]} ..." for line in said]
-    if len(lines) <= _MOST_CAUSE_LINES:
-        return lines
-    return [lines[0], "  ...", *lines[-(_MOST_CAUSE_LINES - 2) :]]
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LINE_WIDTH else f"{line[:_LINE_WIDTH]} ..."
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+# -- where a rank is ---------------------------------------------------------------------------------------------------
+
+
+def _place_of(error: BaseException) -> str:
+    """Where this rank was when ``error`` was raised; one that was not is said for the main thread."""
+    if error.__traceback__ is None:
+        return _place_of_main_thread()
+    # An error knows the frames that it went through, and not those above.
+    return _place(_callers(sys._getframe()) + list(traceback.walk_tb(error.__traceback__)))
+
+
+def _place_of_main_thread() -> str:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return _place(_callers(sys._current_frames()[ident]))
+
+
+def _callers(frame: FrameType) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_stack(frame))[::-1]
+
+
+def _place(frames: _Frames) -> str:
+    """``FILE:LINE, in FUNCTION: CODE`` of the innermost frame of the user's, behind what others do on its behalf."""
+    users = [number for number, (frame, _) in enumerate(frames) if _is_users(frame)]
+    others = [number for number, (frame, _) in enumerate(frames) if _is_frameworks(frame)]
+    innermost = (users or others or [len(frames) - 1])[-1]
+    frame, line = frames[innermost]
+    file = frame.f_code.co_filename
+    code = _cut(linecache.getline(file, line, frame.f_globals).strip())
+    place = f"{file}:{line}, in {frame.f_code.co_name}: {code}"
+    inside = [frame for frame, _ in frames[innermost:] if _is_frameworks(frame)]
+    doing = [_DOING[frame.f_code.co_name] for frame in inside if frame.f_code.co_name in _DOING]
+    return f"{doing[-1]}, from {place}" if doing else place
+
+
+def _is_users(frame: FrameType) -> bool:
+    """Whether its code is neither Python's, nor of an installed package, nor ours but for the models."""
+    file = Path(frame.f_code.co_filename)
+    if str(file).startswith("<frozen ") or {"site-packages", "dist-packages"} & set(file.parts):
+        return False
+    if file.is_relative_to(sysconfig.get_path("stdlib")):
+        return False
+    return not _is_frameworks(frame) or _module(frame).startswith("lightning_swiftmoe.models.")
+
+
+def _is_frameworks(frame: FrameType) -> bool:
+    return _module(frame).partition(".")[0] in ("lightning", "lightning_swiftmoe")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -1,6 +1,11 @@
 """Starting ranks as Lightning does, and telling at the end which of them failed first.
 
 Lightning's own observer kills the process the user started, without a word, some seconds after another rank ended.
+
+A rank that waits in an exchange on its host runs no handler of a signal until the wait is over: Python calls handlers
+on the main thread only, between two of its own instructions. SIGTERM is noted then, and all ranks end at the head of
+the next step. Where they do not come so far, a second SIGTERM to the process that started them ends them at once: that
+process hears of it on another thread, or has nothing else to do.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -31,6 +36,7 @@ from lightning_swiftmoe.parallel.meta_start import make_room
 _FOLDER = "SWIFTMOE_FAILURES"
 _GRACE_S = 5.0  # as long as Lightning gives the first process to end by itself
 _PERIOD_S = 0.2
+_SAME_S = 1.0  # a SIGTERM that follows sooner is the same one: shells and schedulers pass it on as well
 SIGNAL_EXIT = 128  # plus the signal's number: how ranks end that a signal ends together, as shells say it
 
 
@@ -50,9 +56,12 @@ class ScriptLauncher(SubprocessScriptLauncher):
         self._telling = threading.Lock()
         self._told = False
         self._together = False
+        self._signals: _ArrivedSignals | None = None
+        self._sigterms = _Repeated()
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self._sigterms = _Repeated()
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._start_children()
@@ -64,19 +73,29 @@ class ScriptLauncher(SubprocessScriptLauncher):
     def failed(self, rank: int, error: BaseException) -> None:
         """This rank raised ``error``: write it down, and see that it is told once."""
         if self._board is not None:
-            self._board.note(rank, error)
+            _note(self._board, rank, error, self._ranks)
             show_instead(error, self._tell if self._parent is None else self._leave_to_parent)
 
     def ends_now(self, rank: int, error: BaseException) -> None:
         """As ``failed``, for a process that will not reach the end of its program."""
         if self._board is not None:
-            self._board.note(rank, error)
+            _note(self._board, rank, error, self._ranks)
             if self._parent is None:
                 self._tell()
 
     def ends_together(self) -> None:
         """All ranks are about to end as one, with an exit code above 128, and none is to blame."""
         self._together = True
+
+    @property
+    def _ranks(self) -> range:
+        """Of this host."""
+        first = self.cluster_environment.node_rank() * self.num_processes
+        return range(first, first + self.num_processes)
+
+    def _answer(self) -> None:
+        if self._board is not None:
+            self._board.answer(self._ranks[self.cluster_environment.local_rank()])
 
     def _start_children(self) -> None:
         if self.num_processes == 1:
@@ -88,15 +107,20 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self._call_children_scripts()
         finally:
             del os.environ[_FOLDER]
+        if threading.current_thread() is threading.main_thread():
+            self._signals = _ArrivedSignals()
         threading.Thread(target=self._observe, name="swiftmoe-observer", daemon=True).start()
 
     def _observe(self) -> None:
-        """End this process where another rank failed and it does not end by itself."""
+        """End this process where another rank failed and it does not end by itself, or where it is told so twice."""
         codes = [process.poll() for process in self.procs]
         while not any(map(self._is_failure, codes)):
             if None not in codes:
                 self._forget()
                 return
+            if self._is_told_again() and not self._together:
+                self._end_now()
+            self._answer()
             time.sleep(_PERIOD_S)
             codes = [process.poll() for process in self.procs]
         time.sleep(_GRACE_S)
@@ -110,9 +134,24 @@ class ScriptLauncher(SubprocessScriptLauncher):
             return False
         return not (self._together and code > SIGNAL_EXIT)
 
+    def _is_told_again(self) -> bool:
+        return self._signals is not None and signal.SIGTERM in self._signals.take() and self._sigterms.again()
+
+    def _end_now(self) -> None:
+        """Ranks are somewhere, and need not wait until they are through."""
+        with self._telling:
+            if self._board is not None and not self._told:
+                self._board.ask([])
+                self._answer()  # the thread that does so for this process is this one
+                _print_places_and_remove(self._board, self._ranks)
+        for process in self.procs:
+            process.kill()
+        os._exit(SIGNAL_EXIT + signal.SIGTERM)
+
     def _end_with_parent(self) -> None:
         """End this rank where the first one is gone and it does not end by itself: it may wait for it on a device."""
         while os.getppid() == self._parent:
+            self._answer()
             time.sleep(_PERIOD_S)
         time.sleep(_GRACE_S)
         if self.before_leaving is not None:
@@ -144,8 +183,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         deadline = time.monotonic() + _GRACE_S / 2
         while time.monotonic() < deadline and any(process.poll() is None for process in self.procs):
             time.sleep(_PERIOD_S)
-        first = self.cluster_environment.node_rank() * self.num_processes + 1
-        codes = {rank: process.poll() for rank, process in enumerate(self.procs, start=first)}
+        codes = {rank: process.poll() for rank, process in zip(self._ranks[1:], self.procs, strict=True)}
         for process in self.procs:
             process.kill()
             process.wait()
@@ -181,9 +219,15 @@ class ForkLauncher(MultiProcessingLauncher):
             yield
             return
 
+        sigterms = _Repeated()
+
         def pass_on(signum: int, _: FrameType | None) -> None:
-            if os.getpid() == self._main:
-                self.kill(signum)
+            if os.getpid() != self._main:
+                return
+            assert self._board is not None
+            if sigterms.again() and not self._board.ends_together():
+                self._end_now()
+            self.kill(signum)
 
         def wait_for_ranks(signum: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -195,6 +239,15 @@ class ForkLauncher(MultiProcessingLauncher):
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    def _end_now(self) -> None:
+        """Ranks are somewhere, and need not wait until they are through."""
+        assert self._board is not None
+        _print_places_and_remove(self._board, self._ranks)
+        for process in self.procs:
+            process.kill()
+            process.join()
+        raise SIGTERMException(SIGNAL_EXIT + signal.SIGTERM)
 
     @override
     def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
@@ -220,13 +273,20 @@ class ForkLauncher(MultiProcessingLauncher):
     def ends_now(self, rank: int, error: BaseException) -> None:
         """This rank will not reach the end of its program."""
         if self._board is not None:
-            self._board.note(rank, error)
+            _note(self._board, rank, error, self._ranks)
+
+    def ends_together(self) -> None:
+        """As of ``ScriptLauncher``."""
+        if self._board is not None:
+            self._board.note_common_end()
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, *args: Any, **kwargs: Any) -> None:
         # What the first process does on a signal is no rank's business.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        rank = self._ranks[process_idx]
+        threading.Thread(target=self._answer, args=(rank,), name="swiftmoe-answers", daemon=True).start()
         try:
             super()._wrapping_function(process_idx, trainer, *args, **kwargs)
         except SIGTERMException as error:
@@ -238,17 +298,26 @@ class ForkLauncher(MultiProcessingLauncher):
             # Lightning's handler talks to the other ranks, which are about to end.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             assert self._board is not None
-            self._board.note(self._rank(process_idx), error)
+            _note(self._board, rank, error, self._ranks)
             raise
 
-    def _rank(self, process_idx: int) -> int:
+    def _answer(self, rank: int) -> None:
+        assert self._board is not None
+        while True:
+            self._board.answer(rank)
+            time.sleep(_PERIOD_S)
+
+    @property
+    def _ranks(self) -> range:
+        """Of this host."""
         strategy: Any = self._strategy
-        return strategy.node_rank * strategy.num_processes + process_idx
+        first = strategy.node_rank * strategy.num_processes
+        return range(first, first + strategy.num_processes)
 
     def _tell(self) -> bool:
         assert self._board is not None
         # Torch ends the others, by SIGTERM and then by SIGKILL.
-        first = {} if self._first is None else {self._rank(self._first): self.procs[self._first].exitcode}
+        first = {} if self._first is None else {self._ranks[self._first]: self.procs[self._first].exitcode}
         ended = {rank: code for rank, code in first.items() if code is not None}
         return _print_and_remove(self._board, ended)
 
@@ -259,3 +328,62 @@ def _print_and_remove(board: FailureBoard, codes: Mapping[int, int]) -> bool:
     if text:
         print(text, file=sys.stderr, flush=True)
     return bool(text)
+
+
+def _print_places_and_remove(board: FailureBoard, ranks: range) -> None:
+    """Where ranks were that did not come to the end of a step."""
+    board.ask(ranks)
+    places = board.places()
+    board.remove()
+    print("SIGTERM came again, and ranks had not ended a step together. Where they were:", file=sys.stderr)
+    print(*places, sep="\n", file=sys.stderr, flush=True)
+
+
+def _note(board: FailureBoard, rank: int, error: BaseException, ranks: range) -> None:
+    """Write down why ``rank`` ends; who waited too long lets the others of ``ranks`` say where they are."""
+    if board.note(rank, error).timed_out:
+        board.ask(ranks)
+
+
+class _Repeated:
+    """Tells a signal that comes again from one that comes twice."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def again(self) -> bool:
+        """Take note of one: whether another came well before it."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return now - self._first > _SAME_S
+
+
+class _ArrivedSignals:
+    """Signals with a handler that reached this process, also those whose handler waits for the main thread.
+
+    Made on the main thread, and for good. Where somebody else listens already, as asyncio does, nothing is heard.
+    """
+
+    def __init__(self) -> None:
+        self._reads, self._writes = os.pipe()
+        os.set_blocking(self._reads, False)
+        os.set_blocking(self._writes, False)
+        before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+        os.register_at_fork(after_in_child=self._leave)
+
+    def take(self) -> bytes:
+        """Their numbers, since the last call."""
+        try:
+            return os.read(self._reads, 4096)
+        except BlockingIOError:
+            return b""
+
+    def _leave(self) -> None:
+        """Signals of a forked child, such as a worker that loads data, are not ours."""
+        with suppress(ValueError):
+            current = signal.set_wakeup_fd(-1)
+            if current != self._writes:
+                signal.set_wakeup_fd(current)

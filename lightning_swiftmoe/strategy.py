@@ -542,7 +542,7 @@ class SwiftMoEStrategy(CheckpointingStrategy):
             return
         self._ends_together = True
         rank_zero_info(f"{found.name} came: all ranks end, {self._trainer.global_step} steps are done")
-        if isinstance(self._launcher, ScriptLauncher):
+        if isinstance(self._launcher, (ScriptLauncher, ForkLauncher)):
             self._launcher.ends_together()
         if found == signal.SIGUSR1:
             requeue(self._trainer)

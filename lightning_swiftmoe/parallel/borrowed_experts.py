@@ -95,7 +95,8 @@ class _Borrow(torch.autograd.Function):
         return rows_PD.view_as(rows_PD), *map(fetched, residents)
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable  # autograd does not see what travels
+    def backward(ctx: Any, grad_PD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         loans, communicator, name = ctx.args
 
         def returned(grad: Tensor, shape: torch.Size) -> Tensor:

@@ -164,7 +164,7 @@ class Communicator:
         return arrived.to(rows.device)
 
     def move_rows(self, rows: Tensor, send: Sequence[int], recv: Sequence[int], phase: str, layer: str) -> Tensor:
-        """``all_to_all``, differentiable: the gradient of the rows travels back the same way."""
+        """``all_to_all``, differentiable once: the gradient of the rows travels back the same way."""
         return _MoveRows.apply(rows, self, list(send), list(recv), phase, layer)
 
     # -- small or rare exchanges -------------------------------------------------------------------------------------
@@ -331,6 +331,7 @@ class _MoveRows(torch.autograd.Function):
         return arrived.view_as(arrived) if arrived is rows else arrived
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable  # autograd does not see what travels
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         communicator, send, recv, phase, layer = ctx.args
         return communicator.all_to_all(grad, send, recv, phase, layer), None, None, None, None, None
