@@ -32,6 +32,11 @@ def check_number(name: str, value: object, expected: str, *, above: float) -> No
     check(is_number(value) and value > above, name, value, expected)  # type: ignore[operator]
 
 
+def check_not_negative(name: str, value: object) -> None:
+    """Raise a ValueError for what is no finite number of at least zero."""
+    check(is_number(value) and value >= 0, name, value, "a number, zero or more")  # type: ignore[operator]
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise a ValueError for what is neither True nor False."""
     check(isinstance(value, bool), name, value, "True or False")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lightning_swiftmoe.arguments import check, check_choice, check_count, is_number
+from lightning_swiftmoe.arguments import check_choice, check_count, check_not_negative
 from lightning_swiftmoe.cli._hydra import run_task
 from lightning_swiftmoe.cli._scenario import check_values, hardware_of, model_of, scenario_of
 from lightning_swiftmoe.cluster import min_slots
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
     check_count("tokens_per_rank", tokens)
     check_count("hf_seq_len", config.hf_seq_len)
     check_choice("dense", config.dense, ("ddp", "fsdp2"))
-    check(is_number(config.skew) and config.skew >= 0, "skew", config.skew, "a number, zero or more")
+    check_not_negative("skew", config.skew)
     for override in HydraConfig.get().overrides.task:
         _check_read(override, config)
     scenario = scenario_of(config, model_of(config), hardware_of(config))

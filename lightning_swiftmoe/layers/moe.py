@@ -10,9 +10,9 @@ from lightning_swiftmoe.arguments import (
     check_choice,
     check_count,
     check_flag,
+    check_not_negative,
     check_number,
     is_integer,
-    is_number,
     knows_its_names,
 )
 from lightning_swiftmoe.functional import activation_names, auxiliary_losses
@@ -87,7 +87,7 @@ class MoE(nn.Module):
             check_flag("normalize_topk", normalize_topk)
         factors = {"aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef, "bias_update_rate": bias_update_rate}
         for name, factor in factors.items():
-            check(is_number(factor) and factor >= 0, name, factor, "a number, zero or more")
+            check_not_negative(name, factor)
         self.hidden_size, self.ffn_size, self.num_experts, self.top_k = hidden_size, ffn_size, num_experts, top_k
         self.capacity_factor, self.aux_loss_coef, self.z_loss_coef = capacity_factor, aux_loss_coef, z_loss_coef
         self.router = Router(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_swiftmoe.arguments import check, check_count, is_number
+from lightning_swiftmoe.arguments import check_count, check_not_negative
 from lightning_swiftmoe.simulate.load_trace import LoadTrace
 
 FloatArray = NDArray[np.floating]
@@ -45,8 +45,7 @@ class Workload:
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, "an integer, zero or more", least=0)
         for name in ("skew", "pace"):
-            value = getattr(self, name)
-            check(is_number(value) and value >= 0, name, value, "a number, zero or more")
+            check_not_negative(name, getattr(self, name))
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} needs at least as many experts, got num_experts={self.num_experts}")
         if self.tokens % self.num_ranks:

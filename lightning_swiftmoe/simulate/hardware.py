@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_swiftmoe.arguments import check_count, is_integer
+from lightning_swiftmoe.arguments import check_count, is_integer, is_number
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,12 @@ class Hardware:
 
     def _check(self, name: str, value: Any) -> None:
         if name in ("gpus_per_node", "num_nodes"):
-            if not is_integer(value) or value < 1:
-                raise ValueError(
-                    f"hardware.{name} must be a positive integer, got {value!r}; correct it in the cluster file"
-                )
-            return
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        may_be_zero = name in ("nvlink_GBps", "nic_latency_us")
-        if not is_number or value < 0 or (value == 0 and not may_be_zero):
-            kind = "a number, zero or more" if may_be_zero else "a positive number"
+            fits, kind = is_integer(value) and value > 0, "a positive integer"
+        elif name in ("nvlink_GBps", "nic_latency_us"):
+            fits, kind = is_number(value) and value >= 0, "a number, zero or more"
+        else:
+            fits, kind = is_number(value) and value > 0, "a positive number"
+        if not fits:
             raise ValueError(f"hardware.{name} must be {kind}, got {value!r}; correct it in the cluster file")
 
     @property
