@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,7 +44,17 @@ def remove_unused(folder: Path, own: str | None, environment: Mapping[str, str] 
                 (folder / own / name).unlink(missing_ok=True)
             (folder / own).rmdir()
         folder.rmdir()
+        _stop_logging_to(folder)
         for above in folder.parents:
             if here not in above.parents:
                 return
             above.rmdir()
+
+
+def _stop_logging_to(folder: Path) -> None:
+    """Hydra's log file would be opened by the first line, also of whoever goes on in this process."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) and folder in Path(handler.baseFilename).parents:
+            root.removeHandler(handler)
+            handler.close()

@@ -1,5 +1,6 @@
 """Every mistake in an override is one line on stderr and status 2, before any rank is started."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def test_one_line_and_status_2(capfd, override, message):
     assert not dist.is_initialized()
     assert "LOCAL_RANK" not in os.environ
     assert list(Path.cwd().iterdir()) == []  # nothing ran, and no folder says otherwise
+
+
+def test_who_goes_on_after_a_refusal_may_log():
+    """The log file of the folder that is gone is nobody's any more."""
+    assert train.main(["recipes=quickstart", "model.top_k=9"]) == 2
+    logging.getLogger("afterwards").error("a line")
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_jobs_that_are_refused_leave_no_folder():
