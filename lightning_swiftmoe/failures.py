@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import atexit
 import json
-import linecache
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import torch.distributed as dist
 
 from lightning_swiftmoe.parallel.communicator import ExchangeError
+from lightning_swiftmoe.whereabouts import cut, place_of, place_of_main_thread
 
 MOST_LINES = 30
 
 _MOST_CAUSE_LINES = 20
 _LEAST_TRACE_LINES = 6
 _MOST_OTHERS = 6
-_LINE_WIDTH = 200
 _SIGNS_OF_A_LOST_PEER = ("gloo", "NCCL", "Connection reset", "Connection closed")
 _SIGNS_OF_A_TIMEOUT = ("Timed out waiting", "has not finished for")  # of gloo, and of our watchdog
 _ASKED = "asked"  # a file that is there once every rank should write down where it is
@@ -45,19 +42,6 @@ _EVERYBODY = (
     "In fit all ranks meet in forwards, collectives and reads of expert Parameters, norms too: every rank has to come "
     "to each of them, so put none behind is_global_zero"
 )
-# What Lightning and we do by functions of these names, for frames in which no line of the user's says so.
-_DOING = {
-    "setup": "setting up",
-    "end_where_asked": "at the head of a training step",
-    "training_step": "in a training step",
-    "backward": "in a backward",
-    "optimizer_step": "in an optimizer's step",
-    "validation_step": "in a validation step",
-    "save_checkpoint": "saving a checkpoint",
-    "teardown": "at the end of fit",
-}
-
-_Frames = Sequence[tuple[FrameType, int]]  # each with its line, the innermost last
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ class Failure:
         text = "".join(traceback.format_exception(error)).rstrip()
         message = "".join(traceback.format_exception_only(error)).rstrip()
         timed_out = any(sign in str(cause) for cause in _causes(error) for sign in _SIGNS_OF_A_TIMEOUT)
-        return cls(rank, time.time(), _tells_of_another(error), text, message, _place_of(error), timed_out)
+        return cls(rank, time.time(), _tells_of_another(error), text, message, place_of(error), timed_out)
 
     @classmethod
     def of_exit(cls, rank: int, code: int) -> Failure:
@@ -104,14 +88,14 @@ class Failure:
     @property
     def in_a_line(self) -> str:
         """The error itself, cut to what a terminal shows."""
-        return _cut(self.message.splitlines()[0] if self.message else "")
+        return cut(self.message.splitlines()[0] if self.message else "")
 
     @property
     def in_lines(self) -> list[str]:
         """The end of the traceback, shortened, and the message, which often ends with what to do: never cut."""
         message = self.message.splitlines()
         trace = self.text.removesuffix(self.message).splitlines()
-        lines = [_cut(line) for line in trace if line.strip(" ^~")]  # without the marks below a line of code
+        lines = [cut(line) for line in trace if line.strip(" ^~")]  # without the marks below a line of code
         room = max(_MOST_CAUSE_LINES - len(message), _LEAST_TRACE_LINES)
         if len(lines) > room:
             lines = [lines[0], "  ...", *lines[2 - room :]]
@@ -146,7 +130,7 @@ class FailureBoard:
     def answer(self, rank: int) -> None:
         """Write down where the main thread of this rank is, if somebody asked. Once, on another thread."""
         if (self.folder / _ASKED).exists() and not self._is_known(rank):
-            self._write(f"{rank}.place", _place_of_main_thread())
+            self._write(f"{rank}.place", place_of_main_thread())
 
     def note_common_end(self) -> None:
         """All ranks are about to end as one, and nobody is to blame."""
@@ -251,62 +235,5 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _LINE_WIDTH else f"{line[:_LINE_WIDTH]} ..."
-
-
 def _named(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-# -- where a rank is ---------------------------------------------------------------------------------------------------
-
-
-def _place_of(error: BaseException) -> str:
-    """Where this rank was when ``error`` was raised; one that was not is said for the main thread."""
-    if error.__traceback__ is None:
-        return _place_of_main_thread()
-    # An error knows the frames that it went through, and not those above.
-    return _place(_callers(sys._getframe()) + list(traceback.walk_tb(error.__traceback__)))
-
-
-def _place_of_main_thread() -> str:
-    ident = threading.main_thread().ident
-    assert ident is not None
-    return _place(_callers(sys._current_frames()[ident]))
-
-
-def _callers(frame: FrameType) -> list[tuple[FrameType, int]]:
-    return list(traceback.walk_stack(frame))[::-1]
-
-
-def _place(frames: _Frames) -> str:
-    """``FILE:LINE, in FUNCTION: CODE`` of the innermost frame of the user's, behind what others do on its behalf."""
-    users = [number for number, (frame, _) in enumerate(frames) if _is_users(frame)]
-    others = [number for number, (frame, _) in enumerate(frames) if _is_frameworks(frame)]
-    innermost = (users or others or [len(frames) - 1])[-1]
-    frame, line = frames[innermost]
-    file = frame.f_code.co_filename
-    code = _cut(linecache.getline(file, line, frame.f_globals).strip())
-    place = f"{file}:{line}, in {frame.f_code.co_name}: {code}"
-    inside = [frame for frame, _ in frames[innermost:] if _is_frameworks(frame)]
-    doing = [_DOING[frame.f_code.co_name] for frame in inside if frame.f_code.co_name in _DOING]
-    return f"{doing[-1]}, from {place}" if doing else place
-
-
-def _is_users(frame: FrameType) -> bool:
-    """Whether its code is neither Python's, nor of an installed package, nor ours but for the models."""
-    file = Path(frame.f_code.co_filename)
-    if str(file).startswith("<frozen ") or {"site-packages", "dist-packages"} & set(file.parts):
-        return False
-    if file.is_relative_to(sysconfig.get_path("stdlib")):
-        return False
-    return not _is_frameworks(frame) or _module(frame).startswith("lightning_swiftmoe.models.")
-
-
-def _is_frameworks(frame: FrameType) -> bool:
-    return _module(frame).partition(".")[0] in ("lightning", "lightning_swiftmoe")
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))

@@ -23,6 +23,7 @@ FLOORS = [
     ["checkpoint"],
     ["step"],
     ["engine"],
+    ["whereabouts"],
     ["failures"],
     ["rescue"],
     [
