@@ -26,7 +26,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from lightning_swiftmoe.parallel.communicator import ExchangeError
-from lightning_swiftmoe.whereabouts import cut, place_of, place_of_main_thread
+from lightning_swiftmoe.whereabouts import cut, error_of_main_thread, place_of, place_of_main_thread
 
 MOST_LINES = 30
 
@@ -130,7 +130,7 @@ class FailureBoard:
     def answer(self, rank: int) -> None:
         """Write down where the main thread of this rank is, if somebody asked. Once, on another thread."""
         if (self.folder / _ASKED).exists() and not self._is_known(rank):
-            self._write(f"{rank}.place", place_of_main_thread())
+            self._write(f"{rank}.place", _place_of_main_thread())
 
     def note_common_end(self) -> None:
         """All ranks are about to end as one, and nobody is to blame."""
@@ -233,6 +233,13 @@ def _causes(error: BaseException) -> list[BaseException]:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return causes
+
+
+def _place_of_main_thread() -> str:
+    error = error_of_main_thread()
+    if error is not None and _tells_of_another(error):  # it waited too, and is about to say so
+        return place_of(error)
+    return place_of_main_thread()
 
 
 def _named(ranks: list[int]) -> str:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _LINE_WIDTH = 200
 # What Lightning and we do by functions of these names, for frames in which no line of the user's says so.
@@ -33,18 +34,30 @@ def cut(line: str) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Where this rank was when ``error`` was raised; one that was not is said for the main thread."""
-    if error.__traceback__ is None:
-        return place_of_main_thread()
+    """Where the main thread was when ``error`` was raised there; one that was not raised is said for where it is."""
     # An error knows the frames that it went through, and not those above.
-    return _place(_callers(sys._getframe()) + list(traceback.walk_tb(error.__traceback__)))
+    return _place(_callers(_main_frame()) + list(traceback.walk_tb(error.__traceback__)))
 
 
 def place_of_main_thread() -> str:
     """Where it is now, whichever thread asks."""
+    return _place(_callers(_main_frame()))
+
+
+def error_of_main_thread() -> BaseException | None:
+    """What it is handling now, if anything."""
+    handled: Any = sys._current_exceptions().get(_main_ident())
+    return handled[1] if isinstance(handled, tuple) else handled  # a tuple before Python 3.12
+
+
+def _main_ident() -> int:
     ident = threading.main_thread().ident
     assert ident is not None
-    return _place(_callers(sys._current_frames()[ident]))
+    return ident
+
+
+def _main_frame() -> FrameType:
+    return sys._current_frames()[_main_ident()]
 
 
 def _callers(frame: FrameType) -> list[tuple[FrameType, int]]:

@@ -4,6 +4,7 @@ import linecache
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -194,6 +195,33 @@ def test_ranks_that_have_not_failed_are_asked(board):
     # What it fails with afterwards is a consequence.
     note(board, 1, step)
     assert "as a main thread that" in board.places()[1]
+
+
+def asked(board, rank):
+    board.ask([])
+    board.answer(rank)
+
+
+def test_who_is_about_to_fail_tells_where_it_waited(board):
+    """Asked between its error and its note, a rank is somewhere in what Lightning does on an exception."""
+    note(board, 0, read_alone)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            step()
+        except ExchangeError:
+            pool.submit(asked, board, 1).result()
+    assert board.places()[1] == f"rank 1: {place(step, 'self.moe(x)')}"
+
+
+def test_who_handles_an_error_of_its_own_is_where_it_is(board):
+    note(board, 0, read_alone)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            raise KeyError("of the user's")
+        except KeyError:
+            pool.submit(asked, board, 1).result()  # behind its error
+    here = place(test_who_handles_an_error_of_its_own_is_where_it_is, "# behind its error")
+    assert board.places()[1] == f"rank 1: {here}"
 
 
 def test_an_error_that_was_not_raised_is_the_main_threads(board):
